@@ -1,0 +1,302 @@
+//! A cluster of real processes on loopback: one metaserver and any number of data servers, each of which can be
+//! killed and started again.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use crate::{
+    MountPoint, Process, Run, Scratch, fjord,
+    process::run,
+    scratch::free_port,
+    status::Status,
+    wait::{SOON, wait_for},
+};
+
+/// What a cluster shall look like.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Data servers, each a process and a failure domain of its own.
+    pub servers: usize,
+    /// Targets of each data server.
+    pub targets: usize,
+    /// Default policy.
+    pub policy: String,
+    /// Most bytes a target may hold; `None`: what its disk has.
+    pub capacity_max: Option<u64>,
+    /// Bytes of a volume file: small, because every target of every test preallocates one.
+    pub volume_size: u64,
+    /// Where the targets of server `i` lie; default: in the scratch folder.
+    pub roots: Vec<PathBuf>,
+    /// Silence after which a data server counts as down.
+    pub down_after: Duration,
+    /// Silence after which a session ends.
+    pub session_timeout: Duration,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            servers: 3,
+            targets: 1,
+            policy: "replica:2".into(),
+            capacity_max: None,
+            volume_size: 256 << 20,
+            roots: Vec::new(),
+            down_after: Duration::from_secs(3),
+            session_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Setup {
+    /// The default with another policy.
+    pub fn policy(policy: &str) -> Setup {
+        Setup { policy: policy.into(), ..Setup::default() }
+    }
+}
+
+/// A running cluster. Everything ends and disappears when it is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    setup: Setup,
+    meta_port: u16,
+    meta: Option<Process>,
+    data_ports: Vec<u16>,
+    data: Vec<Option<Process>>,
+    mounts: std::cell::Cell<usize>,
+    scratch: Scratch,
+}
+
+impl Cluster {
+    /// Starts a cluster and waits until it is healthy.
+    ///
+    /// # Panics
+    /// When it does not become healthy.
+    pub fn start(name: &str, setup: Setup) -> Cluster {
+        let mut cluster = Cluster {
+            meta_port: free_port(),
+            meta: None,
+            data_ports: (0..setup.servers).map(|_| free_port()).collect(),
+            data: (0..setup.servers).map(|_| None).collect(),
+            mounts: 0.into(),
+            scratch: Scratch::new(name),
+            setup,
+        };
+        cluster.start_meta();
+        for server in 0..cluster.setup.servers {
+            cluster.start_data(server);
+        }
+        cluster.wait_healthy();
+        cluster
+    }
+
+    /// A folder for the test's own files, on the same disk.
+    pub fn dir(&self, name: &str) -> PathBuf {
+        self.scratch.dir(name)
+    }
+
+    /// `host:port` of the metaserver.
+    pub fn meta_address(&self) -> String {
+        format!("127.0.0.1:{}", self.meta_port)
+    }
+
+    /// `host:port` of a data server.
+    pub fn data_address(&self, server: usize) -> String {
+        format!("127.0.0.1:{}", self.data_ports[server])
+    }
+
+    /// Folder of the metaserver.
+    pub fn meta_folder(&self) -> PathBuf {
+        self.scratch.path().join("meta")
+    }
+
+    /// Folder of a target.
+    pub fn target_folder(&self, server: usize, target: usize) -> PathBuf {
+        let root = self.setup.roots.get(server).cloned();
+        root.unwrap_or_else(|| self.scratch.path().join(format!("data{server}"))).join(format!("target{target}"))
+    }
+
+    /// The command that starts the metaserver.
+    pub fn meta_command(&self) -> Command {
+        let mut command = fjord(["meta", "--data"]);
+        command.arg(self.meta_folder()).args(["--listen", &self.meta_address()]);
+        command.args(["--policy", &self.setup.policy]);
+        command.args(["--down-after", &seconds(self.setup.down_after)]);
+        command.args(["--session-timeout", &seconds(self.setup.session_timeout)]);
+        command
+    }
+
+    /// The command that starts a data server.
+    pub fn data_command(&self, server: usize) -> Command {
+        let mut command = fjord(["data", "--meta", &self.meta_address(), "--listen", &self.data_address(server)]);
+        command.args(["--name", &format!("data{server}"), "--cores", "1"]);
+        command.args(["--volume-size", &self.setup.volume_size.to_string()]);
+        if let Some(max) = self.setup.capacity_max {
+            command.args(["--capacity-max", &max.to_string()]);
+        }
+        for target in 0..self.setup.targets {
+            let folder = self.target_folder(server, target);
+            std::fs::create_dir_all(&folder).expect("target folder");
+            command.arg("--target").arg(folder);
+        }
+        command
+    }
+
+    /// Starts the metaserver (again).
+    pub fn start_meta(&mut self) {
+        let log = self.scratch.path().join("meta.log");
+        self.meta = Some(Process::start("the metaserver", self.meta_command(), &log));
+    }
+
+    /// Starts a data server (again).
+    pub fn start_data(&mut self, server: usize) {
+        let log = self.scratch.path().join(format!("data{server}.log"));
+        let name = format!("data server {server}");
+        self.data[server] = Some(Process::start(&name, self.data_command(server), &log));
+    }
+
+    /// kill -9.
+    pub fn kill_meta(&mut self) {
+        self.meta = None;
+    }
+
+    /// kill -9.
+    pub fn kill_data(&mut self, server: usize) {
+        self.data[server] = None;
+    }
+
+    /// SIGTERM; it must end cleanly.
+    pub fn stop_data(&mut self, server: usize) {
+        if let Some(mut process) = self.data[server].take() {
+            process.stop();
+        }
+    }
+
+    /// Stops everything cleanly, data servers first.
+    pub fn stop(&mut self) {
+        for server in 0..self.data.len() {
+            self.stop_data(server);
+        }
+        if let Some(mut meta) = self.meta.take() {
+            meta.stop();
+        }
+    }
+
+    /// Starts everything that does not run, and waits until it is healthy.
+    pub fn start_all(&mut self) {
+        if self.meta.is_none() {
+            self.start_meta();
+        }
+        for server in 0..self.data.len() {
+            if self.data[server].is_none() {
+                self.start_data(server);
+            }
+        }
+        self.wait_healthy();
+    }
+
+    /// The running metaserver.
+    ///
+    /// # Panics
+    /// When the test has killed it.
+    pub fn meta(&mut self) -> &mut Process {
+        self.meta.as_mut().expect("the metaserver has been killed")
+    }
+
+    /// A running data server.
+    ///
+    /// # Panics
+    /// When the test has killed it.
+    pub fn data(&mut self, server: usize) -> &mut Process {
+        self.data[server].as_mut().expect("the data server has been killed")
+    }
+
+    /// Requires that nothing has died by itself.
+    ///
+    /// # Panics
+    /// When something has.
+    #[track_caller]
+    pub fn assert_running(&mut self) {
+        for process in self.meta.iter_mut().chain(self.data.iter_mut().flatten()) {
+            process.assert_running();
+        }
+    }
+
+    /// An admin verb of this cluster.
+    pub fn command<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = fjord(args.into_iter().map(Into::into));
+        command.env("FJORD_META", self.meta_address());
+        command
+    }
+
+    /// Runs an admin verb of this cluster to its end.
+    pub fn fjord<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Run {
+        run(self.command(args))
+    }
+
+    /// What `fjord status --json` says, or why it does not.
+    ///
+    /// # Errors
+    /// The standard error of the command.
+    pub fn try_status(&self) -> Result<Status, String> {
+        let got = self.fjord(["status", "--json"]);
+        if got.status.success() { Status::parse(&got.stdout) } else { Err(got.stderr) }
+    }
+
+    /// What `fjord status --json` says.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn status(&self) -> Status {
+        self.try_status().unwrap_or_else(|e| panic!("fjord status: {e}"))
+    }
+
+    /// Waits until `fjord status` fits.
+    ///
+    /// # Panics
+    /// When it does not within a minute.
+    #[track_caller]
+    pub fn wait_status(&self, what: &str, fits: impl Fn(&Status) -> bool) -> Status {
+        wait_for(what, 2 * SOON, || {
+            let status = self.try_status()?;
+            if fits(&status) { Ok(status) } else { Err(status.to_string()) }
+        })
+    }
+
+    /// Waits until every server and target is up.
+    #[track_caller]
+    pub fn wait_healthy(&mut self) {
+        self.assert_running();
+        let targets = self.setup.servers * self.setup.targets;
+        let servers = self.setup.servers;
+        self.wait_status("all servers and targets up", |s| {
+            s.servers_up() == servers && s.targets_up() == targets
+        });
+    }
+
+    /// Mounts the cluster on a new folder.
+    pub fn mount(&self) -> MountPoint {
+        self.mount_with("")
+    }
+
+    /// Mounts the cluster on a new folder with `-o` options.
+    pub fn mount_with(&self, options: &str) -> MountPoint {
+        self.mounts.set(self.mounts.get() + 1);
+        let dir = self.scratch.dir(&format!("mount{}", self.mounts.get()));
+        MountPoint::start(&self.meta_address(), &dir, options, self.scratch.path())
+    }
+
+    /// Folder of everything.
+    pub fn folder(&self) -> &Path {
+        self.scratch.path()
+    }
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{}s", duration.as_secs())
+}

@@ -1,0 +1,297 @@
+//! Children: `fjord` daemons that live as long as the test wants, and commands that end within a bound.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read, Seek},
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{OnceLock, mpsc},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::wait::SOON;
+
+/// The binary under test.
+///
+/// # Panics
+/// When it has not been built.
+pub fn fjord_bin() -> PathBuf {
+    let path = match std::env::var_os("FJORD_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            // target/<profile>/deps/<test>-<hash>: the binary lies one folder up.
+            let me = std::env::current_exe().expect("path of the test binary");
+            let profile = me.ancestors().nth(2).expect("test binary lies in target/<profile>/deps");
+            profile.join("fjord")
+        }
+    };
+    assert!(path.exists(), "{} is missing: cargo build -p fjordfs-cli, or set FJORD_BIN", path.display());
+    path
+}
+
+/// A `fjord` command. Ambient settings of the caller do not leak into tests.
+pub fn fjord<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(fjord_bin());
+    command.args(args).env_remove("FJORD_META").stdin(Stdio::null());
+    command
+}
+
+/// What a finished command left.
+#[derive(Debug)]
+pub struct Run {
+    /// The command line, for messages.
+    pub command: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All of standard output.
+    pub stdout: String,
+    /// All of standard error.
+    pub stderr: String,
+}
+
+impl Run {
+    /// Exit code; -1 after a signal.
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or(-1)
+    }
+
+    /// Requires success.
+    ///
+    /// # Panics
+    /// With all output, when the command failed.
+    #[track_caller]
+    pub fn ok(self) -> Run {
+        assert!(self.status.success(), "{self}");
+        self
+    }
+
+    /// Requires a plain failure (no signal, no panic) whose standard error names all of `words`, in any case.
+    ///
+    /// # Panics
+    /// With all output, when it is not so.
+    #[track_caller]
+    pub fn fails_saying(self, words: &[&str]) -> Run {
+        assert!(!self.status.success(), "should have failed: {self}");
+        assert!(self.status.code().is_some_and(|code| code != 101), "died instead of failing: {self}");
+        let said = self.stderr.to_lowercase();
+        for word in words {
+            assert!(said.contains(&word.to_lowercase()), "does not say '{word}': {self}");
+        }
+        self
+    }
+}
+
+impl std::fmt::Display for Run {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}` ended with {}", self.command, self.status)?;
+        write!(f, "\n--- stdout\n{}\n--- stderr\n{}", tail(&self.stdout, 60), tail(&self.stderr, 60))
+    }
+}
+
+/// The last lines of a text.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Runs a command to its end.
+///
+/// # Panics
+/// When it cannot be started, or has not ended after `bound` (it is killed then).
+#[track_caller]
+pub fn run_within(mut command: Command, bound: Duration) -> Run {
+    let described = describe(&command);
+    let mut stdout = tempfile::tempfile().expect("temporary file");
+    let mut stderr = tempfile::tempfile().expect("temporary file");
+    command.stdin(Stdio::null());
+    command.stdout(stdout.try_clone().expect("dup")).stderr(stderr.try_clone().expect("dup"));
+    let mut child = spawn(command).unwrap_or_else(|e| panic!("cannot run `{described}`: {e}"));
+    let ended = wait_child(&mut child, bound);
+    if ended.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let status = ended.unwrap_or(ExitStatus::from_raw(9));
+    let run = Run { command: described, status, stdout: text(&mut stdout), stderr: text(&mut stderr) };
+    assert!(ended.is_some(), "had not ended after {bound:?}: {run}");
+    run
+}
+
+/// [`run_within`] a bound that fits everything but bulk work.
+#[track_caller]
+pub fn run(command: Command) -> Run {
+    run_within(command, 2 * SOON)
+}
+
+/// Shell command line, run in `dir`; must succeed.
+#[track_caller]
+pub fn sh(dir: &Path, line: &str) -> Run {
+    let mut command = Command::new("bash");
+    command.current_dir(dir).args(["-euo", "pipefail", "-c", line]);
+    run_within(command, 5 * SOON).ok()
+}
+
+/// Whether a program is installed. Tests that use optional tools say so when they leave one out.
+pub fn have(program: &str) -> bool {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).exists()));
+    if !found {
+        eprintln!("{program} is not installed: that part is left out");
+    }
+    found
+}
+
+fn text(file: &mut File) -> String {
+    let mut raw = Vec::new();
+    file.rewind().and_then(|()| file.read_to_end(&mut raw)).expect("output of a command");
+    String::from_utf8_lossy(&raw).into_owned()
+}
+
+fn describe(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+fn wait_child(child: &mut Child, bound: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + bound;
+    loop {
+        if let Some(status) = child.try_wait().expect("wait for a child") {
+            return Some(status);
+        }
+        if Instant::now() >= deadline {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+type Order = (Command, mpsc::Sender<io::Result<Child>>);
+
+/// Starts a child that the kernel kills when the test process ends, however that ends.
+///
+/// The kernel ties a child to the *thread* that started it, so all are started by one thread that never ends.
+fn spawn(mut command: Command) -> io::Result<Child> {
+    static STARTER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    let starter = STARTER.get_or_init(|| {
+        let (orders, inbox) = mpsc::channel::<Order>();
+        std::thread::spawn(move || {
+            for (mut command, answer) in inbox {
+                let _ = answer.send(command.spawn());
+            }
+        });
+        orders
+    });
+    // SAFETY: prctl is async-signal-safe and touches nothing but the new process.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    let (answer, child) = mpsc::channel();
+    starter.send((command, answer)).expect("the starter thread never ends");
+    child.recv().expect("the starter thread answers")
+}
+
+/// A long-lived child with its output in a log file. Killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    ended: Option<ExitStatus>,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts it; output is appended to `log`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(name: &str, mut command: Command, log: &Path) -> Process {
+        let out = File::options().create(true).append(true).open(log).expect("log file");
+        command.stdin(Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
+        let child = spawn(command).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
+        Process { name: name.to_owned(), child, ended: None, log: log.to_owned() }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything it has logged.
+    pub fn log(&self) -> String {
+        fs::read(&self.log).map(|raw| String::from_utf8_lossy(&raw).into_owned()).unwrap_or_default()
+    }
+
+    /// Whether it still runs.
+    pub fn running(&mut self) -> bool {
+        self.ended.is_none() && {
+            self.ended = self.child.try_wait().expect("wait for a child");
+            self.ended.is_none()
+        }
+    }
+
+    /// Requires that it still runs.
+    ///
+    /// # Panics
+    /// With the log's end, when it does not.
+    #[track_caller]
+    pub fn assert_running(&mut self) {
+        assert!(self.running(), "{} ended by itself: {:?}\n{}", self.name, self.ended, tail(&self.log(), 40));
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill9(&mut self) {
+        self.signal(Signal::KILL);
+        if self.ended.is_none() {
+            self.ended = self.child.wait().ok();
+        }
+    }
+
+    /// Sends a signal, if it still runs.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.running() {
+            let pid = Pid::from_child(&self.child);
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// SIGTERM; it must end cleanly.
+    ///
+    /// # Panics
+    /// When it does not end in time, or not with code 0.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        assert!(status.success(), "{} stopped with {status}\n{}", self.name, tail(&self.log(), 40));
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        if self.ended.is_none() {
+            self.ended = wait_child(&mut self.child, 3 * SOON);
+        }
+        self.ended.unwrap_or_else(|| {
+            panic!("waited {:?} for the end of {}\n{}", 3 * SOON, self.name, tail(&self.log(), 40))
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill9();
+        if std::thread::panicking() {
+            eprintln!("--- end of the log of {}\n{}", self.name, tail(&self.log(), 25));
+        }
+    }
+}

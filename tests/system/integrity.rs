@@ -1,0 +1,155 @@
+//! Bytes are verified or refused: never wrong ones, never zeros for lost ones.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use fjordfs_tests::{
+    Cluster, MountPoint, Setup,
+    fault::{Place, find_pages, flip, truncate, volumes},
+    rng,
+    tree::{self, Tree},
+};
+
+const PAGE: usize = 4096;
+const PAGES: usize = 2048;
+
+/// A file in which every page begins with a marker of its own, so that its copies are found on the targets.
+struct Marked {
+    data: Vec<u8>,
+}
+
+impl Marked {
+    fn write(mount: &MountPoint, name: &str) -> Marked {
+        let mut data = rng::bytes(name.len() as u64, PAGES * PAGE);
+        for page in 0..PAGES {
+            let marker = Marked::marker(name, page);
+            data[page * PAGE..page * PAGE + marker.len()].copy_from_slice(&marker);
+        }
+        let file = File::create(mount.join(name)).unwrap();
+        file.write_all_at(&data, 0).unwrap();
+        file.sync_all().unwrap();
+        Marked { data }
+    }
+
+    fn marker(name: &str, page: usize) -> Vec<u8> {
+        format!("<fjord {name} page {page:06}>").into_bytes()
+    }
+
+    fn page(&self, page: usize) -> &[u8] {
+        &self.data[page * PAGE..(page + 1) * PAGE]
+    }
+}
+
+/// Where every copy of a page lies.
+fn copies(cluster: &Cluster, servers: usize, name: &str, page: usize) -> Vec<Place> {
+    let marker = Marked::marker(name, page);
+    (0..servers).flat_map(|s| find_pages(&cluster.target_folder(s, 0), &marker)).collect()
+}
+
+#[test]
+fn a_rotten_page_is_read_from_another_copy() {
+    let mut cluster = Cluster::start("rot", Setup::policy("replica:2"));
+    let mount = cluster.mount();
+    let file = Marked::write(&mount, "file");
+    mount.unmount();
+    for (n, page) in (0..PAGES).step_by(PAGES / 32).enumerate() {
+        let places = copies(&cluster, 3, "file", page);
+        assert_eq!(places.len(), 2, "page {page} should lie in two places: {places:?}");
+        // One bit's worth at the start, the middle or the end of a page, of either copy in turn.
+        let place = Place { offset: places[n % 2].offset + [0, 2000, 4095][n % 3], ..places[n % 2].clone() };
+        flip(&place, 1);
+    }
+    let mount = cluster.mount();
+    assert!(fs::read(mount.join("file")).unwrap() == file.data);
+    cluster.assert_running();
+}
+
+#[test]
+fn with_all_copies_rotten_a_read_fails_and_its_neighbours_do_not() {
+    for (policy, copies_expected) in [("replica:1", 1), ("replica:2", 2)] {
+        let mut cluster = Cluster::start("lost", Setup::policy(policy));
+        let mount = cluster.mount();
+        let file = Marked::write(&mount, "file");
+        mount.unmount();
+        let rotten = 777;
+        let places = copies(&cluster, 3, "file", rotten);
+        assert_eq!(places.len(), copies_expected, "{policy}: {places:?}");
+        places.iter().for_each(|place| flip(place, 64));
+        let mount = cluster.mount();
+        let error = fs::read(mount.join("file")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{policy}: {error}");
+        let (mut good, mut bad) = (0, 0);
+        let open = File::open(mount.join("file")).unwrap();
+        for page in 0..PAGES {
+            let mut got = [0; PAGE];
+            match open.read_exact_at(&mut got, (page * PAGE) as u64) {
+                Ok(()) => {
+                    assert!(got == file.page(page), "{policy}: wrong bytes in page {page}");
+                    assert_ne!(page, rotten, "{policy}: the rotten page cannot have been read");
+                    good += 1;
+                }
+                Err(e) => {
+                    assert_eq!(e.raw_os_error(), Some(libc::EIO), "{policy}, page {page}: {e}");
+                    bad += 1;
+                }
+            }
+        }
+        assert!((1..=256).contains(&bad), "{policy}: {bad} pages unreadable, {good} readable");
+        cluster.assert_running();
+    }
+}
+
+#[test]
+fn a_truncated_volume_is_reported_and_the_other_copies_serve() {
+    let seed = rng::seed("truncated");
+    let mut cluster = Cluster::start("truncated", Setup::policy("replica:2"));
+    let source = cluster.dir("source");
+    Tree::mixed().generate(&source, seed);
+    let mount = cluster.mount();
+    fjordfs_tests::process::sh(cluster.folder(), &format!("cp -a source {}", mount.path().display()));
+    mount.unmount();
+    for (server, hard) in [(0, false), (0, true)] {
+        // Once after a clean stop (the index is checkpointed), once after kill -9 (it is scanned).
+        if hard {
+            cluster.kill_data(server);
+        } else {
+            cluster.stop_data(server);
+        }
+        let target = cluster.target_folder(server, 0);
+        let volume = volumes(&target).first().expect("a volume").clone();
+        truncate(&volume, written_end(&volume) / 2);
+        cluster.start_data(server);
+        cluster.wait_healthy();
+        let log = cluster.data(server).log().to_lowercase();
+        let named = volume.file_name().unwrap().to_string_lossy().to_lowercase();
+        assert!(log.contains(&named), "the log does not name {named}:\n{}", fjordfs_tests::process::tail(&log, 20));
+        let mount = cluster.mount();
+        tree::assert_same(&source, &mount.join("source"), tree::ALL);
+        // The damaged target takes new data again.
+        let after = rng::bytes(seed, 3 << 20);
+        for i in 0..8 {
+            fs::write(mount.join(format!("after{i}")), &after).unwrap();
+        }
+        mount.unmount();
+        let mount = cluster.mount();
+        for i in 0..8 {
+            assert!(fs::read(mount.join(format!("after{i}"))).unwrap() == after);
+        }
+        mount.unmount();
+    }
+    cluster.assert_running();
+}
+
+/// Where the last written byte of a preallocated volume may lie: its allocation is of no use for that.
+fn written_end(volume: &Path) -> u64 {
+    let file = File::open(volume).unwrap();
+    let mut end = 0;
+    while let Ok(data) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(end)) {
+        end = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(data)).unwrap();
+    }
+    assert!(end > 1 << 20, "{} holds only {end} bytes", volume.display());
+    end
+}
