@@ -60,7 +60,7 @@ def main():
         json.dump({"settings": settings, "machine": machine, "fjord": runs[0], "local": runs[1]}, f, indent=1)
         f.write("\n")
     ours, local = map(figures, runs)
-    spoilt = {name: run.get("dirty") for name, run in zip(("FjordFS", "local"), runs) if run.get("dirty")}
+    spoilt = {name: sorted(set(run["dirty"])) for name, run in zip(("FjordFS", "local"), runs) if run.get("dirty")}
     with open(out + ".md", "w") as f:
         f.write(f"# Workload of {runs[0].get('date', '?')[:10]}: {os.path.basename(out).split('-', 3)[-1]}\n\n")
         f.write(f"{settings['fjord_version']}, commit {settings['commit']}, {settings['servers']} data servers, {settings['policy']}")

@@ -16,7 +16,7 @@ use rustix::{
 
 use crate::{
     Process, fjord,
-    process::run,
+    process::run_within,
     wait::{SOON, wait_for, wait_until},
 };
 
@@ -87,7 +87,7 @@ impl MountPoint {
     pub fn unmount(mut self) {
         let mut command = fjord(["umount"]);
         command.arg(&self.dir);
-        run(command).ok();
+        run_within(command, 3 * SOON).ok();
         assert!(!is_mounted(&self.dir), "{} is still mounted after `fjord umount`", self.dir.display());
         let status = self.process.wait();
         assert!(status.success(), "mount process ended with {status}:\n{}", self.process.log());

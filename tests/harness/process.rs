@@ -145,6 +145,18 @@ pub fn have(program: &str) -> bool {
     found
 }
 
+/// Process ids of all `fjord` processes with `word` in their arguments.
+pub fn fjords_with(word: &str) -> Vec<u32> {
+    let about = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<String> =
+            line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
+        words[0].ends_with("fjord") && words.iter().any(|w| w.contains(word))
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(about).collect()
+}
+
 fn text(file: &mut File) -> String {
     let mut raw = Vec::new();
     file.rewind().and_then(|()| file.read_to_end(&mut raw)).expect("output of a command");

@@ -52,7 +52,8 @@ impl Status {
     /// When a target lacks it.
     #[track_caller]
     pub fn sum(&self, key: &str) -> u64 {
-        let of = |t: &Value| t[key].as_u64().unwrap_or_else(|| panic!("a target has no number '{key}': {self}"));
+        let of =
+            |t: &Value| t[key].as_u64().unwrap_or_else(|| panic!("a target has no number '{key}': {self}"));
         self.list("targets").iter().map(of).sum()
     }
 

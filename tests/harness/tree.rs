@@ -162,7 +162,8 @@ pub fn scan(root: &Path) -> Result<BTreeMap<PathBuf, Entry>, String> {
         let full = root.join(&dir);
         for item in fs::read_dir(&full).map_err(|e| format!("{}: {e}", full.display()))? {
             let path = dir.join(item.map_err(|e| format!("{}: {e}", full.display()))?.file_name());
-            let entry = examine(&root.join(&path)).map_err(|e| format!("{}: {e}", root.join(&path).display()))?;
+            let entry =
+                examine(&root.join(&path)).map_err(|e| format!("{}: {e}", root.join(&path).display()))?;
             if entry.0.content == Content::Directory {
                 todo.push(path.clone());
             }
@@ -237,7 +238,8 @@ pub const ALL: Compare = Compare { times: true, hard_links: true };
 /// With the first differences.
 #[track_caller]
 pub fn assert_same(left: &Path, right: &Path, compare: Compare) {
-    let (l, r) = (scan(left).unwrap_or_else(|e| panic!("{e}")), scan(right).unwrap_or_else(|e| panic!("{e}")));
+    let (l, r) =
+        (scan(left).unwrap_or_else(|e| panic!("{e}")), scan(right).unwrap_or_else(|e| panic!("{e}")));
     let differences = differences(&l, &r, compare);
     assert!(
         differences.is_empty(),

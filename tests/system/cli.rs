@@ -1,1 +1,405 @@
-//! x
+//! The verbs of `fjord` as people and scripts use them.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use fjordfs_tests::{
+    Cluster, Process, Setup, fault, fjord, fjord_bin,
+    mountpoint::{detach, is_mounted, wait_unmounted},
+    process::{have, sh},
+    rng, run,
+    tree::{self, Compare, Tree},
+    wait::{SOON, wait_for},
+};
+use serde_json::Value;
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+/// What import and export keep. Whether hard links stay links is not promised.
+const TRANSFERRED: Compare = Compare { times: true, hard_links: false };
+
+#[test]
+fn import_and_export_round_trip() {
+    let seed = rng::seed("round_trip");
+    let cluster = Cluster::start("round-trip", Setup::default());
+    let source = cluster.dir("source");
+    Tree::mixed().generate(&source, seed);
+    let remote = format!("{}:/in/by/address", cluster.meta_address());
+    cluster.fjord(["import", text(&source), &remote]).ok();
+    let mount = cluster.mount();
+    tree::assert_same(&source, &mount.join("in/by/address"), TRANSFERRED);
+    // The same through a mount, and back both ways.
+    cluster.fjord(["import", text(&source), text(&mount.join("mounted"))]).ok();
+    tree::assert_same(&source, &mount.join("mounted"), TRANSFERRED);
+    let back = cluster.dir("back");
+    cluster.fjord(["export", &remote, text(&back.join("a"))]).ok();
+    tree::assert_same(&source, &back.join("a"), TRANSFERRED);
+    cluster.fjord(["export", text(&mount.join("mounted")), text(&back.join("b"))]).ok();
+    tree::assert_same(&source, &back.join("b"), TRANSFERRED);
+    // What is there already is not copied again; what differs is.
+    fs::write(source.join("new"), b"new").unwrap();
+    cluster.fjord(["import", text(&source), text(&mount.join("mounted"))]).ok();
+    tree::assert_same(&source, &mount.join("mounted"), TRANSFERRED);
+    mount.unmount();
+}
+
+#[test]
+fn an_import_that_was_killed_goes_on_where_it_was() {
+    let seed = rng::seed("resume");
+    let cluster = Cluster::start("resume", Setup::default());
+    let source = cluster.dir("source");
+    Tree { small: 1500, large: 8, ..Tree::mixed() }.generate(&source, seed);
+    let target = format!("{}:/in", cluster.meta_address());
+    for _ in 0..2 {
+        let before = cluster.status().number("inodes");
+        let command = cluster.command(["import", text(&source), &target]);
+        let mut import = Process::start("fjord import", command, &cluster.folder().join("import.log"));
+        wait_for("the import to be under way", SOON, || {
+            let s = cluster.try_status()?;
+            if s.number("inodes") > before + 100 || !import.running() { Ok(()) } else { Err(s.to_string()) }
+        });
+        thread::sleep(Duration::from_millis(200));
+        import.kill9();
+    }
+    cluster.fjord(["import", text(&source), &target]).ok();
+    let mount = cluster.mount();
+    tree::assert_same(&source, &mount.join("in"), TRANSFERRED);
+    mount.unmount();
+}
+
+#[test]
+fn verification_finds_a_file_that_differs() {
+    let cluster = Cluster::start("verify", Setup::policy("replica:1"));
+    let source = cluster.dir("source");
+    for i in 0..20 {
+        fs::write(source.join(format!("f{i}")), rng::bytes(i, 50_000)).unwrap();
+    }
+    let target = format!("{}:/in", cluster.meta_address());
+    cluster.fjord(["import", "--verify", text(&source), &target]).ok();
+    // Same length, same time, other bytes: only reading tells.
+    let mount = cluster.mount();
+    sh(
+        mount.path(),
+        "cp -a in/f7 keep; printf X | dd of=in/f7 bs=1 seek=4000 conv=notrunc status=none; touch -r keep in/f7; rm keep",
+    );
+    mount.unmount();
+    let verified = cluster.fjord(["import", "--verify", text(&source), &target]);
+    let mount = cluster.mount();
+    let repaired = fs::read(mount.join("in/f7")).unwrap() == rng::bytes(7, 50_000);
+    assert!(repaired || verified.stderr.contains("f7"), "neither repaired nor reported: {verified}");
+}
+
+#[test]
+fn transfers_say_what_is_wrong() {
+    let cluster = Cluster::start("bad-transfer", Setup::policy("replica:1"));
+    let here = cluster.dir("here");
+    let nobody = cluster.folder().join("nobody/here");
+    let target = format!("{}:/in", cluster.meta_address());
+    cluster.fjord(["import", text(&nobody), &target]).fails_saying(&["nobody/here"]);
+    cluster
+        .fjord(["export", &format!("{}:/missing", cluster.meta_address()), text(&here)])
+        .fails_saying(&["/missing"]);
+    run(fjord(["import", text(&here), text(&cluster.dir("not-in-a-mount"))]))
+        .fails_saying(&["not-in-a-mount"]);
+    run(fjord(["import", text(&here), "127.0.0.1:9:/in"])).fails_saying(&["127.0.0.1:9"]);
+}
+
+fn json(run: &fjordfs_tests::Run) -> Value {
+    serde_json::from_str(&run.stdout).unwrap_or_else(|e| panic!("not JSON ({e}): {run}"))
+}
+
+#[test]
+fn status_and_df_tell_people_and_programs_the_same() {
+    let mut cluster = Cluster::start("status", Setup::default());
+    let mount = cluster.mount();
+    fs::write(mount.join("file"), rng::bytes(1, 20 << 20)).unwrap();
+    let s = cluster.wait_status("the file's shards", |s| s.shards() >= 4);
+    assert_eq!(s.0["healthy"], true);
+    assert_eq!(s.0["default_policy"], "replica:2");
+    assert_eq!(s.sessions(), 1);
+    assert!(s.number("free") <= s.number("capacity"));
+    let people = cluster.fjord(["status"]).ok().stdout;
+    for word in
+        ["healthy", "data0", "data1", "data2", &cluster.data_address(1), s.0["cluster_id"].as_str().unwrap()]
+    {
+        assert!(people.contains(word), "'{word}' is missing in\n{people}");
+    }
+    // Without --meta or FJORD_META: through the mount.
+    let through = run(fjord(["status", "--json", text(&mount.join("file"))])).ok();
+    assert_eq!(json(&through)["cluster_id"], s.0["cluster_id"]);
+    let df = json(&cluster.fjord(["df", "--json"]).ok());
+    let policies = df["policies"].as_array().unwrap();
+    let row = policies.iter().find(|p| p["policy"] == "replica:2").unwrap();
+    assert_eq!(row["default"], true);
+    assert!(row["free"].as_u64() <= row["usable"].as_u64());
+    assert!(cluster.fjord(["df"]).ok().stdout.contains("replica:2"));
+    // The system's own df sees a filesystem of about that size.
+    let system = rustix::fs::statvfs(mount.path()).unwrap();
+    let size = system.f_blocks * system.f_frsize;
+    let usable = row["usable"].as_u64().unwrap();
+    assert!(size > usable / 2 && size < usable * 2, "df says {size}, fjord df {usable}");
+    cluster.kill_data(1);
+    cluster.wait_status("the dead server to be noticed", |s| s.servers_up() == 2);
+    let degraded = cluster.fjord(["status"]);
+    assert_eq!(degraded.code(), 1, "a degraded cluster is exit status 1: {degraded}");
+    assert!(degraded.stdout.contains("DEGRADED"), "{degraded}");
+    mount.unmount();
+}
+
+#[test]
+fn stat_shows_where_a_file_is() {
+    let cluster = Cluster::start("stat", Setup::default());
+    let mount = cluster.mount();
+    fs::write(mount.join("large"), rng::bytes(1, 40 << 20)).unwrap();
+    fs::write(mount.join("tiny"), b"inline").unwrap();
+    let shown = json(&run(fjord(["stat", "--json", text(&mount.join("large"))])).ok());
+    assert_eq!(shown["size"], 40 << 20, "{shown}");
+    let raw = shown.to_string();
+    assert!(raw.contains("replica:2"), "{raw}");
+    for path in ["large", "tiny"] {
+        let people = run(fjord(["stat", text(&mount.join(path))])).ok().stdout;
+        assert!(people.contains(path), "{people}");
+    }
+    let remote = format!("{}:/large", cluster.meta_address());
+    assert_eq!(json(&run(fjord(["stat", "--json", &remote])).ok())["size"], 40 << 20);
+    run(fjord(["stat", text(&mount.join("missing"))])).fails_saying(&["missing"]);
+    mount.unmount();
+}
+
+#[test]
+fn the_layout_of_a_directory_decides_about_new_files() {
+    let cluster = Cluster::start("layout", Setup::policy("replica:1"));
+    let mount = cluster.mount();
+    let dir = mount.join("dir");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("before"), rng::bytes(1, 1 << 20)).unwrap();
+    let get = |path: &Path| run(fjord(["layout", "get", text(path)])).ok().stdout;
+    assert!(get(&dir).contains("replica:1"));
+    run(fjord(["layout", "set", text(&dir), "replica:3"])).ok();
+    assert!(get(&dir).contains("replica:3"));
+    assert!(get(mount.path()).contains("replica:1"));
+    fs::write(dir.join("after"), rng::bytes(2, 1 << 20)).unwrap();
+    fs::create_dir(dir.join("below")).unwrap();
+    assert!(get(&dir.join("below")).contains("replica:3"), "directories inherit");
+    assert!(get(&dir.join("after")).contains("replica:3"));
+    cluster.wait_status("one and three copies", |s| s.shards() == 4);
+    run(fjord(["layout", "set", text(&dir), "mirror:2"])).fails_saying(&["mirror:2", "replica:N"]);
+    run(fjord(["layout", "set", text(&dir.join("after")), "replica:2"])).fails_saying(&["after", "director"]);
+    run(fjord(["layout", "set", text(&mount.join("missing")), "replica:2"])).fails_saying(&["missing"]);
+    mount.unmount();
+}
+
+#[test]
+fn completions_and_help() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(fjord(["completions", shell])).ok().stdout;
+        assert!(script.contains("import") && script.contains("umount"), "{shell}: {script}");
+    }
+    let script = run(fjord(["completions", "bash"])).ok().stdout;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), script).unwrap();
+    sh(Path::new("/"), &format!("bash -n {}", file.path().display()));
+    let help = run(fjord(["--help"])).ok().stdout;
+    for verb in
+        ["up", "meta", "data", "mount", "umount", "status", "df", "import", "export", "stat", "layout"]
+    {
+        assert!(help.contains(verb), "{verb} is missing in\n{help}");
+        run(fjord([verb, "--help"])).ok();
+    }
+    assert!(run(fjord(["--version"])).ok().stdout.starts_with("fjord "));
+}
+
+/// `/sbin/mount.fuse.fjord`, for as long as this lives.
+struct MountHelper(PathBuf);
+
+impl MountHelper {
+    fn install() -> MountHelper {
+        let path = PathBuf::from("/sbin/mount.fuse.fjord");
+        // What a person has installed is not replaced by the binary under test.
+        assert!(!path.exists(), "{} exists already: remove it to run this test", path.display());
+        let _ = fs::remove_file(&path);
+        symlink(fjord_bin(), &path).unwrap();
+        MountHelper(path)
+    }
+}
+
+impl Drop for MountHelper {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A folder that is unmounted whatever happens.
+struct Unmounted(PathBuf);
+
+impl Drop for Unmounted {
+    fn drop(&mut self) {
+        detach(&self.0);
+    }
+}
+
+#[test]
+fn mount8_and_fstab() {
+    let cluster = Cluster::start("mount8", Setup::default());
+    let dir = Unmounted(cluster.dir("by-mount8"));
+    let meta = cluster.meta_address();
+    let _helper = MountHelper::install();
+    let line = format!("mount -t fuse.fjord -o nosuid,nodev,noatime,ro {meta} {}", dir.0.display());
+    sh(cluster.folder(), &line);
+    assert!(is_mounted(&dir.0));
+    let options =
+        sh(cluster.folder(), &format!("findmnt -no FSTYPE,SOURCE,OPTIONS {}", dir.0.display())).stdout;
+    for word in ["fuse.fjord", meta.as_str(), "nosuid", "nodev", "noatime", "ro"] {
+        assert!(options.contains(word), "'{word}' is missing in {options}");
+    }
+    let error = fs::write(dir.0.join("f"), b"x").unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    sh(cluster.folder(), &format!("umount {}", dir.0.display()));
+    wait_unmounted(&dir.0);
+    // An fstab of our own: mount(8) reads source, type and options from it.
+    let fstab = cluster.folder().join("fstab");
+    fs::write(
+        &fstab,
+        format!("{meta} {} fuse.fjord rw,noauto,x-systemd.automount,_netdev 0 0\n", dir.0.display()),
+    )
+    .unwrap();
+    sh(cluster.folder(), &format!("mount -T {} {}", fstab.display(), dir.0.display()));
+    fs::write(dir.0.join("f"), b"x").unwrap();
+    run(fjord(["umount", text(&dir.0)])).ok();
+    assert!(!is_mounted(&dir.0));
+    // Unmounted by umount(8), everything written must have arrived, too.
+    sh(cluster.folder(), &format!("mount -T {} {}", fstab.display(), dir.0.display()));
+    assert_eq!(fs::read(dir.0.join("f")).unwrap(), b"x");
+    fs::write(dir.0.join("g"), rng::bytes(3, 3 << 20)).unwrap();
+    sh(cluster.folder(), &format!("umount {}", dir.0.display()));
+    let mount = cluster.mount();
+    assert!(fs::read(mount.join("g")).unwrap() == rng::bytes(3, 3 << 20));
+    mount.unmount();
+}
+
+#[test]
+fn a_mount_in_the_background_and_its_end() {
+    let cluster = Cluster::start("background", Setup::default());
+    let dir = Unmounted(cluster.dir("background"));
+    let log = cluster.folder().join("background-mount.log");
+    let option = format!("log={}", log.display());
+    cluster.fjord(["mount", &cluster.meta_address(), text(&dir.0), "-o", &option]).ok();
+    assert!(is_mounted(&dir.0));
+    let open = fs::File::create(dir.0.join("f")).unwrap();
+    // In use: refused with a reason, not hung, and nothing is torn down.
+    cluster.fjord(["umount", text(&dir.0)]).fails_saying(&[text(&dir.0), "in use"]);
+    fs::write(dir.0.join("g"), b"still works").unwrap();
+    drop(open);
+    cluster.fjord(["umount", text(&dir.0)]).ok();
+    assert!(!is_mounted(&dir.0));
+    let left = fjordfs_tests::process::fjords_with(text(&dir.0));
+    assert!(left.is_empty(), "processes {left:?} are left of the mount");
+}
+
+#[test]
+fn an_ordinary_user_mounts_through_fusermount() {
+    if !have("fusermount3") || !have("setpriv") {
+        return;
+    }
+    let cluster = Cluster::start("user", Setup::default());
+    let home = cluster.dir("home");
+    fs::set_permissions(cluster.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    let bin = cluster.folder().join("fjord");
+    // The binary may lie below a folder that only root can enter.
+    fs::copy(fjord_bin(), &bin).unwrap();
+    std::os::unix::fs::chown(&home, Some(65_534), Some(65_534)).unwrap();
+    let mountpoint = home.join("mnt");
+    let dir = Unmounted(mountpoint.clone());
+    let root_mount = cluster.mount();
+    fs::create_dir(root_mount.join("users")).unwrap();
+    fs::set_permissions(root_mount.join("users"), fs::Permissions::from_mode(0o1777)).unwrap();
+    fs::create_dir(root_mount.join("private")).unwrap();
+    fs::set_permissions(root_mount.join("private"), fs::Permissions::from_mode(0o700)).unwrap();
+    let device = fs::metadata("/dev/fuse").unwrap().permissions();
+    if device.mode() & 0o006 != 0o006 {
+        eprintln!("/dev/fuse is closed to users on this machine: opened for the length of this test");
+    }
+    let _open = OpenDevice::new(device);
+    let as_user = |line: &str| {
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "--inh-caps=-all",
+            "bash",
+            "-euc",
+            line,
+        ]);
+        command.env("HOME", &home).current_dir("/");
+        run(command)
+    };
+    let (bin, mnt) = (bin.display(), mountpoint.display());
+    as_user(&format!(
+        "mkdir {mnt}; {bin} mount {} {mnt} -o log={}",
+        cluster.meta_address(),
+        home.join("log").display()
+    ))
+    .ok();
+    let said = as_user(&format!(
+        "cd {mnt}/users; echo mine >f; stat -c %u:%g f; cat f; ls {mnt}/private || echo refused"
+    ))
+    .ok();
+    assert_eq!(said.stdout.lines().collect::<Vec<_>>(), ["65534:65534", "mine", "refused"], "{said}");
+    as_user(&format!("{bin} umount {mnt}")).ok();
+    assert!(!is_mounted(&dir.0));
+    assert_eq!(fs::read(root_mount.join("users/f")).unwrap(), b"mine\n");
+    root_mount.unmount();
+}
+
+/// `/dev/fuse` for everyone, as distributions set it, and as it was again afterwards.
+struct OpenDevice(fs::Permissions);
+
+impl OpenDevice {
+    fn new(before: fs::Permissions) -> OpenDevice {
+        fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
+        OpenDevice(before)
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions("/dev/fuse", self.0.clone());
+    }
+}
+
+/// A daemon's configuration file does the same as its flags.
+#[test]
+fn daemons_read_their_configuration() {
+    let cluster = Cluster::start("config-file", Setup { servers: 2, ..Setup::default() });
+    let target = cluster.dir("configured");
+    let config = cluster.folder().join("data.toml");
+    let listen = format!("127.0.0.1:{}", fjordfs_tests::scratch::free_port());
+    let content = format!(
+        "meta = \"{}\"\nlisten = \"{listen}\"\nname = \"configured\"\ntargets = [\"{}@rack9\"]\nvolume_size = \"64MiB\"\ncores = 1\n",
+        cluster.meta_address(),
+        target.display()
+    );
+    fs::write(&config, content).unwrap();
+    let command = fjord(["data", "--config", text(&config)]);
+    let _server = Process::start("the configured server", command, &cluster.folder().join("configured.log"));
+    let s = cluster.wait_status("the configured server", |s| s.servers_up() == 3);
+    let server = s.list("servers").iter().find(|s| s["name"] == "configured").unwrap();
+    assert_eq!(server["address"], listen);
+    let of_server = s.list("targets").iter().find(|t| t["server"] == server["id"]).unwrap();
+    assert_eq!(of_server["domain"], "rack9");
+    // It takes part at once.
+    let mount = cluster.mount();
+    fs::write(mount.join("f"), rng::bytes(1, 100 << 20)).unwrap();
+    mount.unmount();
+    assert!(!fault::volumes(&target).is_empty(), "the new target got no data");
+}

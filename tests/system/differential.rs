@@ -1,4 +1,5 @@
 //! The mount behaves as a local directory does: the same random operations, the same results.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use fjordfs_tests::{Cluster, Setup, differential::Pair, differential::sequence, rng, wait::SOON};
 
@@ -27,7 +28,11 @@ fn random_operations_do_what_they_do_locally() {
     cluster.start_all();
     let logs = cluster.folder().to_owned();
     let again = fjordfs_tests::MountPoint::start(&cluster.meta_address(), &dir, "", &logs);
-    assert_eq!(pair.compare_all(), None, "after unmount and restart of the cluster (FJORD_SEED={seed}, {SOON:?})");
+    assert_eq!(
+        pair.compare_all(),
+        None,
+        "after unmount and restart of the cluster (FJORD_SEED={seed}, {SOON:?})"
+    );
     again.unmount();
     cluster.assert_running();
 }

@@ -1,4 +1,5 @@
 //! Namespace operations happen exactly once, however often the metaserver dies while they are under way.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,5 @@
 //! A full cluster: the writer is told, nothing that was written before suffers, and deleting makes room.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{
     fs::{self, File},
@@ -91,7 +92,8 @@ fn a_disk_that_is_really_full() {
 fn writes_go_to_targets_with_room() {
     let scratch = Scratch::new("uneven");
     let disk = SmallDisk::new(&scratch, "disk", 100);
-    let roots = vec![disk.path().to_owned(), scratch.dir("roomy1"), scratch.dir("roomy2"), scratch.dir("roomy3")];
+    let roots =
+        vec![disk.path().to_owned(), scratch.dir("roomy1"), scratch.dir("roomy2"), scratch.dir("roomy3")];
     let setup = Setup { servers: 4, roots, volume_size: 32 << 20, ..Setup::default() };
     let mut cluster = Cluster::start("uneven", setup);
     let mount = cluster.mount();

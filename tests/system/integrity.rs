@@ -1,4 +1,5 @@
 //! Bytes are verified or refused: never wrong ones, never zeros for lost ones.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{
     fs::{self, File},
@@ -125,7 +126,11 @@ fn a_truncated_volume_is_reported_and_the_other_copies_serve() {
         cluster.wait_healthy();
         let log = cluster.data(server).log().to_lowercase();
         let named = volume.file_name().unwrap().to_string_lossy().to_lowercase();
-        assert!(log.contains(&named), "the log does not name {named}:\n{}", fjordfs_tests::process::tail(&log, 20));
+        assert!(
+            log.contains(&named),
+            "the log does not name {named}:\n{}",
+            fjordfs_tests::process::tail(&log, 20)
+        );
         let mount = cluster.mount();
         tree::assert_same(&source, &mount.join("source"), tree::ALL);
         // The damaged target takes new data again.

@@ -1,4 +1,5 @@
 //! Deleting gives space back: on the data servers' disks, for whole blocks and for shared ones.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::fs;
 

@@ -1,4 +1,5 @@
 //! What one client does, another one sees: at close for bytes, at once for names.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{
     collections::BTreeSet,
@@ -40,7 +41,8 @@ fn what_is_closed_is_what_the_other_opens() {
             }
             2 => {
                 let size = random.random_range(0..300_000);
-                let file = File::options().create(true).truncate(false).write(true).open(writer.join(name)).unwrap();
+                let file =
+                    File::options().create(true).truncate(false).write(true).open(writer.join(name)).unwrap();
                 file.set_len(size as u64).unwrap();
                 expected.resize(size, 0);
             }
@@ -51,7 +53,11 @@ fn what_is_closed_is_what_the_other_opens() {
         }
         for mount in [reader, writer] {
             let got = fs::read(mount.join(name)).unwrap();
-            assert!(got == expected, "round {round}, FJORD_SEED={seed}: {}", first_difference(&got, &expected));
+            assert!(
+                got == expected,
+                "round {round}, FJORD_SEED={seed}: {}",
+                first_difference(&got, &expected)
+            );
             assert_eq!(fs::metadata(mount.join(name)).unwrap().len(), expected.len() as u64);
         }
     }

@@ -110,7 +110,11 @@ fn any(rng: &mut TestRng) -> Op {
         92..94 => Op::List { path },
         94..96 => Op::Chmod { path, mode: mode(rng) },
         96..98 => Op::Chown { path, uid: rng.random_range(0..3), gid: rng.random_range(0..3) },
-        _ => Op::Utimens { path, sec: rng.random_range(0..1_000_000_000), nsec: rng.random_range(0..1_000_000_000) },
+        _ => Op::Utimens {
+            path,
+            sec: rng.random_range(0..1_000_000_000),
+            nsec: rng.random_range(0..1_000_000_000),
+        },
     }
 }
 
@@ -158,7 +162,8 @@ fn rename_flags(rng: &mut TestRng) -> RenameFlags {
 
 /// Around the sizes where something changes: inline bytes, pages, requests, blocks.
 fn boundary(rng: &mut TestRng) -> u64 {
-    let edge: u64 = *[0, 1, 4096, 8192, 65_536, 131_072, 1 << 20, 2 << 20, 16 << 20].choose(rng).unwrap_or(&0);
+    let edge: u64 =
+        *[0, 1, 4096, 8192, 65_536, 131_072, 1 << 20, 2 << 20, 16 << 20].choose(rng).unwrap_or(&0);
     (edge + rng.random_range(0..4)).saturating_sub(rng.random_range(0..3))
 }
 

@@ -36,7 +36,7 @@ mod tests {
     #[test]
     fn only_what_matters_is_left() {
         let ops: Vec<Op> = (0..40).map(|slot| Op::Close { slot }).collect();
-        let needs = |ops: &[Op]| [7, 31].iter().all(|s| ops.iter().any(|o| *o == Op::Close { slot: *s }));
+        let needs = |ops: &[Op]| [7, 31].iter().all(|s| ops.contains(&Op::Close { slot: *s }));
         assert_eq!(shrink(&ops, 500, needs), [Op::Close { slot: 7 }, Op::Close { slot: 31 }]);
     }
 }

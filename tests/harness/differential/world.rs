@@ -43,7 +43,8 @@ impl fmt::Debug for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Runs, as written bytes come in runs of one value that grows per position.
         write!(f, "{} bytes: ", self.0.len())?;
-        for (i, byte) in self.0.iter().enumerate().filter(|(i, b)| *i == 0 || self.0[i - 1].abs_diff(**b) > 1).take(12)
+        for (i, byte) in
+            self.0.iter().enumerate().filter(|(i, b)| *i == 0 || self.0[i - 1].abs_diff(**b) > 1).take(12)
         {
             write!(f, "@{i}={byte} ")?;
         }
@@ -127,7 +128,9 @@ impl World {
             Op::Chown { path, uid, gid } => {
                 fs::chown(self.at(path), Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
             }
-            Op::Utimens { path, sec, nsec } => return self.utimens(path, Timespec { tv_sec: sec, tv_nsec: nsec }),
+            Op::Utimens { path, sec, nsec } => {
+                return self.utimens(path, Timespec { tv_sec: sec, tv_nsec: nsec });
+            }
             ref op => return self.with_descriptor(op),
         }
         Ok(Outcome::Done)
@@ -159,7 +162,9 @@ impl World {
         };
         let Some(fd) = self.slots[slot].as_ref() else { return Ok(Outcome::Skipped) };
         Ok(match *op {
-            Op::Write { len, fill, .. } => Outcome::Count(all(&pattern(len, fill), |_, rest| io::write(fd, rest))?),
+            Op::Write { len, fill, .. } => {
+                Outcome::Count(all(&pattern(len, fill), |_, rest| io::write(fd, rest))?)
+            }
             Op::Pwrite { at, len, fill, .. } => {
                 Outcome::Count(all(&pattern(len, fill), |done, rest| io::pwrite(fd, rest, at + done as u64))?)
             }
@@ -219,7 +224,8 @@ fn mmap_write(fd: &OwnedFd, at: u64, len: usize, fill: u8) -> io::Result<Outcome
     let to_errno = |e: std::io::Error| Errno::from_io_error(&e).unwrap_or(Errno::IO);
     let file = File::from(fd.as_fd().try_clone_to_owned().map_err(to_errno)?);
     // SAFETY: nothing else truncates or maps this file while the map lives; it is the test's own.
-    let mut map = unsafe { memmap2::MmapOptions::new().offset(at).len(len).map_mut(&file) }.map_err(to_errno)?;
+    let mut map =
+        unsafe { memmap2::MmapOptions::new().offset(at).len(len).map_mut(&file) }.map_err(to_errno)?;
     map.copy_from_slice(&pattern(len, fill));
     map.flush().map_err(to_errno)?;
     Ok(Outcome::Done)
@@ -231,7 +237,7 @@ fn attr(stat: &fs::Stat) -> Attr {
     Attr {
         kind,
         mode: stat.st_mode & 0o7777,
-        nlink: stat.st_nlink as u64,
+        nlink: stat.st_nlink,
         owner: (stat.st_uid, stat.st_gid),
         size: (kind != FileType::Directory).then_some(stat.st_size),
         mtime_set: set.then_some((stat.st_mtime, stat.st_mtime_nsec as i64)),
