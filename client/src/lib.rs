@@ -1,1 +1,52 @@
-//! FjordFS.
+//! The FjordFS client library: a POSIX-like namespace and files, straight from a Rust program, without a mount.
+//!
+//! ```no_run
+//! # async fn example() -> fjordfs_client::FsResult<()> {
+//! use fjordfs_client::{Client, Options};
+//!
+//! let client = Client::connect("127.0.0.1:7440", Options::default()).await?;
+//! client.create_dir_all("/runs/7").await?;
+//! let file = client.create_path("/runs/7/step-100.ckpt").await?;
+//! file.write_at(0, bytes::Bytes::from_static(b"weights")).await?;
+//! file.fsync().await?;
+//! file.close().await?;
+//! client.shutdown().await
+//! # }
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`client`](Client) | begin and end of a session |
+//! | `namespace` | operations on inodes and directories |
+//! | [`path`](OpenOptions) | the same by path, and the batch read |
+//! | [`file`](File) | open files: read, write, append, flush, fsync |
+//! | `write` | dirty bytes → blocks → commits |
+//! | `cache` | verified block data in memory |
+//! | `data` | shards over the framed protocol |
+//! | `meta` | the session stream |
+//! | `engine` | threads |
+
+mod blocks;
+mod cache;
+mod client;
+mod data;
+mod engine;
+mod file;
+mod memory;
+mod meta;
+mod namespace;
+mod options;
+mod path;
+mod write;
+
+pub use client::Client;
+pub use engine::enter_lane;
+pub use file::File;
+pub use fjordfs_proto::{
+    FsError, FsResult, InodeId, ROOT_INODE,
+    error::Errno,
+    pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time},
+};
+pub use namespace::{AttrChange, NewNode, SetTime, StatFs};
+pub use options::Options;
+pub use path::{OpenOptions, ReadRequest};

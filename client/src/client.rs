@@ -1,0 +1,131 @@
+//! A connected client: what it is made of, and how it begins and ends.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak, atomic::AtomicUsize},
+};
+
+use fjordfs_proto::{ClusterMap, FsResult, InodeId, SessionId};
+use parking_lot::Mutex;
+use tokio::sync::{broadcast, mpsc};
+
+use crate::{
+    Options,
+    blocks::BlockIds,
+    cache::BlockCache,
+    data::{DataClient, Unsynced},
+    engine::Engine,
+    file::FileState,
+    memory::DirtyBudget,
+    meta::MetaClient,
+    write::{packer, spawn_flusher},
+};
+
+/// A session with a FjordFS cluster. Clones share it.
+///
+/// Works from any tokio runtime: connections and background work live on threads of the client's own. Dropping the
+/// last clone abandons what is not committed; [`Client::shutdown`] writes it back and reports failures.
+#[derive(Clone)]
+pub struct Client {
+    pub(crate) inner: Arc<Inner>,
+}
+
+/// The parts.
+pub(crate) struct Inner {
+    pub(crate) options: Options,
+    pub(crate) meta: Arc<MetaClient>,
+    pub(crate) data: Arc<DataClient>,
+    pub(crate) cache: BlockCache,
+    pub(crate) blocks: BlockIds,
+    pub(crate) budget: Arc<DirtyBudget>,
+    /// Inodes that are open or dirty.
+    pub(crate) files: Mutex<HashMap<InodeId, Weak<FileState>>>,
+    /// Size of `files` at which dead entries are swept.
+    pub(crate) files_sweep: AtomicUsize,
+    /// Files with data that is not committed; keeps them alive.
+    pub(crate) dirty: Mutex<HashMap<InodeId, Arc<FileState>>>,
+    /// Stored shards that are not known to be power-safe, by the inode that has bytes in them.
+    pub(crate) unsynced: Mutex<HashMap<InodeId, Vec<Unsynced>>>,
+    pub(crate) packer: mpsc::UnboundedSender<packer::Request>,
+    moved: broadcast::Sender<InodeId>,
+    /// Last: the others' tasks run on it.
+    pub(crate) engine: Arc<Engine>,
+}
+
+impl Client {
+    /// Connects to the metaserver at `meta` (`HOST:PORT`) and begins a session.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when nobody answers there, `EPROTO` when the metaserver refuses this client.
+    pub async fn connect(meta: &str, options: Options) -> FsResult<Client> {
+        let engine = Arc::new(Engine::start(options.threads)?);
+        // The session's connection is driven by the engine, not by the caller's runtime.
+        let (address, session_options) = (meta.to_owned(), options.clone());
+        let session = engine.spawn(async move { MetaClient::connect(&address, &session_options).await });
+        let (meta, _) = session.await.map_err(|e| {
+            fjordfs_proto::FsError::new(
+                fjordfs_proto::error::Errno::EIO,
+                format!("connecting was interrupted: {e}"),
+            )
+        })??;
+        let meta = Arc::new(meta);
+        let data = Arc::new(DataClient::new(engine.clone(), meta.map_changes(), &options));
+        let (packer, queue) = mpsc::unbounded_channel();
+        let inner = Arc::new(Inner {
+            cache: BlockCache::new(data.clone(), options.cache_max(), options.prefetch_max()),
+            blocks: BlockIds::new(meta.clone(), options.operation_timeout),
+            budget: Arc::new(DirtyBudget::new(options.dirty_max())),
+            files: Mutex::default(),
+            files_sweep: AtomicUsize::new(1024),
+            dirty: Mutex::default(),
+            unsynced: Mutex::default(),
+            packer,
+            moved: broadcast::Sender::new(1024),
+            meta,
+            data,
+            options,
+            engine,
+        });
+        inner.engine.spawn(packer::run(Arc::downgrade(&inner), queue));
+        spawn_flusher(&inner);
+        Ok(Client { inner })
+    }
+
+    /// Writes everything back, makes it power-safe and ends the session.
+    ///
+    /// # Errors
+    /// The first failure; the session is ended nevertheless.
+    pub async fn shutdown(&self) -> FsResult<()> {
+        let synced = self.sync_all().await;
+        let ended = self.inner.meta.goodbye().await;
+        synced.and(ended)
+    }
+
+    /// The newest cluster map.
+    pub fn map(&self) -> Arc<ClusterMap> {
+        self.inner.meta.map()
+    }
+
+    /// Number of the session.
+    pub fn session(&self) -> SessionId {
+        self.inner.meta.session()
+    }
+
+    /// Bytes of written data that are not stored yet.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.inner.budget.used()
+    }
+
+    /// Inodes in which appended bytes turned out to lie further on than they were written, because another client
+    /// appended first: whoever caches their bytes has to drop them.
+    pub fn appends_moved(&self) -> broadcast::Receiver<InodeId> {
+        self.inner.moved.subscribe()
+    }
+}
+
+impl Inner {
+    pub(crate) fn tell_moved(&self, ino: InodeId) {
+        // Nobody listens unless a mount caches.
+        let _ = self.moved.send(ino);
+    }
+}

@@ -1,0 +1,75 @@
+//! Shards over the framed protocol: connections, whole-block writes, verified reads.
+//!
+//! # Verification
+//! Page CRCs are computed before a block leaves this process and checked when its pages come back. A page that does
+//! not match is a miss: the next copy is asked, and bytes that did not verify are never handed out.
+
+mod connection;
+mod pool;
+mod read;
+mod sync;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+use fjordfs_proto::{ClusterMap, FsError, FsResult, TargetId, error::Errno};
+use tokio::sync::watch;
+
+pub(crate) use read::BlockRange;
+pub(crate) use sync::Unsynced;
+
+use connection::Connection;
+use pool::Pool;
+
+use crate::{Options, engine::Engine};
+
+/// All data servers, as this client sees them.
+pub(crate) struct DataClient {
+    pool: Pool,
+    map: watch::Receiver<Arc<ClusterMap>>,
+    hedge_delay: Duration,
+    timeout: Duration,
+}
+
+impl DataClient {
+    pub(crate) fn new(
+        engine: Arc<Engine>,
+        map: watch::Receiver<Arc<ClusterMap>>,
+        options: &Options,
+    ) -> DataClient {
+        let cluster_id = map.borrow().cluster_id.clone();
+        DataClient {
+            pool: Pool::new(engine, cluster_id, options.description.clone()),
+            map,
+            hedge_delay: options.hedge_delay,
+            timeout: options.operation_timeout,
+        }
+    }
+
+    pub(crate) fn map(&self) -> Arc<ClusterMap> {
+        self.map.borrow().clone()
+    }
+
+    /// A connection of this thread's lane to the server of `target`.
+    async fn connection(&self, target: TargetId) -> FsResult<Arc<Connection>> {
+        let map = self.map();
+        let (id, server) = map
+            .server_of(target)
+            .ok_or_else(|| FsError::new(Errno::EIO, format!("target {target} is not in the cluster map")))?;
+        self.pool.get(id, &server.address).await
+    }
+
+    /// Runs `work` with a target, giving up when the metaserver no longer takes the target for reachable, or after
+    /// the operation timeout.
+    async fn while_up<T>(&self, target: TargetId, work: impl Future<Output = FsResult<T>>) -> FsResult<T> {
+        let mut map = self.map.clone();
+        let down = map.wait_for(|map| !map.targets.get(&target).is_some_and(|t| t.readable()));
+        let why = tokio::select! {
+            biased;
+            result = work => return result,
+            _ = down => "it is down".to_owned(),
+            () = tokio::time::sleep(self.timeout) => format!("no answer within {:?}", self.timeout),
+        };
+        Err(FsError::new(Errno::EIO, format!("target {target}: {why}")))
+    }
+}

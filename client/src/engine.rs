@@ -1,0 +1,81 @@
+//! Where the client's work runs.
+//!
+//! Background work (the session stream, uploads, read-ahead) and the data connections of callers without a lane run
+//! on a small runtime of the client's own, so that the library works from any runtime and outlives it. A thread that
+//! enters a **lane** ([`enter_lane`]: the FUSE workers do) gets data connections of its own, driven by its own
+//! runtime: its requests go to the wire and come back without changing threads.
+
+use std::cell::Cell;
+
+use fjordfs_proto::{FsError, FsResult, error::Errno};
+use tokio::{
+    runtime::{Handle, Runtime},
+    task::JoinHandle,
+};
+
+/// Number of a lane; 0 is the engine's own runtime.
+pub(crate) type LaneId = usize;
+
+thread_local! {
+    static LANE: Cell<LaneId> = const { Cell::new(0) };
+}
+
+/// Declares that this thread drives a current-thread tokio runtime, and that connections used from it shall live
+/// there. `index` counts from 0 and is used by one thread at a time.
+pub fn enter_lane(index: usize) {
+    LANE.set(index + 1);
+}
+
+/// The calling thread's lane.
+pub(crate) fn lane() -> LaneId {
+    LANE.get()
+}
+
+/// The client's own runtime.
+pub(crate) struct Engine {
+    runtime: Option<Runtime>,
+    handle: Handle,
+}
+
+impl Engine {
+    pub(crate) fn start(threads: usize) -> FsResult<Engine> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads.max(1))
+            .thread_name("fjord-engine")
+            .enable_all()
+            .build()
+            .map_err(|e| FsError::new(Errno::EAGAIN, format!("cannot start the client's threads: {e}")))?;
+        let handle = runtime.handle().clone();
+        Ok(Engine { runtime: Some(runtime), handle })
+    }
+
+    /// Runs a task on the engine.
+    pub(crate) fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.handle.spawn(task)
+    }
+
+    /// Runs a task on the calling thread's lane, so that what it does belongs to this thread.
+    pub(crate) fn spawn_here<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        match lane() {
+            0 => self.handle.spawn(task),
+            _ => tokio::spawn(task),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // May run inside another runtime, where waiting for threads is not allowed.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Open files.
+//!
+//! All handles of one inode in this client share one [`FileState`]: what one handle writes, every other reads at once.
+
+mod read;
+mod segment;
+mod view;
+mod write;
+
+use std::sync::{Arc, atomic::Ordering};
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    FsError, FsResult, HandleId, InodeId,
+    error::Errno,
+    pb::meta::{Attr, Close, Open, OpenReply, Time, request::Op, response},
+};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+pub(crate) use segment::UnitId;
+pub(crate) use view::View;
+
+use crate::{
+    client::Inner,
+    meta::unexpected,
+    write::{UnitDone, packer},
+};
+
+/// What this client knows of one inode.
+pub(crate) struct FileState {
+    pub(crate) ino: InodeId,
+    inner: Mutex<FileInner>,
+}
+
+/// Behind the lock.
+pub(crate) struct FileInner {
+    pub(crate) view: View,
+    /// Units on their way, oldest first.
+    pub(crate) units: Vec<(UnitId, UnitDone)>,
+    /// The first write-back failure that nobody has been told of.
+    pub(crate) error: Option<FsError>,
+    /// Since when there has been dirty data.
+    pub(crate) dirty_since: Option<Instant>,
+}
+
+impl FileState {
+    pub(crate) fn new(attr: Attr) -> FileState {
+        let view = View::new(attr);
+        FileState {
+            ino: view.ino(),
+            inner: Mutex::new(FileInner { view, units: Vec::new(), error: None, dirty_since: None }),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> parking_lot::MutexGuard<'_, FileInner> {
+        self.inner.lock()
+    }
+
+    /// Reports a write-back failure once.
+    fn take_error(&self) -> FsResult<()> {
+        match self.lock().error.take() {
+            Some(e) => Err(e),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until every unit that is on its way now has been committed or has failed.
+    pub(crate) async fn settle(&self) {
+        let units: Vec<UnitDone> = self.lock().units.iter().map(|(_, done)| done.clone()).collect();
+        for mut done in units {
+            // A dropped sender is a finished unit.
+            let _ = done.wait_for(|done| *done).await;
+        }
+    }
+}
+
+/// An open file. Clones are the same handle; it is closed when the last one is dropped.
+///
+/// Dropping does not wait: what was written is committed within a second, but only [`File::close`], [`File::flush`]
+/// and [`File::fsync`] report a failure.
+#[derive(Clone)]
+pub struct File {
+    handle: Arc<Handle>,
+}
+
+/// One open of a file.
+struct Handle {
+    client: Arc<Inner>,
+    state: Arc<FileState>,
+    id: HandleId,
+    /// Where a sequential reader would go on, and how far it has been read ahead.
+    cursor: Mutex<read::Cursor>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.client.meta.forget_handle(self.id);
+        drop(self.client.meta.submit(Op::Close(Close { handle: self.id.0 })));
+    }
+}
+
+impl File {
+    /// Opens an inode.
+    pub(crate) async fn open(client: &Arc<Inner>, ino: InodeId) -> FsResult<(Attr, File)> {
+        let id = client.meta.new_handle();
+        client.meta.remember_handle(id, ino);
+        let opened = client.meta.call(Op::Open(Open { ino: ino.0, handle: id.0 })).await;
+        let reply = match opened {
+            Ok(response::Result::Open(reply)) => reply,
+            Ok(_) => return Err(unexpected("an open")),
+            Err(e) => {
+                client.meta.forget_handle(id);
+                return Err(e);
+            }
+        };
+        let OpenReply { attr: Some(attr), extents } = reply else { return Err(unexpected("an open")) };
+        let file = File::of_handle(client, id, attr);
+        let mut inner = file.handle.state.lock();
+        if let Some(extents) = extents
+            && extents.next_offset > 0
+        {
+            inner.view.learn_extents(0, extents)?;
+        }
+        let attr = inner.view.attr();
+        drop(inner);
+        Ok((attr, file))
+    }
+
+    /// Wraps a handle that the server has opened already (open, or create).
+    pub(crate) fn of_handle(client: &Arc<Inner>, id: HandleId, attr: Attr) -> File {
+        let state = client.file_state(attr);
+        File { handle: Arc::new(Handle { client: client.clone(), state, id, cursor: Mutex::default() }) }
+    }
+
+    /// The inode.
+    pub fn ino(&self) -> InodeId {
+        self.handle.state.ino
+    }
+
+    /// Attributes as last told by the server, with this client's uncommitted writes.
+    pub fn attr(&self) -> Attr {
+        self.handle.state.lock().view.attr()
+    }
+
+    /// Reads up to `len` bytes at `offset`, without copying: the parts are in file order. Shorter only at the end of
+    /// the file.
+    ///
+    /// # Errors
+    /// `EIO` when no copy of some block verifies: wrong bytes are never returned.
+    pub async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
+        self.handle.read_at(offset, len).await
+    }
+
+    /// Writes `data` at `offset` into memory; every handle of this client reads it at once. Waits when dirty data
+    /// has reached its bound.
+    ///
+    /// # Errors
+    /// `EFBIG` beyond the largest offset, and the failure of an earlier write-back of this file.
+    pub async fn write_at(&self, offset: u64, data: Bytes) -> FsResult<()> {
+        self.handle.write_at(offset, data).await
+    }
+
+    /// Writes `data` at the end of the file and returns where. When another client appends meanwhile, the bytes go
+    /// behind its bytes at commit: nothing is overwritten.
+    ///
+    /// # Errors
+    /// As [`File::write_at`].
+    pub async fn append(&self, data: Bytes) -> FsResult<u64> {
+        self.handle.append(data).await
+    }
+
+    /// Commits everything written: clients that open the file afterwards see it. What `close` promises.
+    ///
+    /// # Errors
+    /// The first write-back failure since the last report.
+    pub async fn flush(&self) -> FsResult<()> {
+        self.handle.client.flush(&self.handle.state).await?;
+        self.handle.state.take_error()
+    }
+
+    /// Commits everything written and returns when data and metadata survive power failure.
+    ///
+    /// # Errors
+    /// As [`File::flush`], and `EIO` when a server could not sync.
+    pub async fn fsync(&self) -> FsResult<()> {
+        self.flush().await?;
+        self.handle.client.sync_file(self.ino()).await
+    }
+
+    /// Flushes and closes this handle.
+    ///
+    /// # Errors
+    /// As [`File::flush`].
+    pub async fn close(self) -> FsResult<()> {
+        self.flush().await
+    }
+}
+
+impl Inner {
+    /// The shared state of an inode, told the newest attributes.
+    pub(crate) fn file_state(&self, attr: Attr) -> Arc<FileState> {
+        let ino = InodeId(attr.ino);
+        let mut files = self.files.lock();
+        if let Some(state) = files.get(&ino).and_then(std::sync::Weak::upgrade) {
+            drop(files);
+            state.lock().view.learn_attr(attr);
+            return state;
+        }
+        let state = Arc::new(FileState::new(attr));
+        if files.len() >= self.files_sweep.load(Ordering::Relaxed) {
+            files.retain(|_, state| state.strong_count() > 0);
+            self.files_sweep.store(2 * files.len().max(1024), Ordering::Relaxed);
+        }
+        files.insert(ino, Arc::downgrade(&state));
+        state
+    }
+
+    /// The state of an inode that this client has open or has written.
+    pub(crate) fn known_file(&self, ino: InodeId) -> Option<Arc<FileState>> {
+        self.files.lock().get(&ino).and_then(std::sync::Weak::upgrade)
+    }
+
+    /// Commits everything written to a file. The failure, if any, is left for the file's next user.
+    pub(crate) async fn flush(self: &Arc<Self>, state: &Arc<FileState>) -> FsResult<()> {
+        if !state.lock().view.has_local() {
+            return Ok(());
+        }
+        self.start_full_units(state);
+        let rest = state.lock().view.dirty_bytes();
+        if rest > 0 {
+            packer::pack(self, state).await?;
+        }
+        state.settle().await;
+        Ok(())
+    }
+
+    /// Makes everything that this client has written to an inode power-safe.
+    pub(crate) async fn sync_file(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
+        let shards = self.unsynced.lock().remove(&ino).unwrap_or_default();
+        let (data, meta) = tokio::join!(self.data.sync(&shards), self.sync_log());
+        if data.is_err() {
+            self.unsynced.lock().entry(ino).or_default().extend(shards);
+        }
+        data.and(meta)
+    }
+
+    /// Makes every acknowledged namespace operation power-safe.
+    pub(crate) async fn sync_log(&self) -> FsResult<()> {
+        match self.meta.call(Op::Sync(fjordfs_proto::pb::meta::Sync {})).await? {
+            response::Result::Empty(_) => Ok(()),
+            _ => Err(unexpected("a sync")),
+        }
+    }
+}
+
+/// The wall clock, as it is stored.
+pub(crate) fn now() -> Time {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() }
+}
+
+/// A write or truncate beyond what an offset can address.
+pub(crate) fn too_big(ino: InodeId, end: Option<u64>) -> FsResult<u64> {
+    end.filter(|end| *end <= fjordfs_proto::FILE_SIZE_MAX)
+        .ok_or_else(|| FsError::new(Errno::EFBIG, format!("{ino}: beyond the largest file offset")))
+}

@@ -1,0 +1,226 @@
+//! Reading: plan under the lock, fetch what is not in memory, read ahead of sequential readers. Hot path: the lock is
+//! never held while waiting, and bytes are handed on, not copied.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    Extent, FsError, FsResult, InodeId,
+    error::Errno,
+    interval::Run,
+    pb::meta::{ExtentsReply, GetExtents, request::Op, response},
+};
+use futures_util::future::try_join_all;
+
+use super::{
+    FileState, Handle,
+    view::{Part, ReadPlan},
+};
+use crate::{
+    cache::{CHUNK, Fetch},
+    client::Inner,
+    meta::unexpected,
+};
+
+/// Extents asked for at a time.
+const EXTENTS_PAGE: u32 = 4096;
+
+/// A file up to this size shares its block with others, so it is read with regard to its neighbours.
+const SMALL_FILE: u64 = CHUNK as u64;
+
+/// How often a read starts over because the file changed under it.
+const ATTEMPTS: usize = 16;
+
+/// Holes are handed out as slices of this.
+static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
+
+/// What a handle remembers of its reader.
+#[derive(Default)]
+pub(super) struct Cursor {
+    /// End of the last read.
+    next: u64,
+    /// Reads in a row that went on where the last ended.
+    streak: u32,
+    /// File offset up to which chunks were asked for ahead.
+    ahead: u64,
+}
+
+impl Cursor {
+    /// Notes a read; true when the reader is sequential. The kernel's readahead issues requests side by side, so a
+    /// read that begins a little off still counts.
+    fn note(&mut self, range: &Range<u64>) -> bool {
+        let slack = 4 * u64::from(CHUNK);
+        let near = range.start.abs_diff(self.next) <= slack && range.end > self.next.saturating_sub(slack);
+        let large = range.end - range.start >= 64 << 10;
+        if near && (large || range.start == self.next) {
+            self.streak = self.streak.saturating_add(1);
+        } else {
+            self.streak = 0;
+            self.ahead = 0;
+        }
+        self.next = if near { self.next.max(range.end) } else { range.end };
+        self.streak >= 2 || (range.start == 0 && large)
+    }
+}
+
+impl Handle {
+    pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
+        for _ in 0..ATTEMPTS {
+            let plan = self.state.lock().view.plan_read(offset, len as u64);
+            let missing = match plan {
+                ReadPlan::Extents(from) => from,
+                ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
+                ReadPlan::Parts(parts) => match self.fetch(offset, parts).await {
+                    // The block is gone, so the extents were stale: look again.
+                    Err(e) if e.errno == Errno::ENOENT => 0,
+                    result => return result,
+                },
+            };
+            self.client.fetch_extents(&self.state, missing).await?;
+        }
+        Err(FsError::new(Errno::EIO, format!("{}: changed all the while it was read", self.state.ino)))
+    }
+
+    async fn fetch(&self, offset: u64, parts: Vec<Part>) -> FsResult<Vec<Bytes>> {
+        if let [Part::Memory(bytes)] = &parts[..] {
+            return Ok(vec![bytes.clone()]);
+        }
+        let end = offset + parts.iter().map(Part::len).sum::<u64>();
+        let fetch = self.reading(offset..end);
+        if let [Part::Block(piece)] = parts[..] {
+            return self.client.cache.read(piece, fetch).await;
+        }
+        let fetched = try_join_all(parts.into_iter().map(|part| async move {
+            match part {
+                Part::Memory(bytes) => Ok(vec![bytes]),
+                Part::Zeros(len) => Ok(zeros(len)),
+                Part::Block(piece) => self.client.cache.read(piece, fetch).await,
+            }
+        }))
+        .await?;
+        Ok(fetched.into_iter().flatten().collect())
+    }
+
+    /// Decides how this read fetches, and reads ahead of a sequential reader.
+    fn reading(&self, range: Range<u64>) -> Fetch {
+        let size = self.state.lock().view.size();
+        if size <= SMALL_FILE {
+            return Fetch::Neighbours;
+        }
+        let window = self.client.options.readahead;
+        let ahead = {
+            let mut cursor = self.cursor.lock();
+            if !cursor.note(&range) {
+                return Fetch::Pages;
+            }
+            // The window opens with the streak: a short run costs little.
+            let window = window.min(u64::from(CHUNK) << cursor.streak.min(8));
+            let target = (range.end + window).min(size);
+            let from = cursor.ahead.max(range.end);
+            if target < from + u64::from(CHUNK) && target < size {
+                return Fetch::Chunks;
+            }
+            cursor.ahead = cursor.ahead.max(target);
+            from..target
+        };
+        self.prefetch(ahead);
+        Fetch::Chunks
+    }
+
+    /// Asks for the chunks of a file range that are in blocks.
+    fn prefetch(&self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        let ReadPlan::Parts(parts) = self.state.lock().view.plan_read(range.start, range.end - range.start)
+        else {
+            return;
+        };
+        for part in parts {
+            let Part::Block(piece) = part else { continue };
+            for index in piece.offset / CHUNK..=(piece.offset + piece.length - 1) / CHUNK {
+                let client = self.client.clone();
+                self.client.engine.spawn_here(async move {
+                    client.cache.prefetch(piece.block, piece.policy, index).await;
+                });
+            }
+        }
+    }
+}
+
+impl Part {
+    fn len(&self) -> u64 {
+        match self {
+            Part::Memory(bytes) => bytes.len() as u64,
+            Part::Zeros(len) => *len,
+            Part::Block(piece) => piece.length.into(),
+        }
+    }
+}
+
+/// A hole's bytes.
+fn zeros(len: u64) -> Vec<Bytes> {
+    let max = ZEROS.len() as u64;
+    (0..len.div_ceil(max)).map(|i| Bytes::from_static(&ZEROS[..max.min(len - i * max) as usize])).collect()
+}
+
+impl Inner {
+    async fn extents_page(&self, ino: InodeId, offset: u64) -> FsResult<ExtentsReply> {
+        let request = GetExtents { ino: ino.0, offset, limit: EXTENTS_PAGE };
+        match self.meta.call(Op::GetExtents(request)).await? {
+            response::Result::Extents(reply) => Ok(reply),
+            _ => Err(unexpected("a request for extents")),
+        }
+    }
+
+    /// Fetches one page of extents into the view.
+    async fn fetch_extents(&self, state: &FileState, from: u64) -> FsResult<()> {
+        let reply = self.extents_page(state.ino, from).await?;
+        let mut inner = state.lock();
+        if from == 0 && reply.data_version == inner.view.extents_version() {
+            inner.view.forget_extents(reply.data_version);
+        }
+        inner.view.learn_extents(from, reply)
+    }
+
+    /// All committed extents of a file, from the server.
+    pub(crate) async fn all_extents(&self, ino: InodeId) -> FsResult<Vec<(u64, Extent)>> {
+        let mut extents = Vec::new();
+        let mut from = 0;
+        loop {
+            let page = self.extents_page(ino, from).await?;
+            for extent in page.extents {
+                let (offset, extent) = Extent::from_pb(extent)?;
+                if offset + extent.len() > from {
+                    extents.push((offset, extent));
+                }
+            }
+            if page.next_offset == u64::MAX || page.next_offset <= from {
+                return Ok(extents);
+            }
+            from = page.next_offset;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequential_readers_are_told_from_random_ones() {
+        let mut sequential = Cursor::default();
+        let step = 128 << 10;
+        assert!((1..20u64).map(|i| sequential.note(&(i * step..(i + 1) * step))).skip(3).all(|s| s));
+        let mut random = Cursor::default();
+        let spots = [7u64, 900, 23, 450, 777, 12, 333];
+        assert!(!spots.iter().any(|i| random.note(&(i << 24..(i << 24) + 4096))));
+    }
+
+    #[test]
+    fn a_hole_has_its_length() {
+        for len in [1, 4096, 1 << 20, (3 << 20) + 5] {
+            assert_eq!(zeros(len).iter().map(Bytes::len).sum::<usize>() as u64, len);
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! A file as this client sees it: what the server has committed, under what this client has written since.
+//!
+//! Pure: no I/O, no locks, no clocks. [`super::FileState`] wraps it in a lock and does the rest.
+//!
+//! # Invariants
+//! - `local` holds every byte written here whose commit has not been answered; it hides `committed`.
+//! - `committed` is right for the ranges in `known`, as of `extents_version`. The version grows by one with every
+//!   change on the server, so an answer whose version is not the next one means that somebody else changed the file:
+//!   then everything known is forgotten and fetched again.
+//! - A segment belongs to at most one unit. What is overwritten while its unit is on its way leaves the unit, so an
+//!   older unit can never undo a newer write.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    BlockId, Extent, ExtentMap, FsError, FsResult, InodeId, Policy, Source,
+    error::Errno,
+    extent::BlockPiece,
+    interval::{IntervalMap, Run},
+    pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
+};
+
+use super::segment::{Body, Segment, Taken, UnitId};
+
+/// A known range of the committed extents.
+#[derive(Clone, Debug)]
+struct Known(u64);
+
+impl Run for Known {
+    fn len(&self) -> u64 {
+        self.0
+    }
+    fn slice(&self, range: Range<u64>) -> Known {
+        Known(range.end - range.start)
+    }
+    fn join(&mut self, next: Known) -> Result<(), Known> {
+        self.0 += next.0;
+        Ok(())
+    }
+}
+
+/// A part of a read, in file order.
+#[derive(Clone, Debug)]
+pub(crate) enum Part {
+    /// Here.
+    Memory(Bytes),
+    /// A hole.
+    Zeros(u64),
+    /// In a block.
+    Block(BlockPiece),
+}
+
+/// What a read needs.
+#[derive(Debug)]
+pub(crate) enum ReadPlan {
+    /// These parts.
+    Parts(Vec<Part>),
+    /// The extents from this offset on, first.
+    Extents(u64),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct View {
+    attr: Attr,
+    extents_version: u64,
+    committed: ExtentMap,
+    known: IntervalMap<Known>,
+    local: IntervalMap<Segment>,
+    dirty_bytes: u64,
+    /// Of the last local write that is not committed.
+    mtime: Option<Time>,
+    /// Everything local from here on was appended while this was the end of the file.
+    append_base: Option<u64>,
+    /// Truncates on their way: sizes in other answers may be from before.
+    truncating: u32,
+}
+
+impl View {
+    pub(crate) fn new(attr: Attr) -> View {
+        View {
+            extents_version: attr.data_version,
+            attr,
+            committed: ExtentMap::default(),
+            known: IntervalMap::default(),
+            local: IntervalMap::default(),
+            dirty_bytes: 0,
+            mtime: None,
+            append_base: None,
+            truncating: 0,
+        }
+    }
+
+    pub(crate) fn ino(&self) -> InodeId {
+        InodeId(self.attr.ino)
+    }
+
+    /// Redundancy of this file's new blocks.
+    pub(crate) fn policy(&self) -> FsResult<Policy> {
+        Policy::from_code(self.attr.policy).ok_or_else(|| {
+            FsError::new(
+                Errno::EIO,
+                format!(
+                    "{} has policy code {}, which this release does not know",
+                    self.ino(),
+                    self.attr.policy
+                ),
+            )
+        })
+    }
+
+    /// Bytes in the file, local writes included.
+    pub(crate) fn size(&self) -> u64 {
+        self.attr.size.max(self.local.end())
+    }
+
+    /// Attributes, local writes included.
+    pub(crate) fn attr(&self) -> Attr {
+        let mut attr = self.attr;
+        attr.size = self.size();
+        attr.allocated += self.local.iter().map(|(_, s)| s.length).sum::<u64>();
+        if let Some(mtime) = self.mtime {
+            attr.mtime = Some(mtime);
+            attr.ctime = Some(mtime);
+        }
+        attr
+    }
+
+    /// Bytes that no unit has taken.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.dirty_bytes
+    }
+
+    /// Whether anything is not committed.
+    pub(crate) fn has_local(&self) -> bool {
+        !self.local.is_empty()
+    }
+
+    // ---- what the server tells ----
+
+    /// Attributes from any answer. Ones from before what is known already change nothing.
+    pub(crate) fn learn_attr(&mut self, attr: Attr) {
+        if attr.data_version < self.attr.data_version || self.truncating > 0 {
+            return;
+        }
+        if attr.data_version != self.extents_version {
+            self.forget_extents(attr.data_version);
+        }
+        self.attr = attr;
+    }
+
+    /// A page of extents that was asked for from `from` on.
+    pub(crate) fn learn_extents(&mut self, from: u64, reply: ExtentsReply) -> FsResult<()> {
+        if reply.data_version < self.extents_version {
+            return Ok(());
+        }
+        if reply.data_version > self.extents_version {
+            self.forget_extents(reply.data_version);
+        }
+        let end = reply.next_offset;
+        if end <= from {
+            return Err(FsError::new(
+                Errno::EPROTO,
+                format!("{}: extents end at {end}, before {from}", self.ino()),
+            ));
+        }
+        let fresh = from..end;
+        self.committed.remove(fresh.clone());
+        for extent in reply.extents {
+            let (offset, extent) = Extent::from_pb(extent)?;
+            let (start, stop) = (offset.max(fresh.start), (offset + extent.length).min(fresh.end));
+            if start < stop {
+                self.committed.insert(start, extent.slice(start - offset..stop - offset));
+            }
+        }
+        self.known.insert(from, Known(end - from));
+        Ok(())
+    }
+
+    /// Everything known about extents may be stale.
+    pub(crate) fn forget_extents(&mut self, version: u64) {
+        self.committed.clear();
+        self.known.clear();
+        self.extents_version = version;
+    }
+
+    /// Version that a page of extents has to have to be of use.
+    pub(crate) fn extents_version(&self) -> u64 {
+        self.extents_version
+    }
+
+    // ---- reading ----
+
+    /// How to read `len` bytes at `offset`; the result ends at the end of the file.
+    pub(crate) fn plan_read(&self, offset: u64, len: u64) -> ReadPlan {
+        let end = offset.saturating_add(len).min(self.size());
+        if offset >= end {
+            return ReadPlan::Parts(Vec::new());
+        }
+        let mut parts = Vec::new();
+        for (range, segment) in self.local.cover(offset..end) {
+            match segment.map(|s| s.body) {
+                Some(Body::Memory(bytes)) => parts.push(Part::Memory(bytes)),
+                Some(Body::Growing(bytes)) => parts.push(Part::Memory(bytes.freeze())),
+                Some(Body::Stored(addr, policy)) => {
+                    let run = Extent::blocks(addr, range.end - range.start, policy);
+                    parts.extend(run.pieces().map(Part::Block));
+                }
+                None => {
+                    if let Some(missing) = self.plan_committed(range, &mut parts) {
+                        return ReadPlan::Extents(missing);
+                    }
+                }
+            }
+        }
+        ReadPlan::Parts(parts)
+    }
+
+    /// Adds the committed parts of `range`; the first offset whose extents are not known, if any.
+    fn plan_committed(&self, range: Range<u64>, parts: &mut Vec<Part>) -> Option<u64> {
+        // Beyond the committed size there is nothing to know.
+        let inside = range.start..range.end.min(self.attr.size).max(range.start);
+        let unknown = self.known.cover(inside.clone()).into_iter().find(|(_, known)| known.is_none());
+        if let Some((missing, _)) = unknown {
+            return Some(missing.start);
+        }
+        for (hole, extent) in self.committed.cover(inside.clone()) {
+            match extent {
+                None => parts.push(Part::Zeros(hole.end - hole.start)),
+                Some(Extent { source: Source::Inline(data), .. }) => parts.push(Part::Memory(data)),
+                Some(extent) => parts.extend(extent.pieces().map(Part::Block)),
+            }
+        }
+        if inside.end < range.end {
+            parts.push(Part::Zeros(range.end - inside.end));
+        }
+        None
+    }
+
+    // ---- writing ----
+
+    /// Where an append goes, or `None` when what is local was not all appended: commit it first.
+    pub(crate) fn append_offset(&mut self) -> Option<u64> {
+        if self.append_base.is_none() && self.local.end() <= self.attr.size {
+            self.append_base = Some(self.attr.size);
+        }
+        self.append_base.map(|_| self.size())
+    }
+
+    /// Whether a plain write up to `end` would mix with appended bytes: commit those first.
+    pub(crate) fn mixes_with_appends(&self, end: u64) -> bool {
+        self.append_base.is_some_and(|base| end > base && self.local.end() > base)
+    }
+
+    /// Puts written bytes in place. Returns the bytes of memory that this freed.
+    pub(crate) fn write(&mut self, offset: u64, data: Bytes, now: Time, append: bool) -> u64 {
+        if !append && self.append_base.is_some_and(|base| offset + data.len() as u64 > base) {
+            self.append_base = None;
+        }
+        self.dirty_bytes += data.len() as u64;
+        self.mtime = Some(now);
+        let replaced = self.local.insert(offset, Segment::dirty(data));
+        self.dropped(&replaced)
+    }
+
+    /// Accounts for segments that are gone; the bytes of memory they held.
+    fn dropped(&mut self, segments: &[(u64, Segment)]) -> u64 {
+        let dirty: u64 = segments.iter().filter(|(_, s)| s.is_dirty()).map(|(_, s)| s.length).sum();
+        self.dirty_bytes -= dirty;
+        segments.iter().map(|(_, s)| s.memory()).sum()
+    }
+
+    /// The file is about to be truncated: nothing beyond `size` is left to commit. Returns the memory freed.
+    pub(crate) fn begin_truncate(&mut self, size: u64) -> u64 {
+        self.truncating += 1;
+        let gone = self.local.remove(size..u64::MAX);
+        self.attr.size = size;
+        // The end of the file is now where we say: what was appended before it stays where it is.
+        self.append_base = None;
+        self.dropped(&gone)
+    }
+
+    /// The truncate was answered.
+    pub(crate) fn end_truncate(&mut self, size: u64, attr: Option<Attr>) {
+        self.truncating -= 1;
+        match attr {
+            Some(attr) if attr.data_version == self.extents_version + 1 => {
+                self.committed.remove(size..u64::MAX);
+                self.known.insert(size, Known(u64::MAX - size));
+                self.extents_version = attr.data_version;
+                self.attr = attr;
+            }
+            Some(attr) => {
+                self.forget_extents(attr.data_version);
+                self.attr = attr;
+            }
+            // The server still has the old size; the next answer tells.
+            None => self.forget_extents(self.extents_version),
+        }
+    }
+
+    /// Contiguous dirty bytes from `from` on, up to `max` of them, wherever the first are found. Gives them to `unit`,
+    /// placing them in its block from `at` on.
+    pub(crate) fn take_dirty(&mut self, unit: UnitId, at: u32, max: u64) -> Vec<Bytes> {
+        let mut pieces = Vec::new();
+        let mut room = max;
+        let dirty: Vec<(u64, u64)> = (self.local.iter())
+            .filter(|(_, s)| s.is_dirty())
+            .scan(0u64, |sum, (offset, s)| {
+                let before = *sum;
+                *sum += s.length;
+                (before < max).then_some((offset, s.length))
+            })
+            .collect();
+        for (offset, length) in dirty {
+            let length = length.min(room);
+            let place = at + (max - room) as u32;
+            pieces.extend(self.give(unit, place, offset..offset + length));
+            room -= length;
+        }
+        pieces
+    }
+
+    /// A run of exactly `length` contiguous dirty bytes, if there is one; gives it to `unit` as a whole block.
+    pub(crate) fn take_run(&mut self, unit: UnitId, length: u64) -> Option<Vec<Bytes>> {
+        if self.dirty_bytes < length {
+            return None;
+        }
+        let start = self.find_run(length)?;
+        Some(self.give_run(unit, start..start + length))
+    }
+
+    /// Start of the first run of at least `length` contiguous dirty bytes.
+    fn find_run(&self, length: u64) -> Option<u64> {
+        let (mut start, mut end) = (0, 0);
+        for (offset, segment) in self.local.iter() {
+            if !segment.is_dirty() {
+                (start, end) = (0, 0);
+                continue;
+            }
+            if offset != end || end == 0 {
+                start = offset;
+            }
+            end = offset + segment.length;
+            if end - start >= length {
+                return Some(start);
+            }
+        }
+        None
+    }
+
+    fn give_run(&mut self, unit: UnitId, range: Range<u64>) -> Vec<Bytes> {
+        let segments: Vec<Range<u64>> =
+            self.local.get(range.clone()).map(|(offset, s)| offset..offset + s.length).collect();
+        segments.into_iter().flat_map(|r| self.give(unit, (r.start - range.start) as u32, r)).collect()
+    }
+
+    /// Gives one dirty segment, or its beginning, to a unit.
+    fn give(&mut self, unit: UnitId, at: u32, range: Range<u64>) -> Option<Bytes> {
+        let (offset, mut segment) = self.local.remove(range).into_iter().next()?;
+        let bytes = segment.take(Taken { unit, at });
+        if bytes.is_some() {
+            self.dirty_bytes -= segment.length;
+        }
+        self.local.insert(offset, segment);
+        bytes
+    }
+
+    /// Offsets of the segments a unit still has.
+    fn of_unit(&self, unit: UnitId) -> Vec<(u64, u64)> {
+        self.local
+            .iter()
+            .filter(|(_, s)| s.taken.is_some_and(|t| t.unit == unit))
+            .map(|(o, s)| (o, s.length))
+            .collect()
+    }
+
+    /// The unit's block is stored. Returns the memory freed.
+    pub(crate) fn unit_stored(&mut self, unit: UnitId, block: BlockId, policy: Policy) -> u64 {
+        let mut freed = 0;
+        for (offset, length) in self.of_unit(unit) {
+            for (at, mut segment) in self.local.remove(offset..offset + length) {
+                freed += segment.memory();
+                segment.stored(block, policy);
+                self.local.insert(at, segment);
+            }
+        }
+        freed
+    }
+
+    /// What to commit of a unit: nothing when all of it was overwritten or cut off meanwhile.
+    pub(crate) fn commit_of(&self, unit: UnitId) -> Option<FileCommit> {
+        let mut extents = ExtentMap::default();
+        for (offset, segment) in self.local.iter() {
+            if segment.taken.is_some_and(|t| t.unit == unit) {
+                let extent = match &segment.body {
+                    Body::Memory(bytes) => Extent::inline(bytes.clone()),
+                    Body::Growing(bytes) => Extent::inline(Bytes::copy_from_slice(bytes)),
+                    Body::Stored(addr, policy) => Extent::blocks(*addr, segment.length, *policy),
+                };
+                extents.insert(offset, extent);
+            }
+        }
+        if extents.is_empty() {
+            return None;
+        }
+        let append_base =
+            self.append_base.and_then(|base| extents.iter().map(|(at, _)| at).find(|at| *at >= base));
+        Some(FileCommit {
+            ino: self.attr.ino,
+            size: extents.end(),
+            extents: extents.iter().map(|(offset, e)| e.to_pb(offset)).collect(),
+            mtime: self.mtime,
+            append_base,
+            clear_suid: false,
+        })
+    }
+
+    /// The commit of a unit was answered. Returns the memory freed and whether appended bytes moved.
+    pub(crate) fn unit_committed(
+        &mut self,
+        unit: UnitId,
+        sent: &FileCommit,
+        reply: FileCommitReply,
+    ) -> (u64, bool) {
+        let freed = self.drop_unit(unit);
+        let shift = reply.appended_shift;
+        let attr = reply.attr.unwrap_or_else(|| self.attr);
+        if attr.data_version == self.extents_version + 1 {
+            for extent in &sent.extents {
+                let appended = sent.append_base.is_some_and(|base| extent.offset >= base);
+                if let Ok((offset, e)) = Extent::from_pb(extent.clone()) {
+                    let offset = if appended { offset.wrapping_add_signed(shift) } else { offset };
+                    self.known.insert(offset, Known(e.length));
+                    self.committed.insert(offset, e);
+                }
+            }
+            self.extents_version = attr.data_version;
+        } else {
+            self.forget_extents(attr.data_version.max(self.extents_version));
+        }
+        if attr.data_version >= self.attr.data_version && self.truncating == 0 {
+            self.attr = attr;
+        }
+        if let Some(base) = sent.append_base {
+            if shift != 0 {
+                self.shift_from(base, shift);
+            }
+            self.append_base = self.append_base.map(|_| sent.size.wrapping_add_signed(shift));
+        }
+        if self.local.is_empty() {
+            self.mtime = None;
+            self.append_base = None;
+        }
+        (freed, shift != 0)
+    }
+
+    /// Others appended first: what was appended here since lies further on.
+    fn shift_from(&mut self, base: u64, shift: i64) {
+        for (offset, segment) in self.local.remove(base..u64::MAX) {
+            self.local.insert(offset.wrapping_add_signed(shift), segment);
+        }
+    }
+
+    /// The unit will never be committed: its bytes are lost. Returns the memory freed.
+    pub(crate) fn unit_failed(&mut self, unit: UnitId) -> u64 {
+        let freed = self.drop_unit(unit);
+        if self.local.is_empty() {
+            self.mtime = None;
+            self.append_base = None;
+        }
+        freed
+    }
+
+    fn drop_unit(&mut self, unit: UnitId) -> u64 {
+        let mut freed = 0;
+        for (offset, length) in self.of_unit(unit) {
+            let gone = self.local.remove(offset..offset + length);
+            freed += self.dropped(&gone);
+        }
+        freed
+    }
+}
+
+#[cfg(test)]
+#[path = "view_tests.rs"]
+mod tests;

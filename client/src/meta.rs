@@ -1,0 +1,201 @@
+//! The session with the metaserver.
+//!
+//! # How it works
+//! Callers submit operations to an unbounded queue; one driver task ([`stream`]) owns the stream and everything
+//! unanswered. Submitting is synchronous, so operations reach the server in the order in which they were submitted:
+//! callers that need an order (a commit before a truncate) submit under their own lock.
+//!
+//! # Retries and exactly once
+//! After a broken stream the driver reattaches and resends whatever is unanswered, in order. Mutations carry a slot
+//! and a sequence, so the server repeats its answer instead of executing twice.
+//!
+//! # Time limits
+//! A caller waits at most the operation timeout and then gets `ETIMEDOUT`; the operation itself stays queued, since
+//! the server may have executed it already and its slot is in use.
+
+mod slots;
+mod stream;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use fjordfs_proto::{
+    ClusterMap, FsError, FsResult, HandleId, InodeId, SessionId,
+    error::Errno,
+    pb::meta::{Commit, Request, Response, request::Op, response},
+};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub(crate) use stream::SessionState;
+
+/// What callers ask of the driver.
+enum Call {
+    /// An operation on its way.
+    Operation(Op, Answer),
+    /// End the session when everything before is answered.
+    Goodbye,
+}
+
+/// Where the answer of an operation goes.
+type Answer = oneshot::Sender<FsResult<response::Result>>;
+
+/// The client's end of the session.
+pub(crate) struct MetaClient {
+    calls: mpsc::UnboundedSender<Call>,
+    handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
+    handle_next: AtomicU64,
+    map: watch::Receiver<Arc<ClusterMap>>,
+    state: watch::Receiver<SessionState>,
+    timeout: Duration,
+    address: String,
+}
+
+/// The answer to a submitted operation.
+pub(crate) struct Pending {
+    reply: oneshot::Receiver<FsResult<response::Result>>,
+    timeout: Duration,
+    address: String,
+}
+
+impl Pending {
+    /// Waits for the answer.
+    pub(crate) async fn wait(self) -> FsResult<response::Result> {
+        match tokio::time::timeout(self.timeout, self.reply).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(FsError::new(Errno::EIO, "the client was shut down")),
+            Err(_) => Err(FsError::new(
+                Errno::ETIMEDOUT,
+                format!("metaserver {} did not answer within {:?}", self.address, self.timeout),
+            )),
+        }
+    }
+}
+
+impl MetaClient {
+    /// Attaches a new session; returns when the server has welcomed it.
+    pub(crate) async fn connect(
+        address: &str,
+        options: &crate::Options,
+    ) -> FsResult<(MetaClient, SessionId)> {
+        let handles = Arc::new(Mutex::new(HashMap::new()));
+        let (calls, queue) = mpsc::unbounded_channel();
+        let attached = stream::attach_first(address, options, handles.clone()).await?;
+        let session = attached.session();
+        let (map, state) = stream::spawn(attached, queue);
+        let client = MetaClient {
+            calls,
+            handles,
+            handle_next: AtomicU64::new(1),
+            map,
+            state,
+            timeout: options.operation_timeout,
+            address: address.to_owned(),
+        };
+        Ok((client, session))
+    }
+
+    /// The newest cluster map.
+    pub(crate) fn map(&self) -> Arc<ClusterMap> {
+        self.map.borrow().clone()
+    }
+
+    /// Changes of the cluster map.
+    pub(crate) fn map_changes(&self) -> watch::Receiver<Arc<ClusterMap>> {
+        self.map.clone()
+    }
+
+    /// Number of the session; changes when the server gave up on the former one.
+    pub(crate) fn session(&self) -> SessionId {
+        self.state.borrow().session
+    }
+
+    /// A handle number that was never used in this session.
+    pub(crate) fn new_handle(&self) -> HandleId {
+        HandleId(self.handle_next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Declares a handle again after every reconnect, from now on.
+    pub(crate) fn remember_handle(&self, handle: HandleId, ino: InodeId) {
+        self.handles.lock().insert(handle, ino);
+    }
+
+    /// The handle is closed, or was never opened.
+    pub(crate) fn forget_handle(&self, handle: HandleId) {
+        self.handles.lock().remove(&handle);
+    }
+
+    /// Queues an operation; it is sent in the order of submission.
+    pub(crate) fn submit(&self, op: Op) -> Pending {
+        let (reply, answer) = oneshot::channel();
+        // A closed queue drops the sender, which the waiter sees as a shut-down client.
+        let _ = self.calls.send(Call::Operation(op, reply));
+        Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }
+    }
+
+    /// Submits and waits.
+    pub(crate) async fn call(&self, op: Op) -> FsResult<response::Result> {
+        self.submit(op).wait().await
+    }
+
+    /// Ends the session cleanly once everything submitted before is answered.
+    pub(crate) async fn goodbye(&self) -> FsResult<()> {
+        let mut state = self.state.clone();
+        let _ = self.calls.send(Call::Goodbye);
+        let ended = state.wait_for(|s| s.ended);
+        match tokio::time::timeout(self.timeout, ended).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(FsError::new(
+                Errno::ETIMEDOUT,
+                format!("metaserver {} did not acknowledge the end of the session", self.address),
+            )),
+        }
+    }
+}
+
+/// The server answered with another kind of result than the operation has.
+pub(crate) fn unexpected(what: &str) -> FsError {
+    FsError::new(Errno::EPROTO, format!("the metaserver answered {what} with a result of another kind"))
+}
+
+/// Result and request id of a response; a response without a result is a protocol error.
+fn result_of(response: Response) -> (u64, FsResult<response::Result>) {
+    let result = match response.result {
+        Some(response::Result::Error(e)) => Err(e.into()),
+        Some(result) => Ok(result),
+        None => Err(unexpected("a request")),
+    };
+    (response.id, result)
+}
+
+/// Whether an operation changes durable state, so that it needs a slot.
+fn is_mutation(op: &Op) -> bool {
+    match op {
+        Op::SetAttr(_) | Op::Make(_) | Op::Link(_) | Op::Remove(_) | Op::Rename(_) | Op::LeaseBlocks(_) => {
+            true
+        }
+        Op::Commit(Commit { .. }) => true,
+        Op::Lookup(_)
+        | Op::GetAttr(_)
+        | Op::ReadLink(_)
+        | Op::Open(_)
+        | Op::Close(_)
+        | Op::GetExtents(_)
+        | Op::ReadDir(_)
+        | Op::StatFs(_)
+        | Op::Sync(_)
+        | Op::GetParent(_) => false,
+    }
+}
+
+/// A request with its place in the exactly-once protocol.
+fn request(id: u64, op: Op, slot: Option<slots::Slot>) -> Request {
+    let (slot, sequence) = slot.map_or((0, 0), |s| (s.index, s.sequence));
+    Request { id, slot, sequence, op: Some(op) }
+}

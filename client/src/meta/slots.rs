@@ -1,0 +1,49 @@
+//! Slots of the exactly-once protocol (as NFSv4.1, RFC 8881 section 2.10.6): one mutation in flight per slot.
+
+/// A slot in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub(super) index: u32,
+    pub(super) sequence: u64,
+}
+
+/// Free slots and the last sequence of each.
+#[derive(Debug)]
+pub(super) struct Slots {
+    free: Vec<u32>,
+    last: Vec<u64>,
+}
+
+impl Slots {
+    pub(super) fn new(count: u32) -> Slots {
+        Slots { free: (0..count).rev().collect(), last: vec![0; count as usize] }
+    }
+
+    /// Takes a free slot for its next sequence.
+    pub(super) fn take(&mut self) -> Option<Slot> {
+        let index = self.free.pop()?;
+        let sequence = &mut self.last[index as usize];
+        *sequence += 1;
+        Some(Slot { index, sequence: *sequence })
+    }
+
+    /// The slot's mutation is answered.
+    pub(super) fn give_back(&mut self, slot: Slot) {
+        self.free.push(slot.index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_used_once_at_a_time_with_growing_sequences() {
+        let mut slots = Slots::new(2);
+        let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
+        assert_ne!(a.index, b.index);
+        assert_eq!(slots.take(), None);
+        slots.give_back(a);
+        assert_eq!(slots.take(), Some(Slot { index: a.index, sequence: a.sequence + 1 }));
+    }
+}

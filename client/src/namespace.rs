@@ -1,0 +1,363 @@
+//! Operations on inodes and directories: each is one round trip to the metaserver.
+
+use std::sync::Arc;
+
+use fjordfs_proto::{
+    Extent, FsError, FsResult, InodeId, NAME_MAX, Policy,
+    error::Errno,
+    pb::meta::{
+        Attr, Entry, FileKind, GetAttr, GetParent, Link, Lookup, Make, ReadDir, ReadDirReply, ReadLink,
+        Remove, Rename, SetAttr, StatFs as StatFsOp, Time, request::Op, response,
+    },
+};
+
+use crate::{
+    client::{Client, Inner},
+    file::File,
+    meta::unexpected,
+    write,
+};
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum SetTime {
+    /// The server's now.
+    Now,
+    /// This time.
+    To(Time),
+}
+
+/// Attributes to change; the others stay.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[allow(missing_docs, reason = "the fields are those of Attr")]
+pub struct AttrChange {
+    pub mode: Option<u32>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    pub size: Option<u64>,
+    pub atime: Option<SetTime>,
+    pub mtime: Option<SetTime>,
+    pub ctime: Option<Time>,
+    /// Directories only: redundancy of what is made in it from now on.
+    pub policy: Option<Policy>,
+}
+
+/// Anything but an opened regular file.
+#[derive(Clone, Debug)]
+pub struct NewNode {
+    /// What it is.
+    pub kind: FileKind,
+    /// Permission bits, suid, sgid, sticky.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group; replaced by the parent's when the parent is setgid.
+    pub gid: u32,
+    /// Device number, for devices.
+    pub rdev: u32,
+    /// Target, for symbolic links.
+    pub target: Vec<u8>,
+}
+
+/// Space and inodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatFs {
+    /// Bytes that fit under the root directory's policy.
+    pub capacity: u64,
+    /// Bytes that still fit.
+    pub free: u64,
+    /// Inodes in use.
+    pub files: u64,
+    /// Bytes of all devices, redundancy not counted off.
+    pub raw_capacity: u64,
+    /// Free bytes of all devices.
+    pub raw_free: u64,
+}
+
+impl Client {
+    /// The entry `name` of directory `parent`.
+    pub async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+        let attr = self.inner.entry(Op::Lookup(Lookup { parent: parent.0, name: name_of(name)? })).await?;
+        Ok(self.inner.with_local(attr))
+    }
+
+    /// Attributes, this client's uncommitted writes included.
+    pub async fn getattr(&self, ino: InodeId) -> FsResult<Attr> {
+        let attr = self.inner.entry(Op::GetAttr(GetAttr { ino: ino.0 })).await?;
+        Ok(self.inner.with_local(attr))
+    }
+
+    /// Changes attributes; a size truncates or extends.
+    pub async fn setattr(&self, ino: InodeId, change: AttrChange) -> FsResult<Attr> {
+        if let Some(size) = change.size {
+            crate::file::too_big(ino, Some(size))?;
+        }
+        let known = self.inner.known_file(ino);
+        let sets_times = change.mtime.is_some() || change.atime.is_some();
+        if let Some(state) = known.as_ref().filter(|_| sets_times && change.size.is_none()) {
+            // A commit that comes later would put the time of the last write in place of the one set now.
+            self.inner.flush(state).await?;
+        }
+        let size = change.size;
+        let op = Op::SetAttr(change.into_op(ino));
+        let (Some(size), Some(state)) = (size, known) else {
+            let attr = self.inner.entry(op).await?;
+            return Ok(self.inner.with_local(attr));
+        };
+        // Under the file's lock: commits are submitted under it too, so the two arrive in the order of their effect.
+        let (freed, pending) = {
+            let mut inner = state.lock();
+            (inner.view.begin_truncate(size), self.inner.meta.submit(op))
+        };
+        self.inner.budget.release(freed);
+        let outcome = pending.wait().await.and_then(entry_of);
+        let mut inner = state.lock();
+        inner.view.end_truncate(size, outcome.as_ref().ok().cloned());
+        outcome.map(|_| inner.view.attr())
+    }
+
+    /// Makes a directory, symbolic link, device, fifo, socket, or an unopened regular file.
+    pub async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Attr> {
+        let op = Make {
+            parent: parent.0,
+            name: name_of(name)?,
+            kind: node.kind.into(),
+            mode: node.mode,
+            uid: node.uid,
+            gid: node.gid,
+            rdev: node.rdev,
+            target: node.target.into(),
+            handle: 0,
+            exclusive: true,
+        };
+        self.inner.entry(Op::Make(op)).await
+    }
+
+    /// Makes and opens a regular file. Unless `exclusive`, one that exists is opened.
+    pub async fn create(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        mode: u32,
+        uid: u32,
+        gid: u32,
+        exclusive: bool,
+    ) -> FsResult<(Attr, File)> {
+        let handle = self.inner.meta.new_handle();
+        let op = Make {
+            parent: parent.0,
+            name: name_of(name)?,
+            kind: FileKind::Regular.into(),
+            mode,
+            uid,
+            gid,
+            handle: handle.0,
+            exclusive,
+            ..Make::default()
+        };
+        let attr = self.inner.entry(Op::Make(op)).await?;
+        self.inner.meta.remember_handle(handle, InodeId(attr.ino));
+        let file = File::of_handle(&self.inner, handle, attr);
+        Ok((file.attr(), file))
+    }
+
+    /// Opens a file. The caller has checked that it may.
+    pub async fn open(&self, ino: InodeId) -> FsResult<(Attr, File)> {
+        File::open(&self.inner, ino).await
+    }
+
+    /// Another name for an inode.
+    pub async fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+        let op = Link { ino: ino.0, parent: parent.0, name: name_of(name)? };
+        let attr = self.inner.entry(Op::Link(op)).await?;
+        Ok(self.inner.with_local(attr))
+    }
+
+    /// Removes a name that is not a directory's.
+    pub async fn unlink(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
+        self.inner
+            .empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: false }))
+            .await
+    }
+
+    /// Removes an empty directory.
+    pub async fn rmdir(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
+        self.inner.empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: true })).await
+    }
+
+    /// Renames; `flags` as `renameat2(2)`: `RENAME_NOREPLACE`, `RENAME_EXCHANGE`.
+    pub async fn rename(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        new_parent: InodeId,
+        new_name: &[u8],
+        flags: u32,
+    ) -> FsResult<()> {
+        let op = Rename {
+            parent: parent.0,
+            name: name_of(name)?,
+            new_parent: new_parent.0,
+            new_name: name_of(new_name)?,
+            flags,
+        };
+        self.inner.empty(Op::Rename(op)).await
+    }
+
+    /// Target of a symbolic link.
+    pub async fn readlink(&self, ino: InodeId) -> FsResult<Vec<u8>> {
+        match self.inner.meta.call(Op::ReadLink(ReadLink { ino: ino.0 })).await? {
+            response::Result::ReadLink(reply) => Ok(reply.target.into()),
+            _ => Err(unexpected("a readlink")),
+        }
+    }
+
+    /// A page of a directory after `cookie` (0: from the beginning), with attributes when asked for.
+    pub async fn readdir(
+        &self,
+        ino: InodeId,
+        cookie: u64,
+        limit: u32,
+        attributes: bool,
+    ) -> FsResult<ReadDirReply> {
+        match self.inner.meta.call(Op::ReadDir(ReadDir { ino: ino.0, cookie, limit, attributes })).await? {
+            response::Result::ReadDir(mut page) => {
+                for entry in &mut page.entries {
+                    entry.attr = entry.attr.take().map(|attr| self.inner.with_local(attr));
+                }
+                Ok(page)
+            }
+            _ => Err(unexpected("a readdir")),
+        }
+    }
+
+    /// Parent directory and name of a directory.
+    pub async fn parent(&self, ino: InodeId) -> FsResult<(InodeId, Vec<u8>)> {
+        match self.inner.meta.call(Op::GetParent(GetParent { ino: ino.0 })).await? {
+            response::Result::GetParent(reply) => Ok((InodeId(reply.parent), reply.name.into())),
+            _ => Err(unexpected("a parent lookup")),
+        }
+    }
+
+    /// Space and inodes.
+    pub async fn statfs(&self) -> FsResult<StatFs> {
+        let reply = match self.inner.meta.call(Op::StatFs(StatFsOp {})).await? {
+            response::Result::StatFs(reply) => reply,
+            _ => return Err(unexpected("a statfs")),
+        };
+        // What a byte costs: its copies, or its share of the parity.
+        let usable = |raw: u64| match Policy::from_code(reply.policy) {
+            Some(Policy::Replica(n)) => raw / u64::from(n.get()),
+            Some(policy @ Policy::Ec { k, .. }) => raw / policy.width() as u64 * u64::from(k.get()),
+            None => raw,
+        };
+        Ok(StatFs {
+            capacity: usable(reply.capacity),
+            free: usable(reply.free),
+            files: reply.inodes,
+            raw_capacity: reply.capacity,
+            raw_free: reply.free,
+        })
+    }
+
+    /// Commits everything this client has written and returns when data and namespace survive power failure.
+    pub async fn sync_all(&self) -> FsResult<()> {
+        let files: Vec<_> = self.inner.dirty.lock().values().cloned().collect();
+        write::flush_files(&self.inner, files.clone()).await;
+        // An error is told here and kept for the file's own user.
+        let failed = files.iter().find_map(|f| f.lock().error.clone());
+        let (data, log) = tokio::join!(self.inner.sync_stored(), self.inner.sync_log());
+        failed.map_or(Ok(()), Err).and(data).and(log)
+    }
+
+    /// Committed extents of a file by offset.
+    pub async fn extents(&self, ino: InodeId) -> FsResult<Vec<(u64, Extent)>> {
+        self.inner.all_extents(ino).await
+    }
+}
+
+impl AttrChange {
+    fn into_op(self, ino: InodeId) -> SetAttr {
+        let split = |t: Option<SetTime>| match t {
+            None => (None, false),
+            Some(SetTime::Now) => (None, true),
+            Some(SetTime::To(t)) => (Some(t), false),
+        };
+        let (atime, atime_now) = split(self.atime);
+        let (mtime, mtime_now) = split(self.mtime);
+        SetAttr {
+            ino: ino.0,
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            size: self.size,
+            atime,
+            mtime,
+            ctime: self.ctime,
+            atime_now,
+            mtime_now,
+            policy: self.policy.map(|p| p.code().into()),
+        }
+    }
+}
+
+impl Inner {
+    async fn entry(&self, op: Op) -> FsResult<Attr> {
+        entry_of(self.meta.call(op).await?)
+    }
+
+    async fn empty(&self, op: Op) -> FsResult<()> {
+        match self.meta.call(op).await? {
+            response::Result::Empty(_) => Ok(()),
+            _ => Err(unexpected("an operation")),
+        }
+    }
+
+    /// Attributes from the server with what this client has written on top.
+    fn with_local(self: &Arc<Self>, attr: Attr) -> Attr {
+        match self.known_file(InodeId(attr.ino)) {
+            None => attr,
+            Some(state) => {
+                let mut inner = state.lock();
+                inner.view.learn_attr(attr);
+                inner.view.attr()
+            }
+        }
+    }
+
+    /// Makes everything that this client has stored power-safe.
+    pub(crate) async fn sync_stored(self: &Arc<Self>) -> FsResult<()> {
+        let stored = std::mem::take(&mut *self.unsynced.lock());
+        let shards: Vec<_> = stored.values().flatten().cloned().collect();
+        if shards.is_empty() {
+            return Ok(());
+        }
+        let outcome = self.data.sync(&shards).await;
+        if outcome.is_err() {
+            let mut unsynced = self.unsynced.lock();
+            for (ino, shards) in stored {
+                unsynced.entry(ino).or_default().extend(shards);
+            }
+        }
+        outcome
+    }
+}
+
+fn entry_of(result: response::Result) -> FsResult<Attr> {
+    match result {
+        response::Result::Entry(Entry { attr: Some(attr) }) => Ok(attr),
+        _ => Err(unexpected("an operation on an inode")),
+    }
+}
+
+/// A name as it travels. The server checks it too; this spares a round trip.
+fn name_of(name: &[u8]) -> FsResult<bytes::Bytes> {
+    if name.len() > NAME_MAX {
+        let shown = String::from_utf8_lossy(&name[..32]).into_owned();
+        return Err(FsError::new(
+            Errno::ENAMETOOLONG,
+            format!("'{shown}…': names have at most {NAME_MAX} bytes"),
+        ));
+    }
+    Ok(bytes::Bytes::copy_from_slice(name))
+}

@@ -1,0 +1,57 @@
+//! What a client can be told.
+
+use std::time::Duration;
+
+/// Settings of a [`crate::Client`]. All have defaults that suit a training node.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Shown to administrators: host, process, mount point.
+    pub description: String,
+    /// Hard cap on the bytes of file data that this client keeps in memory: dirty, cached and in flight.
+    pub memory_max: u64,
+    /// How long an operation waits for servers that do not answer before it fails with `ETIMEDOUT`.
+    pub operation_timeout: Duration,
+    /// How long a read waits for one copy before it asks another one as well.
+    pub hedge_delay: Duration,
+    /// How old dirty data may get before it is committed without being asked for.
+    pub dirty_age_max: Duration,
+    /// How far a sequential reader is read ahead, bytes.
+    pub readahead: u64,
+    /// Threads of the engine that carries connections and background work.
+    pub threads: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            description: format!("pid {}", std::process::id()),
+            memory_max: 2 << 30,
+            operation_timeout: Duration::from_secs(120),
+            hedge_delay: Duration::from_millis(500),
+            dirty_age_max: Duration::from_secs(1),
+            readahead: 16 << 20,
+            threads: 2,
+        }
+    }
+}
+
+impl Options {
+    /// Least memory a client works with: a few blocks in flight.
+    pub const MEMORY_MIN: u64 = 128 << 20;
+
+    /// Share of the memory that dirty data may take: an eighth is left for buffers in flight, half of the rest goes to
+    /// writers.
+    pub(crate) fn dirty_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) * 3 / 8
+    }
+
+    /// Share of the memory for block data already read.
+    pub(crate) fn cache_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 2
+    }
+
+    /// Share of the memory for reads under way that nobody waits for yet.
+    pub(crate) fn prefetch_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 8
+    }
+}

@@ -1,0 +1,269 @@
+//! One unit on its way: store, wait for its turn, commit.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Policy,
+    error::Errno,
+    pb::meta::{Commit, CommitReply, FileCommit, request::Op, response},
+};
+use tokio::{sync::watch, time::Instant};
+use tracing::warn;
+
+use super::UnitDone;
+use crate::{
+    client::Inner,
+    data::DataClient,
+    file::{FileInner, FileState, UnitId},
+    meta::{Pending, unexpected},
+};
+
+/// Wait before groups with targets that failed are tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// A unit being filled.
+pub(crate) struct Unit {
+    id: UnitId,
+    policy: Policy,
+    files: Vec<Arc<FileState>>,
+    parts: Vec<Bytes>,
+    length: u64,
+    /// The bytes travel inside the commit; there is no block.
+    inline: bool,
+    /// Units that have to be done before this one is committed. Only older ones, so no two units wait for each other.
+    before: Vec<UnitDone>,
+    done: watch::Sender<bool>,
+}
+
+/// A unit that has been started.
+struct Running {
+    unit: Unit,
+    block: Option<BlockId>,
+    abandoned: Vec<u64>,
+}
+
+impl Unit {
+    pub(crate) fn new(policy: Policy) -> Unit {
+        Unit {
+            id: UnitId::unused(),
+            policy,
+            files: Vec::new(),
+            parts: Vec::new(),
+            length: 0,
+            inline: false,
+            before: Vec::new(),
+            done: watch::Sender::new(false),
+        }
+    }
+
+    /// A unit whose bytes go into the metadata.
+    pub(crate) fn inline(policy: Policy) -> Unit {
+        Unit { inline: true, ..Unit::new(policy) }
+    }
+
+    pub(crate) fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// Bytes that fit beside what is in it.
+    pub(crate) fn room(&self) -> u64 {
+        BLOCK_SIZE_MAX as u64 - self.length
+    }
+
+    pub(crate) fn file_count(&self) -> usize {
+        self.files.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Takes dirty bytes of a file, as many as there is room for; how many.
+    pub(crate) fn take(&mut self, state: &Arc<FileState>, inner: &mut FileInner) -> u64 {
+        let pieces = inner.view.take_dirty(self.id, self.length as u32, self.room());
+        self.register(state, inner, pieces)
+    }
+
+    /// Takes a full block's worth of contiguous dirty bytes, if the file has that; whether it had.
+    pub(crate) fn take_run(&mut self, state: &Arc<FileState>, inner: &mut FileInner) -> bool {
+        let pieces = inner.view.take_run(self.id, BLOCK_SIZE_MAX as u64);
+        self.register(state, inner, pieces.unwrap_or_default()) > 0
+    }
+
+    /// From the moment the bytes are taken, whoever flushes the file waits for this unit.
+    fn register(&mut self, state: &Arc<FileState>, inner: &mut FileInner, pieces: Vec<Bytes>) -> u64 {
+        let taken = pieces.iter().map(|p| p.len() as u64).sum();
+        if taken == 0 {
+            return 0;
+        }
+        self.length += taken;
+        self.parts.extend(pieces);
+        self.before.extend(inner.units.iter().filter(|(id, _)| *id < self.id).map(|(_, done)| done.clone()));
+        if !inner.units.iter().any(|(id, _)| *id == self.id) {
+            inner.units.push((self.id, self.done.subscribe()));
+            self.files.push(state.clone());
+        }
+        inner.dirty_since = (inner.view.dirty_bytes() > 0).then(Instant::now);
+        taken
+    }
+
+    /// Sends it on its way, on the engine.
+    pub(crate) fn start(mut self, client: &Arc<Inner>) {
+        // Locks are taken in inode order wherever several files are locked.
+        self.files.sort_by_key(|f| f.ino);
+        // Taken here and not in the task, so that a file's full blocks get consecutive ids.
+        let block = if self.inline { None } else { client.blocks.take_now(self.policy) };
+        let running = Running { unit: self, block, abandoned: Vec::new() };
+        let task_client = client.clone();
+        client.engine.spawn(async move { running.run(&task_client).await });
+    }
+}
+
+impl Running {
+    async fn run(mut self, client: &Arc<Inner>) {
+        let outcome = self.store_and_commit(client).await;
+        if let Err(e) = outcome {
+            self.fail(client, &e);
+        }
+        for file in &self.unit.files {
+            let mut inner = file.lock();
+            inner.units.retain(|(id, _)| *id != self.unit.id);
+            if !inner.view.has_local() {
+                inner.dirty_since = None;
+                // Under the file's lock, so that a write that comes now is not forgotten.
+                client.dirty.lock().remove(&file.ino);
+            }
+        }
+        self.unit.done.send_replace(true);
+    }
+
+    async fn store_and_commit(&mut self, client: &Arc<Inner>) -> FsResult<()> {
+        if !self.unit.inline {
+            self.store(client).await?;
+        }
+        for done in &mut self.unit.before {
+            let _ = done.wait_for(|done| *done).await;
+        }
+        let (sent, pending) = self.submit(client);
+        let Some(pending) = pending else { return Ok(()) };
+        let reply = match pending.wait().await? {
+            response::Result::Commit(reply) => reply,
+            _ => return Err(unexpected("a commit")),
+        };
+        self.committed(client, sent, reply)
+    }
+
+    /// Stores the block, in another group whenever a target fails.
+    async fn store(&mut self, client: &Arc<Inner>) -> FsResult<()> {
+        let deadline = Instant::now() + client.options.operation_timeout;
+        let parts = std::mem::take(&mut self.unit.parts);
+        let crcs = DataClient::seal(&parts);
+        let mut avoid = HashSet::new();
+        let mut last: Option<FsError> = None;
+        let placed = loop {
+            let block = match self.block.take() {
+                Some(block) => block,
+                None => match (client.blocks.take(self.unit.policy, &avoid).await, &last) {
+                    (Ok(block), _) => block,
+                    (Err(e), None) => return Err(e),
+                    // Every group has a target that failed. A full cluster stays full; others may come back.
+                    (Err(_), Some(last)) if last.errno == Errno::ENOSPC || Instant::now() >= deadline => {
+                        return Err(last.clone());
+                    }
+                    (Err(_), Some(_)) => {
+                        avoid.clear();
+                        tokio::time::sleep(RETRY_PAUSE).await;
+                        continue;
+                    }
+                },
+            };
+            match client.data.put(block, self.unit.policy, &parts, &crcs).await {
+                Ok(placed) => break placed,
+                Err(failed) => {
+                    self.abandoned.push(block.0);
+                    let Some(target) = failed.target else { return Err(failed.error) };
+                    warn!(%block, %target, "block could not be stored, trying another group: {}", failed.error);
+                    avoid.insert(target);
+                    last = Some(failed.error);
+                }
+            }
+        };
+        self.block = Some(placed.block);
+        let mut freed = 0;
+        {
+            let mut unsynced = client.unsynced.lock();
+            for file in &self.unit.files {
+                unsynced.entry(file.ino).or_default().extend(placed.unsynced.iter().cloned());
+            }
+        }
+        for file in &self.unit.files {
+            freed += file.lock().view.unit_stored(self.unit.id, placed.block, self.unit.policy);
+        }
+        client.budget.release(freed);
+        Ok(())
+    }
+
+    /// Builds and submits the commit while all files are locked.
+    fn submit(&mut self, client: &Inner) -> (Vec<Option<FileCommit>>, Option<Pending>) {
+        let locked: Vec<_> = self.unit.files.iter().map(|f| f.lock()).collect();
+        let sent: Vec<Option<FileCommit>> = locked.iter().map(|f| f.view.commit_of(self.unit.id)).collect();
+        let files: Vec<FileCommit> = sent.iter().flatten().cloned().collect();
+        if files.is_empty() {
+            self.abandoned.extend(self.block.map(|b| b.0));
+        }
+        let abandoned = std::mem::take(&mut self.abandoned);
+        if files.is_empty() && abandoned.is_empty() {
+            return (sent, None);
+        }
+        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false }));
+        (sent, Some(pending))
+    }
+
+    fn committed(&self, client: &Inner, sent: Vec<Option<FileCommit>>, reply: CommitReply) -> FsResult<()> {
+        let named = sent.iter().flatten().count();
+        if reply.files.len() != named {
+            return Err(unexpected("a commit"));
+        }
+        let mut replies = reply.files.into_iter();
+        let (mut freed, mut moved) = (0, Vec::new());
+        for (file, sent) in self.unit.files.iter().zip(sent) {
+            let mut inner = file.lock();
+            let Some((sent, reply)) = sent.and_then(|sent| Some((sent, replies.next()?))) else {
+                freed += inner.view.unit_failed(self.unit.id);
+                continue;
+            };
+            match reply.errno {
+                0 => {
+                    let (free, shifted) = inner.view.unit_committed(self.unit.id, &sent, reply);
+                    freed += free;
+                    moved.extend(shifted.then_some(file.ino));
+                }
+                // The file was removed by everyone: nobody will miss the bytes.
+                errno if errno == Errno::ESTALE.code() => freed += inner.view.unit_failed(self.unit.id),
+                errno => {
+                    freed += inner.view.unit_failed(self.unit.id);
+                    let error =
+                        FsError::new(Errno::from_code(errno), format!("{}: commit refused", file.ino));
+                    inner.error.get_or_insert(error);
+                }
+            }
+        }
+        client.budget.release(freed);
+        for ino in moved {
+            client.tell_moved(ino);
+        }
+        Ok(())
+    }
+
+    fn fail(&self, client: &Inner, error: &FsError) {
+        warn!(files = self.unit.files.len(), "written data is lost: {error}");
+        let mut freed = 0;
+        for file in &self.unit.files {
+            let mut inner = file.lock();
+            freed += inner.view.unit_failed(self.unit.id);
+            inner.error.get_or_insert_with(|| error.clone());
+        }
+        client.budget.release(freed);
+    }
+}
