@@ -66,7 +66,7 @@ async fn main() -> FsResult<()> {
 
 #[allow(clippy::print_stdout, reason = "an example talks to its user")]
 fn report(what: &str, started: Instant) {
-    let total = SHARDS * SHARD_BYTES as u64 >> 20;
+    let total = (SHARDS * SHARD_BYTES as u64) >> 20;
     let seconds = started.elapsed().as_secs_f64();
     println!("{total} MiB {what} in {seconds:.2} s, {:.0} MiB/s", total as f64 / seconds);
 }

@@ -426,7 +426,7 @@ impl View {
     ) -> (u64, bool) {
         let freed = self.drop_unit(unit);
         let shift = reply.appended_shift;
-        let attr = reply.attr.unwrap_or_else(|| self.attr);
+        let attr = reply.attr.unwrap_or(self.attr);
         if attr.data_version == self.extents_version + 1 {
             for extent in &sent.extents {
                 let appended = sent.append_base.is_some_and(|base| extent.offset >= base);

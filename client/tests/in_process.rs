@@ -1,0 +1,315 @@
+//! The library against real servers in this process: what one client promises itself and others.
+
+use std::{path::Path, time::Duration};
+
+use bytes::Bytes;
+use fjordfs_client::{AttrChange, Client, Errno, File, InodeId, Options, ReadRequest};
+use fjordfs_dataserver::{DataServer, TargetConfig};
+use fjordfs_metaserver::MetaServer;
+use fjordfs_proto::{Policy, Source, cluster::TargetState};
+
+struct Cluster {
+    meta: Option<MetaServer>,
+    data: Vec<Option<DataServer>>,
+    address: String,
+    dir: tempfile::TempDir,
+}
+
+fn data_server(dir: &Path, meta: &str, i: usize) -> DataServer {
+    DataServer::start(fjordfs_dataserver::Config {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        name: format!("data-{i}"),
+        targets: vec![TargetConfig { path: dir.join(format!("data-{i}")), domain: None }],
+        cores: 1,
+        volume_size: 64 << 20,
+        ..fjordfs_dataserver::Config::new(meta.to_owned())
+    })
+    .unwrap()
+}
+
+impl Cluster {
+    async fn start(servers: usize, policy: &str) -> Cluster {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let policy: Policy = policy.parse().unwrap();
+        let root = dir.path().to_owned();
+        let (meta, data) = tokio::task::spawn_blocking(move || {
+            let meta = MetaServer::start(fjordfs_metaserver::Config {
+                listen: "127.0.0.1:0".parse().unwrap(),
+                default_policy: policy,
+                heartbeat: Duration::from_millis(100),
+                down_after: Duration::from_millis(500),
+                ..fjordfs_metaserver::Config::new(root.join("meta"))
+            })
+            .unwrap();
+            let address = meta.address().to_string();
+            let data = (0..servers).map(|i| Some(data_server(&root, &address, i))).collect();
+            (meta, data)
+        })
+        .await
+        .unwrap();
+        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, dir };
+        let client = cluster.client().await;
+        wait_until("all targets are up", || {
+            let map = client.map();
+            map.targets.len() == servers && map.targets.values().all(|t| t.state == TargetState::Up)
+        })
+        .await;
+        client.shutdown().await.unwrap();
+        cluster
+    }
+
+    async fn client(&self) -> Client {
+        self.client_with(Options { operation_timeout: Duration::from_secs(30), ..Options::default() }).await
+    }
+
+    async fn client_with(&self, options: Options) -> Client {
+        Client::connect(&self.address, options).await.unwrap()
+    }
+
+    fn stop_data(&mut self, i: usize) {
+        self.data[i].take().unwrap().stop().unwrap();
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for data in self.data.drain(..).flatten() {
+            let _ = data.stop();
+        }
+        if let Some(meta) = self.meta.take() {
+            let _ = meta.stop();
+        }
+    }
+}
+
+async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    for _ in 0..300 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("waited 15 s until {what}");
+}
+
+/// Bytes that differ from page to page and from seed to seed.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    (0..len as u64)
+        .map(|i| (i.wrapping_mul(31) ^ (i >> 12).wrapping_mul(seed * 7 + 1) ^ seed) as u8)
+        .collect()
+}
+
+async fn read_all(file: &File) -> Vec<u8> {
+    let len = file.attr().size as usize;
+    file.read_at(0, len).await.unwrap().concat()
+}
+
+async fn write_file(client: &Client, path: &str, data: &[u8]) {
+    let file = client.create_path(path).await.unwrap();
+    file.write_at(0, Bytes::copy_from_slice(data)).await.unwrap();
+    file.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_client_closes_another_reads() {
+    let cluster = Cluster::start(3, "replica:2").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    for (name, len) in
+        [("/empty", 0), ("/inline", 100), ("/small", 5000), ("/odd", 1_234_567), ("/large", 40 << 20)]
+    {
+        let data = pattern(len as u64, len);
+        write_file(&a, name, &data).await;
+        let file = b.open_path(name).await.unwrap();
+        assert!(read_all(&file).await == data, "{name} differs");
+    }
+    let entries = b.read_dir("/").await.unwrap();
+    assert_eq!(entries.len(), 5);
+    a.shutdown().await.unwrap();
+    b.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uncommitted_writes_are_read_back_and_survive_overwrites_and_truncates() {
+    let cluster = Cluster::start(3, "replica:1").await;
+    let client = cluster.client().await;
+    let file = client.create_path("/f").await.unwrap();
+    let mut expected = pattern(1, 20 << 20);
+    file.write_at(0, Bytes::from(expected.clone())).await.unwrap();
+    file.write_at(1000, Bytes::from_static(b"over")).await.unwrap();
+    expected[1000..1004].copy_from_slice(b"over");
+    assert!(read_all(&file).await == expected);
+    file.flush().await.unwrap();
+    assert!(read_all(&file).await == expected);
+    client.setattr(file.ino(), AttrChange { size: Some(70_000), ..Default::default() }).await.unwrap();
+    client.setattr(file.ino(), AttrChange { size: Some(90_000), ..Default::default() }).await.unwrap();
+    expected.truncate(70_000);
+    expected.resize(90_000, 0);
+    assert!(read_all(&file).await == expected);
+    file.write_at(80_000, Bytes::from_static(b"tail")).await.unwrap();
+    expected[80_000..80_004].copy_from_slice(b"tail");
+    file.fsync().await.unwrap();
+    let other = cluster.client().await;
+    assert!(read_all(&other.open_path("/f").await.unwrap()).await == expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_files_closed_together_share_blocks() {
+    let cluster = Cluster::start(3, "replica:1").await;
+    let client = cluster.client().await;
+    let writers = (0..200u64).map(|i| {
+        let client = client.clone();
+        tokio::spawn(async move { write_file(&client, &format!("/{i}"), &pattern(i, 20_000)).await })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+    let mut blocks = std::collections::BTreeSet::new();
+    for i in 0..200u64 {
+        let file = client.open_path(&format!("/{i}")).await.unwrap();
+        assert!(read_all(&file).await == pattern(i, 20_000));
+        for (_, extent) in client.extents(file.ino()).await.unwrap() {
+            blocks.extend(extent.pieces().map(|p| p.block));
+        }
+    }
+    assert!(blocks.len() < 150, "200 files lie in {} blocks", blocks.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tiny_files_live_in_the_metadata() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster.client().await;
+    write_file(&client, "/tiny", b"hello").await;
+    let file = client.open_path("/tiny").await.unwrap();
+    let extents = client.extents(file.ino()).await.unwrap();
+    assert!(matches!(&extents[..], [(0, e)] if matches!(&e.source, Source::Inline(data) if data == "hello")));
+    assert_eq!(read_all(&file).await, b"hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn appends_from_two_clients_lose_nothing() {
+    let cluster = Cluster::start(3, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    write_file(&a, "/log", b"").await;
+    let appender = |client: Client, tag: u8| async move {
+        let file = client.open_path("/log").await.unwrap();
+        for i in 0..100u8 {
+            file.append(Bytes::from(vec![tag, i, b'\n'])).await.unwrap();
+            if i % 7 == 0 {
+                file.flush().await.unwrap();
+            }
+        }
+        file.close().await.unwrap();
+    };
+    tokio::join!(appender(a.clone(), b'a'), appender(b.clone(), b'b'));
+    let data = read_all(&cluster.client().await.open_path("/log").await.unwrap()).await;
+    assert_eq!(data.len(), 600);
+    for tag in *b"ab" {
+        let seen: Vec<u8> = data.chunks(3).filter(|c| c[0] == tag).map(|c| c[1]).collect();
+        assert_eq!(seen, (0..100).collect::<Vec<u8>>());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_data_server_gone_reads_and_writes_go_on() {
+    let mut cluster = Cluster::start(3, "replica:2").await;
+    let client = cluster.client().await;
+    write_file(&client, "/before", &pattern(1, 30 << 20)).await;
+    cluster.stop_data(1);
+    let file = client.open_path("/before").await.unwrap();
+    assert!(read_all(&file).await == pattern(1, 30 << 20));
+    let file = client.create_path("/after").await.unwrap();
+    file.write_at(0, Bytes::from(pattern(2, 30 << 20))).await.unwrap();
+    file.fsync().await.unwrap();
+    let fresh = cluster.client().await;
+    assert!(read_all(&fresh.open_path("/after").await.unwrap()).await == pattern(2, 30 << 20));
+    assert!(read_all(&fresh.open_path("/before").await.unwrap()).await == pattern(1, 30 << 20));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_data_is_an_error_and_never_zeros() {
+    let mut cluster = Cluster::start(2, "replica:1").await;
+    let client = cluster.client().await;
+    write_file(&client, "/f", &pattern(3, 64 << 20)).await;
+    cluster.stop_data(0);
+    let fresh = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(3), ..Options::default() })
+        .await;
+    let file = fresh.open_path("/f").await.unwrap();
+    let expected = pattern(3, 64 << 20);
+    let (mut right, mut failed) = (0, 0);
+    for offset in (0..expected.len()).step_by(1 << 20) {
+        match file.read_at(offset as u64, 1 << 20).await {
+            Ok(parts) => {
+                assert!(parts.concat() == expected[offset..offset + (1 << 20)]);
+                right += 1;
+            }
+            Err(e) => {
+                assert_eq!(e.errno, Errno::EIO);
+                failed += 1;
+            }
+        }
+    }
+    assert!(right > 0 && failed > 0, "{right} read, {failed} failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dirty_data_stays_within_its_bound_and_writers_wait() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster.client_with(Options { memory_max: Options::MEMORY_MIN, ..Options::default() }).await;
+    let bound = Options::MEMORY_MIN * 3 / 8;
+    let file = client.create_path("/f").await.unwrap();
+    for i in 0..300u64 {
+        // Scattered, so that full runs do not form by themselves.
+        let at = (i * 7919 % 300) << 21;
+        file.write_at(at, Bytes::from(vec![i as u8 + 1; 1 << 20])).await.unwrap();
+        assert!(client.dirty_bytes() <= bound, "{} dirty", client.dirty_bytes());
+    }
+    file.close().await.unwrap();
+    assert_eq!(client.dirty_bytes(), 0);
+    let file = client.open_path("/f").await.unwrap();
+    for i in 0..300u64 {
+        let at = (i * 7919 % 300) << 21;
+        let read = file.read_at(at, 1 << 20).await.unwrap().concat();
+        assert!(read.iter().all(|b| *b == i as u8 + 1), "run {i}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_comes_back_in_order() {
+    let cluster = Cluster::start(3, "replica:1").await;
+    let client = cluster.client().await;
+    let data = pattern(9, 3 << 20);
+    write_file(&client, "/f", &data).await;
+    let file = client.open_path("/f").await.unwrap();
+    let spots: Vec<usize> = (0..500).map(|i| i * 7_919 % (data.len() - 4096)).collect();
+    let requests =
+        spots.iter().map(|at| ReadRequest { file: file.clone(), offset: *at as u64, len: 4096 }).collect();
+    for (at, read) in spots.iter().zip(client.read_batch(requests).await) {
+        assert!(read.unwrap().concat() == data[*at..at + 4096], "at {at}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_follow_links_and_errors_name_the_path() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster.client().await;
+    let dir = InodeId(client.create_dir_all("/a/b").await.unwrap().ino);
+    write_file(&client, "/a/b/f", b"x").await;
+    let link = |target: &str| fjordfs_client::NewNode {
+        kind: fjordfs_client::FileKind::Symlink,
+        mode: 0o777,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        target: target.into(),
+    };
+    client.make(dir, b"up", link("../b/f")).await.unwrap();
+    client.make(dir, b"loop", link("loop")).await.unwrap();
+    assert_eq!(client.stat("/a/b/up").await.unwrap().ino, client.stat("/a/b/f").await.unwrap().ino);
+    assert_eq!(client.stat("/a/b/loop").await.unwrap_err().errno, Errno::ELOOP);
+    let e = client.stat("/a/nope/f").await.unwrap_err();
+    assert_eq!(e.errno, Errno::ENOENT);
+    assert!(e.message.contains("/a/nope/f"), "{}", e.message);
+    assert_eq!(client.stat("/a/b/f/g").await.unwrap_err().errno, Errno::ENOTDIR);
+    assert_eq!(client.remove_dir("/a").await.unwrap_err().errno, Errno::ENOTEMPTY);
+}
