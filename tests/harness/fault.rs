@@ -196,3 +196,36 @@ pub fn make_newer(folder: &Path) {
     }
     assert!(found, "no label with a format_version in {}", folder.display());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marked_pages_are_found_and_flipped() {
+        let scratch = Scratch::new("fault");
+        let path = scratch.path().join("volume");
+        let file = File::create(&path).unwrap();
+        file.set_len(1 << 30).unwrap();
+        file.write_all_at(b"marker here", 5 * 4096).unwrap();
+        file.write_all_at(b"marker here", 600 << 20).unwrap();
+        file.write_all_at(b"marker unaligned", 100_001).unwrap();
+        let found = find_pages(scratch.path(), b"marker");
+        assert_eq!(found.iter().map(|p| p.offset).collect::<Vec<_>>(), [5 * 4096, 600 << 20]);
+        flip(&found[0], 2);
+        assert_eq!(find_pages(scratch.path(), b"marker").len(), 1);
+        flip(&found[0], 2);
+        assert_eq!(find_pages(scratch.path(), b"marker").len(), 2);
+        assert_eq!(volumes(scratch.path()), [path]);
+    }
+
+    #[test]
+    fn a_small_disk_is_small_and_goes_away() {
+        let scratch = Scratch::new("disk");
+        let disk = SmallDisk::new(&scratch, "disk", 32);
+        assert!(fs::write(disk.path().join("f"), vec![1; 64 << 20]).is_err());
+        let dir = disk.path().to_owned();
+        drop(disk);
+        assert!(!crate::mountpoint::is_mounted(&dir));
+    }
+}

@@ -81,8 +81,10 @@ impl Tree {
             files.push(path);
         }
         for i in 0..self.symlinks {
-            let target = if rng.random_bool(0.8) { pick(&mut rng, &files) } else { "no/such/file".into() };
-            symlink(target, pick(&mut rng, &dirs).join(format!("symlink{i}"))).expect("symlink");
+            let dir = pick(&mut rng, &dirs);
+            let target =
+                if rng.random_bool(0.8) { pick(&mut rng, &files) } else { root.join("no/such/file") };
+            symlink(relative(root, &dir, &target), dir.join(format!("symlink{i}"))).expect("symlink");
         }
         for i in 0..self.hard_links {
             let link = pick(&mut rng, &dirs).join(format!("link{i}"));
@@ -92,6 +94,12 @@ impl Tree {
             set_mtime(dir, &mut rng);
         }
     }
+}
+
+/// How a link in `dir` names `target`; both lie below `root`.
+fn relative(root: &Path, dir: &Path, target: &Path) -> PathBuf {
+    let below = |path: &Path| path.strip_prefix(root).expect("below the root").to_owned();
+    below(dir).iter().map(|_| Path::new("..")).chain([below(target).as_path()]).collect()
 }
 
 fn pick(rng: &mut TestRng, from: &[PathBuf]) -> PathBuf {
@@ -306,4 +314,48 @@ pub fn count(root: &Path) -> usize {
         }
     }
     count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Scratch;
+
+    #[test]
+    fn a_seed_makes_one_tree_and_every_change_is_seen() {
+        let scratch = Scratch::new("tree");
+        let (a, b) = (scratch.path().join("a"), scratch.path().join("b"));
+        let tree = Tree { large: 0, sparse: 1, ..Tree::mixed() };
+        tree.generate(&a, 7);
+        let original = scan(&a).unwrap();
+        assert!(original.len() > 400);
+        let changes: [(&str, &dyn Fn(&Path)); 7] = [
+            ("a byte", &|f| {
+                let mtime = fs::metadata(f).unwrap().modified().unwrap();
+                let file = File::options().write(true).open(f).unwrap();
+                file.write_all_at(b"!", 0).unwrap();
+                file.set_modified(mtime).unwrap();
+            }),
+            ("the length", &|f| File::options().append(true).open(f).unwrap().set_len(1 << 20).unwrap()),
+            ("the mode", &|f| fs::set_permissions(f, fs::Permissions::from_mode(0o111)).unwrap()),
+            ("the time", &|f| {
+                File::open(f).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+            }),
+            ("the owner", &|f| std::os::unix::fs::chown(f, Some(1), None).unwrap()),
+            ("a name", &|f| fs::rename(f, f.with_extension("renamed")).unwrap()),
+            ("a link", &|f| fs::hard_link(f, f.with_extension("linked")).unwrap()),
+        ];
+        for (what, change) in changes {
+            let _ = fs::remove_dir_all(&b);
+            tree.generate(&b, 7);
+            assert!(
+                differences(&original, &scan(&b).unwrap(), ALL).is_empty(),
+                "the same seed, another tree"
+            );
+            let file =
+                crate::fault::files(&b).into_iter().find(|f| f.metadata().unwrap().len() > 100).unwrap();
+            change(&file);
+            assert!(!differences(&original, &scan(&b).unwrap(), ALL).is_empty(), "{what} goes unnoticed");
+        }
+    }
 }

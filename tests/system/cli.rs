@@ -15,7 +15,7 @@ use fjordfs_tests::{
     mountpoint::{detach, is_mounted, wait_unmounted},
     process::{have, sh},
     rng, run,
-    tree::{self, Compare, Tree},
+    tree::{self, Tree},
     wait::{SOON, wait_for},
 };
 use serde_json::Value;
@@ -23,9 +23,6 @@ use serde_json::Value;
 fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
 }
-
-/// What import and export keep. Whether hard links stay links is not promised.
-const TRANSFERRED: Compare = Compare { times: true, hard_links: false };
 
 #[test]
 fn import_and_export_round_trip() {
@@ -36,19 +33,19 @@ fn import_and_export_round_trip() {
     let remote = format!("{}:/in/by/address", cluster.meta_address());
     cluster.fjord(["import", text(&source), &remote]).ok();
     let mount = cluster.mount();
-    tree::assert_same(&source, &mount.join("in/by/address"), TRANSFERRED);
+    tree::assert_same(&source, &mount.join("in/by/address"), tree::ALL);
     // The same through a mount, and back both ways.
     cluster.fjord(["import", text(&source), text(&mount.join("mounted"))]).ok();
-    tree::assert_same(&source, &mount.join("mounted"), TRANSFERRED);
+    tree::assert_same(&source, &mount.join("mounted"), tree::ALL);
     let back = cluster.dir("back");
     cluster.fjord(["export", &remote, text(&back.join("a"))]).ok();
-    tree::assert_same(&source, &back.join("a"), TRANSFERRED);
+    tree::assert_same(&source, &back.join("a"), tree::ALL);
     cluster.fjord(["export", text(&mount.join("mounted")), text(&back.join("b"))]).ok();
-    tree::assert_same(&source, &back.join("b"), TRANSFERRED);
+    tree::assert_same(&source, &back.join("b"), tree::ALL);
     // What is there already is not copied again; what differs is.
     fs::write(source.join("new"), b"new").unwrap();
     cluster.fjord(["import", text(&source), text(&mount.join("mounted"))]).ok();
-    tree::assert_same(&source, &mount.join("mounted"), TRANSFERRED);
+    tree::assert_same(&source, &mount.join("mounted"), tree::ALL);
     mount.unmount();
 }
 
@@ -72,7 +69,7 @@ fn an_import_that_was_killed_goes_on_where_it_was() {
     }
     cluster.fjord(["import", text(&source), &target]).ok();
     let mount = cluster.mount();
-    tree::assert_same(&source, &mount.join("in"), TRANSFERRED);
+    tree::assert_same(&source, &mount.join("in"), tree::ALL);
     mount.unmount();
 }
 

@@ -15,7 +15,7 @@ use std::{
 
 use fjordfs_tests::{
     Cluster, Process, Setup, rng,
-    tree::{self, Compare, Tree},
+    tree::{self, Tree},
     wait::SOON,
     wait_for,
 };
@@ -64,7 +64,7 @@ impl Import {
 
 fn assert_imported(cluster: &Cluster, source: &Path) {
     let mount = cluster.mount();
-    tree::assert_same(source, &mount.join("imported"), Compare { times: true, hard_links: false });
+    tree::assert_same(source, &mount.join("imported"), tree::ALL);
     mount.unmount();
 }
 
