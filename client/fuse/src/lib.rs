@@ -1,1 +1,45 @@
-//! FjordFS.
+//! Mounting FjordFS: our own FUSE layer and a thin adapter on the client library.
+//!
+//! No published FUSE library has the transports this one is shaped for, so it talks to the kernel itself.
+//!
+//! ```text
+//! kernel ── transport ── worker ── request ── dispatch ── Filesystem ── adapter ── fjordfs_client
+//!          /dev/fuse     thread    parsing    routing     (trait)
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`options`] | `-o` options |
+//! | [`mount`] | mounting, as root or through fusermount3; unmounting |
+//! | `session` | negotiation with the kernel, threads |
+//! | `transport` | how requests come and answers go |
+//! | `worker` | one thread: many requests in flight, panics and callers that die |
+//! | `request`, `reply`, `abi` | the kernel's bytes, in and out |
+//! | `dispatch` | which call a request becomes; `kernel_cache`, `handles`, `directory` hold the state it needs |
+//! | [`filesystem`] | what can be mounted |
+//! | [`notify`] | telling the kernel what is stale |
+//! | `adapter` | FjordFS as a [`filesystem::Filesystem`] |
+
+mod abi;
+mod adapter;
+mod buffer;
+mod directory;
+mod dispatch;
+pub mod filesystem;
+mod handles;
+mod interrupt;
+mod kernel_cache;
+pub mod mount;
+pub mod notify;
+pub mod options;
+mod reply;
+mod request;
+mod session;
+mod transport;
+mod worker;
+
+pub use adapter::mount;
+pub use filesystem::Filesystem;
+pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
+pub use options::{MountOptions, OptionError};
+pub use session::SessionError;

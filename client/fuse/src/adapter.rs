@@ -1,0 +1,168 @@
+//! FjordFS as a [`Filesystem`]: translation only, so that everything else is tested without FUSE.
+
+use bytes::Bytes;
+use fjordfs_client::{Client, File, SetTime};
+use fjordfs_proto::pb::meta::{Attr, ReadDirReply};
+use fjordfs_proto::{FsResult, InodeId};
+use parking_lot::Mutex;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::filesystem::{AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
+use crate::mount::{Mount, MountError, mount_filesystem};
+use crate::notify::Notifier;
+use crate::options::MountOptions;
+
+/// Mounts what a client is connected to. The client outlives the mount: after [`Mount::wait`] or [`Mount::unmount`] the caller
+/// shuts it down, which writes back what is left and reports whether that succeeded.
+pub fn mount(client: Client, options: MountOptions) -> Result<Mount, MountError> {
+    mount_filesystem(Adapter { client, notifier: Mutex::new(None) }, &options)
+}
+
+struct Adapter {
+    client: Client,
+    /// Until the first worker takes it.
+    notifier: Mutex<Option<Notifier>>,
+}
+
+impl Filesystem for Adapter {
+    type File = File;
+
+    fn mounted(&self, notifier: Notifier) {
+        *self.notifier.lock() = Some(notifier);
+    }
+
+    fn enter_worker(&self, index: usize) {
+        // Data connections of this worker live on its own runtime.
+        fjordfs_client::enter_lane(index);
+        if let Some(notifier) = self.notifier.lock().take() {
+            tokio::task::spawn_local(announce_moved_appends(self.client.clone(), notifier));
+        }
+    }
+
+    async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+        self.client.lookup(parent, name).await
+    }
+
+    async fn getattr(&self, ino: InodeId) -> FsResult<Attr> {
+        self.client.getattr(ino).await
+    }
+
+    async fn setattr(&self, ino: InodeId, change: AttrChange) -> FsResult<Attr> {
+        let AttrChange { mode, uid, gid, size, atime, mtime, ctime } = change;
+        let time = |time: TimeChange| match time {
+            TimeChange::Now => SetTime::Now,
+            TimeChange::At(time) => SetTime::To(time),
+        };
+        let change = fjordfs_client::AttrChange {
+            mode,
+            uid,
+            gid,
+            size,
+            atime: atime.map(time),
+            mtime: mtime.map(time),
+            ctime,
+            policy: None,
+        };
+        self.client.setattr(ino, change).await
+    }
+
+    async fn readlink(&self, ino: InodeId) -> FsResult<Vec<u8>> {
+        self.client.readlink(ino).await
+    }
+
+    async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Attr> {
+        let NewNode { kind, mode, uid, gid, rdev, target } = node;
+        let node = fjordfs_client::NewNode { kind, mode, uid, gid, rdev, target: target.into() };
+        self.client.make(parent, name, node).await
+    }
+
+    async fn create(&self, parent: InodeId, name: &[u8], file: NewFile) -> FsResult<(Attr, File)> {
+        self.client.create(parent, name, file.mode, file.uid, file.gid, file.exclusive).await
+    }
+
+    async fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+        self.client.link(ino, parent, name).await
+    }
+
+    async fn unlink(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
+        self.client.unlink(parent, name).await
+    }
+
+    async fn rmdir(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
+        self.client.rmdir(parent, name).await
+    }
+
+    async fn rename(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        new_parent: InodeId,
+        new_name: &[u8],
+        flags: u32,
+    ) -> FsResult<()> {
+        self.client.rename(parent, name, new_parent, new_name, flags).await
+    }
+
+    async fn open(&self, ino: InodeId) -> FsResult<(Attr, File)> {
+        self.client.open(ino).await
+    }
+
+    async fn read(&self, file: &File, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
+        file.read_at(offset, len).await
+    }
+
+    async fn write(&self, file: &File, offset: u64, data: Bytes) -> FsResult<()> {
+        file.write_at(offset, data).await
+    }
+
+    async fn append(&self, file: &File, data: Bytes) -> FsResult<u64> {
+        file.append(data).await
+    }
+
+    async fn flush(&self, file: &File) -> FsResult<()> {
+        file.flush().await
+    }
+
+    async fn fsync(&self, file: &File) -> FsResult<()> {
+        file.fsync().await
+    }
+
+    async fn release(&self, file: &File) -> FsResult<()> {
+        file.clone().close().await
+    }
+
+    async fn read_dir(
+        &self,
+        ino: InodeId,
+        cookie: u64,
+        limit: u32,
+        attributes: bool,
+    ) -> FsResult<ReadDirReply> {
+        self.client.readdir(ino, cookie, limit, attributes).await
+    }
+
+    async fn statfs(&self) -> FsResult<Space> {
+        let space = self.client.statfs().await?;
+        Ok(Space { capacity: space.capacity, free: space.free, files: space.files })
+    }
+
+    async fn sync_all(&self) -> FsResult<()> {
+        self.client.sync_all().await
+    }
+}
+
+/// Appended bytes that another client's append pushed further on are cached by the kernel where they were written first.
+async fn announce_moved_appends(client: Client, notifier: Notifier) {
+    let mut moved = client.appends_moved();
+    drop(client);
+    loop {
+        match moved.recv().await {
+            Ok(ino) => notifier.invalidate_inode(ino),
+            // Their data version has changed, so the next open drops their pages.
+            Err(RecvError::Lagged(missed)) => {
+                tracing::warn!(missed, "moved appends not announced to the kernel")
+            }
+            Err(RecvError::Closed) => return,
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! From a request to a call of the filesystem, and from its result to an answer.
+//!
+//! No logic of the filesystem lives here: only what the kernel needs to be told, and the state that belongs to the kernel's
+//! view (handles, the page cache's version, callers waiting). Shared by all workers of a mount.
+
+use std::time::{Duration, Instant};
+
+use fjordfs_proto::error::Errno;
+use fjordfs_proto::pb::meta::Attr;
+use fjordfs_proto::{FsError, FsResult, InodeId};
+use parking_lot::Mutex;
+
+use crate::abi::{self, opcode};
+use crate::directory::OpenDirectory;
+use crate::filesystem::Filesystem;
+use crate::handles::Handles;
+use crate::interrupt::Interrupts;
+use crate::kernel_cache::KernelCache;
+use crate::notify::Notifier;
+use crate::reply::{self, DirentBuffer, Reply, Validity};
+use crate::request::{Caller, Operation, Request};
+
+mod file;
+mod namespace;
+
+use file::OpenFile;
+
+/// RENAME_NOREPLACE and RENAME_EXCHANGE.
+const RENAME_FLAGS: [u32; 3] = [0, 1, 2];
+
+/// Everything workers share.
+pub(crate) struct Dispatcher<F: Filesystem> {
+    fs: F,
+    validity: Validity,
+    /// Largest READ and WRITE, bytes.
+    size_max: usize,
+    files: Handles<OpenFile<F::File>>,
+    directories: Handles<OpenDirectory>,
+    kernel_cache: KernelCache,
+    pub(crate) interrupts: Interrupts,
+    notifier: Notifier,
+    complaints: Complaints,
+}
+
+/// An answer, and the handle that must be closed again if the kernel did not take it.
+pub(crate) struct Answer {
+    pub(crate) reply: Reply,
+    pub(crate) opened: Option<Opened>,
+}
+
+/// A handle that was given out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Opened {
+    File(u64),
+    Directory(u64),
+}
+
+impl From<Reply> for Answer {
+    fn from(reply: Reply) -> Answer {
+        Answer { reply, opened: None }
+    }
+}
+
+impl<F: Filesystem> Dispatcher<F> {
+    pub(crate) fn new(fs: F, validity: Validity, size_max: usize, notifier: Notifier) -> Dispatcher<F> {
+        Dispatcher {
+            fs,
+            validity,
+            size_max,
+            files: Handles::new(),
+            directories: Handles::new(),
+            kernel_cache: KernelCache::new(),
+            interrupts: Interrupts::default(),
+            notifier,
+            complaints: Complaints::default(),
+        }
+    }
+
+    pub(crate) fn filesystem(&self) -> &F {
+        &self.fs
+    }
+
+    /// Serves one request.
+    pub(crate) async fn serve(&self, request: Request) -> Answer {
+        let Request { caller, node, operation } = request;
+        let what = describe(&operation);
+        self.route(caller, node, operation).await.unwrap_or_else(|e| self.failed(what, node, &e).into())
+    }
+
+    async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
+        let reply = match operation {
+            // The two that give out handles.
+            Operation::Open { flags } => return self.open(caller, node, flags).await,
+            Operation::Create { name, flags, mode } => {
+                return self.create(caller, node, &name, flags, mode).await;
+            }
+            Operation::Opendir => {
+                let fh = self.directories.insert(OpenDirectory::new(node));
+                let reply = Reply::of(&abi::OpenOut { fh, ..abi::OpenOut::default() });
+                return Ok(Answer { reply, opened: Some(Opened::Directory(fh)) });
+            }
+
+            Operation::Lookup { name } => self.entry(self.fs.lookup(node, &name).await?),
+            Operation::Getattr => Reply::of(&reply::attr_out(&self.fs.getattr(node).await?, self.validity)),
+            Operation::Statx => Reply::of(&reply::statx_out(&self.fs.getattr(node).await?, self.validity)),
+            Operation::Setattr(input) => self.setattr(node, &input).await?,
+            Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
+            Operation::Symlink { name, target } => self.symlink(caller, node, &name, target).await?,
+            Operation::Mknod { name, mode, rdev } => self.mknod(caller, node, &name, mode, rdev).await?,
+            Operation::Mkdir { name, mode } => self.mkdir(caller, node, &name, mode).await?,
+            Operation::Link { ino, name } => self.entry(self.fs.link(ino, node, &name).await?),
+            Operation::Unlink { name } => {
+                self.fs.unlink(node, &name).await?;
+                Reply::Empty
+            }
+            Operation::Rmdir { name } => {
+                self.fs.rmdir(node, &name).await?;
+                Reply::Empty
+            }
+            Operation::Rename { name, new_parent, new_name, flags } => {
+                if !RENAME_FLAGS.contains(&flags) {
+                    return Err(FsError::new(
+                        Errno::EINVAL,
+                        format!("rename with flags {flags:#x} is not supported"),
+                    ));
+                }
+                self.fs.rename(node, &name, new_parent, &new_name, flags).await?;
+                Reply::Empty
+            }
+
+            Operation::Read { fh, offset, size } => self.read(fh, offset, size).await?,
+            Operation::Write { fh, offset, write_flags, flags, data } => {
+                self.write(fh, offset, write_flags, flags, data).await?
+            }
+            Operation::Flush { fh } => self.flush(fh).await?,
+            Operation::Fsync { fh } => self.fsync(fh).await?,
+            Operation::Release { fh } => {
+                self.close(Opened::File(fh)).await;
+                Reply::Empty
+            }
+
+            Operation::Readdir { fh, offset, size, plus } => self.readdir(fh, offset, size, plus).await?,
+            Operation::Releasedir { fh } => {
+                self.close(Opened::Directory(fh)).await;
+                Reply::Empty
+            }
+
+            Operation::Statfs => Reply::of(&reply::statfs_out(&self.fs.statfs().await?)),
+            Operation::Fsyncdir | Operation::Syncfs => {
+                self.fs.sync_all().await?;
+                Reply::Empty
+            }
+            Operation::Forget(nodes) => {
+                nodes.into_iter().for_each(|ino| self.kernel_cache.forget(ino));
+                Reply::None
+            }
+            Operation::Interrupt { unique } => {
+                self.interrupts.interrupt(unique);
+                Reply::None
+            }
+            Operation::Destroy => Reply::Empty,
+            // Answered before the workers start; a second one is not part of the protocol.
+            Operation::Init => Reply::Error(libc::EIO),
+            Operation::Other(code) => not_served(code),
+        };
+        Ok(reply.into())
+    }
+
+    fn entry(&self, attr: Attr) -> Reply {
+        Reply::of(&reply::entry_out(&attr, self.validity))
+    }
+
+    async fn readdir(&self, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Reply> {
+        let directory = self.directories.get(fh).ok_or_else(|| unknown_handle(fh))?;
+        let mut buffer = DirentBuffer::new((size as usize).min(self.size_max));
+        directory.list(&self.fs, offset, &mut buffer, plus.then_some(self.validity)).await?;
+        Ok(buffer.into_reply())
+    }
+
+    /// Takes back a handle: on RELEASE, or when the kernel did not take the answer that gave it out.
+    pub(crate) async fn close(&self, opened: Opened) {
+        match opened {
+            Opened::Directory(fh) => drop(self.directories.remove(fh)),
+            Opened::File(fh) => {
+                if let Some(open) = self.files.remove(fh) {
+                    self.release(&open).await;
+                }
+            }
+        }
+    }
+
+    /// Closes every handle that is still open when the mount has ended: an abort does not send RELEASE.
+    pub(crate) async fn close_all(&self) {
+        self.directories.drain();
+        for open in self.files.drain() {
+            self.release(&open).await;
+        }
+    }
+
+    /// The errno for the program, and, for failures that a person should look at, the sentence in the log.
+    fn failed(&self, what: &'static str, node: InodeId, e: &FsError) -> Reply {
+        use Errno::*;
+        let serious =
+            matches!(e.errno, EIO | EPROTO | EBADMSG | ETIMEDOUT | ENOMEM | ENODEV | ESTALE | EOVERFLOW);
+        if serious {
+            self.complaints.complain(|suppressed| {
+                tracing::warn!(%node, suppressed, "{what} failed: {e}");
+            });
+        } else {
+            tracing::debug!(%node, "{what}: {e}");
+        }
+        Reply::Error(e.errno.code())
+    }
+}
+
+fn unknown_handle(fh: u64) -> FsError {
+    FsError::new(Errno::EBADF, format!("handle {fh} is not open"))
+}
+
+/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: extended
+/// attributes become `EOPNOTSUPP`, `access` is decided from the mode, `lseek(SEEK_HOLE)` and `copy_file_range` are done by the
+/// kernel, `fallocate` becomes `EOPNOTSUPP` and glibc writes zeros.
+fn not_served(code: u32) -> Reply {
+    match code {
+        // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
+        opcode::IOCTL => Reply::Error(libc::ENOTTY),
+        _ => Reply::Error(libc::ENOSYS),
+    }
+}
+
+fn describe(operation: &Operation) -> &'static str {
+    match operation {
+        Operation::Lookup { .. } => "lookup",
+        Operation::Getattr | Operation::Statx => "stat",
+        Operation::Setattr(_) => "changing attributes",
+        Operation::Readlink => "readlink",
+        Operation::Symlink { .. } => "symlink",
+        Operation::Mknod { .. } => "mknod",
+        Operation::Mkdir { .. } => "mkdir",
+        Operation::Unlink { .. } => "unlink",
+        Operation::Rmdir { .. } => "rmdir",
+        Operation::Rename { .. } => "rename",
+        Operation::Link { .. } => "link",
+        Operation::Open { .. } => "open",
+        Operation::Create { .. } => "create",
+        Operation::Read { .. } => "read",
+        Operation::Write { .. } => "write",
+        Operation::Flush { .. } | Operation::Release { .. } => "close",
+        Operation::Fsync { .. } => "fsync",
+        Operation::Readdir { .. } => "readdir",
+        Operation::Statfs => "statfs",
+        Operation::Fsyncdir | Operation::Syncfs => "sync",
+        _ => "request",
+    }
+}
+
+/// Keeps a failing cluster from filling the disk with log lines: a few a second, with a count of those left out.
+#[derive(Debug, Default)]
+struct Complaints {
+    window: Mutex<Option<(Instant, u32)>>,
+}
+
+impl Complaints {
+    const PER_SECOND: u32 = 10;
+
+    fn complain(&self, log: impl FnOnce(u32)) {
+        let mut window = self.window.lock();
+        let suppressed = match &mut *window {
+            Some((began, count)) if began.elapsed() < Duration::from_secs(1) => {
+                *count += 1;
+                if *count > Self::PER_SECOND {
+                    return;
+                }
+                0
+            }
+            Some((_, count)) => count.saturating_sub(Self::PER_SECOND),
+            None => 0,
+        };
+        if window.is_none_or(|(began, _)| began.elapsed() >= Duration::from_secs(1)) {
+            *window = Some((Instant::now(), 1));
+        }
+        drop(window);
+        log(suppressed);
+    }
+}
+
+impl<F: Filesystem> Dispatcher<F> {
+    /// Cached pages of an inode do not show the file any more.
+    fn pages_are_stale(&self, ino: InodeId) {
+        self.kernel_cache.forget(ino);
+        self.notifier.invalidate_inode(ino);
+    }
+
+    async fn release(&self, open: &OpenFile<F::File>) {
+        if let Err(e) = self.fs.release(&open.file).await {
+            // `close` returned already; the FLUSH before it reported what it could.
+            self.complaints.complain(|suppressed| {
+                tracing::warn!(ino = %open.ino, suppressed, "closing failed, data written last may be lost: {e}");
+            });
+            self.pages_are_stale(open.ino);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn complaints_are_few() {
+        let complaints = Complaints::default();
+        let mut logged = 0;
+        for _ in 0..1000 {
+            complaints.complain(|_| logged += 1);
+        }
+        assert!(logged <= 2 * Complaints::PER_SECOND, "{logged}");
+        *complaints.window.lock() = Some((Instant::now() - Duration::from_secs(2), 1000));
+        complaints.complain(|suppressed| assert_eq!(suppressed, 990));
+    }
+}

@@ -1,0 +1,215 @@
+//! Open files: opening, data, and what closing promises. Performance critical: `read` and `write` copy nothing.
+//!
+//! # Consistency with the kernel's page cache
+//! Pages are kept over `open` while the version of the bytes stands ([`crate::kernel_cache`]). Whatever makes pages wrong in
+//! between is announced at once: an append that went elsewhere than the kernel assumed, and data that could not be stored.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fjordfs_proto::{FsResult, InodeId};
+
+use super::namespace::PERMISSIONS;
+use super::{Answer, Dispatcher, Opened, unknown_handle};
+use crate::abi::{OpenOut, WRITE_CACHE, WriteOut, fopen};
+use crate::filesystem::{AttrChange, Filesystem, NewFile};
+use crate::reply::{self, Reply};
+use crate::request::Caller;
+
+const SUID_SGID: u32 = libc::S_ISUID | libc::S_ISGID;
+
+/// An open regular file.
+pub(super) struct OpenFile<T> {
+    pub(super) file: T,
+    pub(super) ino: InodeId,
+}
+
+fn has(flags: u32, flag: libc::c_int) -> bool {
+    flags & flag.cast_unsigned() == flag.cast_unsigned()
+}
+
+fn is_read_only(flags: u32) -> bool {
+    flags & libc::O_ACCMODE.cast_unsigned() == libc::O_RDONLY.cast_unsigned()
+}
+
+/// `O_DIRECT | O_APPEND`. The kernel splits a large direct write into requests that it sends all at once, whose order an
+/// append needs and could not restore; marked as direct for FUSE's own purposes, they are sent one after another.
+fn is_direct_append(flags: u32) -> bool {
+    has(flags, libc::O_DIRECT) && has(flags, libc::O_APPEND)
+}
+
+impl<F: Filesystem> Dispatcher<F> {
+    pub(super) async fn open(&self, caller: Caller, ino: InodeId, flags: u32) -> FsResult<Answer> {
+        let (mut attr, file) = self.fs.open(ino).await?;
+        if has(flags, libc::O_TRUNC) {
+            attr = match self.truncate(caller, ino, attr.mode).await {
+                Ok(attr) => attr,
+                Err(e) => {
+                    self.release(&OpenFile { file, ino }).await;
+                    return Err(e);
+                }
+            };
+        }
+        let (fh, out) = self.opened(file, ino, attr.data_version, flags);
+        Ok(Answer { reply: Reply::of(&out), opened: Some(Opened::File(fh)) })
+    }
+
+    pub(super) async fn create(
+        &self,
+        caller: Caller,
+        parent: InodeId,
+        name: &[u8],
+        flags: u32,
+        mode: u32,
+    ) -> FsResult<Answer> {
+        let new = NewFile {
+            mode: mode & PERMISSIONS,
+            uid: caller.uid,
+            gid: caller.gid,
+            exclusive: has(flags, libc::O_EXCL),
+        };
+        let (mut attr, file) = self.fs.create(parent, name, new).await?;
+        let ino = InodeId(attr.ino);
+        // Somebody else made the file first, and wrote to it.
+        if has(flags, libc::O_TRUNC) && attr.size > 0 {
+            attr = match self.truncate(caller, ino, attr.mode).await {
+                Ok(attr) => attr,
+                Err(e) => {
+                    self.release(&OpenFile { file, ino }).await;
+                    return Err(e);
+                }
+            };
+        }
+        let (fh, out) = self.opened(file, ino, attr.data_version, flags);
+        let reply = Reply::created(&reply::entry_out(&attr, self.validity), &out);
+        Ok(Answer { reply, opened: Some(Opened::File(fh)) })
+    }
+
+    /// `O_TRUNC`. On every other way to change bytes the kernel itself drops suid and sgid (with a SETATTR); on this one,
+    /// which is ours because of `ATOMIC_O_TRUNC`, we do.
+    async fn truncate(
+        &self,
+        caller: Caller,
+        ino: InodeId,
+        mode: u32,
+    ) -> FsResult<fjordfs_proto::pb::meta::Attr> {
+        let drops = caller.uid != 0 && mode & SUID_SGID != 0;
+        let change = AttrChange {
+            size: Some(0),
+            mode: drops.then_some(mode & PERMISSIONS & !SUID_SGID),
+            ..AttrChange::default()
+        };
+        self.fs.setattr(ino, change).await
+    }
+
+    fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
+        let mut open_flags = 0;
+        if self.kernel_cache.keep_at_open(ino, data_version) {
+            open_flags |= fopen::KEEP_CACHE;
+        }
+        if is_read_only(flags) {
+            // Nothing to commit at `close`: saves one request per file read.
+            open_flags |= fopen::NOFLUSH;
+        }
+        if is_direct_append(flags) {
+            open_flags |= fopen::DIRECT_IO;
+        }
+        let fh = self.files.insert(OpenFile { file, ino });
+        (fh, OpenOut { fh, open_flags, ..OpenOut::default() })
+    }
+
+    fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
+        self.files.get(fh).ok_or_else(|| unknown_handle(fh))
+    }
+
+    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let size = (size as usize).min(self.size_max);
+        let mut parts = self.fs.read(&open.file, offset, size).await?;
+        cut(&mut parts, size);
+        Ok(Reply::Parts(parts))
+    }
+
+    pub(super) async fn write(
+        &self,
+        fh: u64,
+        offset: u64,
+        write_flags: u32,
+        flags: u32,
+        data: Bytes,
+    ) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let size = data.len();
+        // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
+        let is_write_back = write_flags & WRITE_CACHE != 0;
+        if has(flags, libc::O_APPEND) && !is_write_back {
+            let at = self.fs.append(&open.file, data).await?;
+            if at != offset {
+                // Another client appended: the kernel has the data cached where it assumed the end.
+                self.pages_are_stale(open.ino);
+            }
+        } else {
+            self.fs.write(&open.file, offset, data).await?;
+        }
+        if is_direct_append(flags) && has(flags, libc::O_DSYNC) {
+            // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us.
+            self.fs.fsync(&open.file).await?;
+        }
+        Ok(Reply::of(&WriteOut { size: size as u32, padding: 0 }))
+    }
+
+    /// Each `close` of a descriptor that can write. Not skipped for a handle that did not write itself: pages
+    /// dirtied through a mapping are written back with any handle of the inode.
+    pub(super) async fn flush(&self, fh: u64) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let result = self.fs.flush(&open.file).await;
+        self.stored(&open, result)
+    }
+
+    pub(super) async fn fsync(&self, fh: u64) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let result = self.fs.fsync(&open.file).await;
+        self.stored(&open, result)
+    }
+
+    /// After a commit that failed, the kernel caches what the file does not have.
+    fn stored(&self, open: &OpenFile<F::File>, result: FsResult<()>) -> FsResult<Reply> {
+        if result.is_err() {
+            self.pages_are_stale(open.ino);
+        }
+        result.map(|()| Reply::Empty)
+    }
+}
+
+/// The kernel rejects an answer that is longer than it asked for.
+fn cut(parts: &mut Vec<Bytes>, mut left: usize) {
+    for part in parts.iter_mut() {
+        part.truncate(left);
+        left -= part.len();
+    }
+    parts.retain(|part| !part.is_empty());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_cut_to_what_was_asked() {
+        let mut parts =
+            vec![Bytes::from_static(b"abc"), Bytes::from_static(b"def"), Bytes::from_static(b"ghi")];
+        cut(&mut parts, 4);
+        assert_eq!(parts, [&b"abc"[..], b"d"]);
+        cut(&mut parts, 0);
+        assert!(parts.is_empty());
+    }
+
+    #[test]
+    fn flags_are_whole() {
+        // O_SYNC contains O_DSYNC's bit.
+        assert!(has(libc::O_SYNC.cast_unsigned(), libc::O_DSYNC));
+        assert!(!has(libc::O_DSYNC.cast_unsigned(), libc::O_SYNC));
+        assert!(is_read_only(libc::O_DIRECT.cast_unsigned()));
+        assert!(!is_read_only(libc::O_RDWR.cast_unsigned()));
+    }
+}

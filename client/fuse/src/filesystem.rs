@@ -1,0 +1,163 @@
+//! What a filesystem must be able to do to be mounted.
+//!
+//! The FUSE layer is generic over [`Filesystem`], so that it is tested with a filesystem in memory and FjordFS's
+//! adapter stays thin. Attributes and directory entries are the metadata protocol's own messages: no conversion on
+//! the way from the server to the kernel's structures.
+//!
+//! Futures run to completion on the thread that received the request and need not be `Send`. A future of a method that
+//! changes nothing (`lookup`, `getattr`, `readlink`, `read`, `read_dir`, `statfs`) is dropped when its caller dies.
+
+use bytes::Bytes;
+use fjordfs_proto::pb::meta::{Attr, FileKind, ReadDirReply, Time};
+use fjordfs_proto::{FsResult, InodeId};
+
+use crate::notify::Notifier;
+
+/// Attributes to change; `None` leaves one as it is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AttrChange {
+    /// Permission bits with suid, sgid and sticky; no file type.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Truncate or extend to this many bytes.
+    pub size: Option<u64>,
+    /// Access time.
+    pub atime: Option<TimeChange>,
+    /// Modification time.
+    pub mtime: Option<TimeChange>,
+    /// Change time; `None` is the moment of the change.
+    pub ctime: Option<Time>,
+}
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TimeChange {
+    /// The filesystem's own clock.
+    Now,
+    /// This one.
+    At(Time),
+}
+
+/// An inode to make that is not a regular file being opened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewNode {
+    /// What it is.
+    pub kind: FileKind,
+    /// Permission bits with suid, sgid and sticky, the umask applied.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group, unless the parent directory is setgid.
+    pub gid: u32,
+    /// Device number as the kernel encodes it; 0 for everything but devices.
+    pub rdev: u32,
+    /// Target of a symbolic link; empty for everything else.
+    pub target: Bytes,
+}
+
+/// Who asks for a new file, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewFile {
+    /// Permission bits, the umask applied.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group, unless the parent directory is setgid.
+    pub gid: u32,
+    /// An existing name is `EEXIST`; otherwise an existing regular file is opened.
+    pub exclusive: bool,
+}
+
+/// Space in a filesystem, in bytes that a user can write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes in all.
+    pub capacity: u64,
+    /// Bytes that can still be written.
+    pub free: u64,
+    /// Inodes in use.
+    pub files: u64,
+}
+
+/// A filesystem that can be mounted; see the module's text for how its futures are run.
+pub trait Filesystem: Send + Sync + 'static {
+    /// An open regular file. Dropping it must release it; [`Filesystem::release`] is the orderly way.
+    type File: Send + Sync + 'static;
+
+    /// Called once, before any request. `notifier` tells the kernel what it caches that is stale: appended data that moved when
+    /// it was committed, later names and attributes whose lease was recalled.
+    fn mounted(&self, notifier: Notifier) {
+        drop(notifier);
+    }
+
+    /// Called once on each worker thread before its first request, inside its tokio runtime.
+    fn enter_worker(&self, index: usize) {
+        let _ = index;
+    }
+
+    /// The inode called `name` in `parent`.
+    fn lookup(&self, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Attr>>;
+    /// Attributes, including what this mount wrote and has not yet committed.
+    fn getattr(&self, ino: InodeId) -> impl Future<Output = FsResult<Attr>>;
+    /// Changes attributes; answers with the new ones.
+    fn setattr(&self, ino: InodeId, change: AttrChange) -> impl Future<Output = FsResult<Attr>>;
+    /// Target of a symbolic link.
+    fn readlink(&self, ino: InodeId) -> impl Future<Output = FsResult<Vec<u8>>>;
+    /// Makes a directory, symbolic link, device, socket, FIFO or an unopened regular file.
+    fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> impl Future<Output = FsResult<Attr>>;
+    /// Makes and opens a regular file in one step.
+    fn create(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        file: NewFile,
+    ) -> impl Future<Output = FsResult<(Attr, Self::File)>>;
+    /// Another name for an inode.
+    fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Attr>>;
+    /// Removes a name that is not a directory's.
+    fn unlink(&self, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<()>>;
+    /// Removes an empty directory.
+    fn rmdir(&self, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<()>>;
+    /// Renames; `flags` are `RENAME_NOREPLACE` (1) or `RENAME_EXCHANGE` (2) or none.
+    fn rename(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        new_parent: InodeId,
+        new_name: &[u8],
+        flags: u32,
+    ) -> impl Future<Output = FsResult<()>>;
+
+    /// Opens a regular file for reading and writing; permissions were checked by the kernel. The attributes are at
+    /// least as new as the last change that another client committed before.
+    fn open(&self, ino: InodeId) -> impl Future<Output = FsResult<(Attr, Self::File)>>;
+    /// Bytes at `offset`, in order, at most `len`; fewer only at the end of the file.
+    fn read(&self, file: &Self::File, offset: u64, len: usize) -> impl Future<Output = FsResult<Vec<Bytes>>>;
+    /// Writes all of `data` at `offset`.
+    fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;
+    /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went.
+    fn append(&self, file: &Self::File, data: Bytes) -> impl Future<Output = FsResult<u64>>;
+    /// What `close` promises: clients that open the file afterwards see what was written.
+    fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+    /// What `fsync` promises: what was written survives power failure.
+    fn fsync(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+    /// The last descriptor was closed.
+    fn release(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+
+    /// Entries after `cookie` (0 begins), without "." and ".."; at most `limit`, with attributes if asked for. Cookies are
+    /// at least 3 and stay valid while entries come and go.
+    fn read_dir(
+        &self,
+        ino: InodeId,
+        cookie: u64,
+        limit: u32,
+        attributes: bool,
+    ) -> impl Future<Output = FsResult<ReadDirReply>>;
+    /// Space left.
+    fn statfs(&self) -> impl Future<Output = FsResult<Space>>;
+    /// Everything this mount wrote and every name it changed survives power failure (`fsync` of a directory, `syncfs`).
+    fn sync_all(&self) -> impl Future<Output = FsResult<()>>;
+}

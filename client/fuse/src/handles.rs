@@ -1,0 +1,67 @@
+//! Open files and directories by the number the kernel knows them by.
+//!
+//! A table, not a pointer in disguise: a number that the kernel should not have is `EBADF`, never undefined behaviour.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+/// Enough that workers rarely meet on one lock.
+const SHARDS: usize = 32;
+
+/// A table of open things.
+#[derive(Debug)]
+pub(crate) struct Handles<T> {
+    next: AtomicU64,
+    shards: [RwLock<HashMap<u64, Arc<T>>>; SHARDS],
+}
+
+impl<T> Handles<T> {
+    pub(crate) fn new() -> Handles<T> {
+        Handles { next: AtomicU64::new(1), shards: std::array::from_fn(|_| RwLock::default()) }
+    }
+
+    fn shard(&self, fh: u64) -> &RwLock<HashMap<u64, Arc<T>>> {
+        &self.shards[(fh % SHARDS as u64) as usize]
+    }
+
+    /// Numbers are never used twice in a mount's life.
+    pub(crate) fn insert(&self, value: T) -> u64 {
+        let fh = self.next.fetch_add(1, Ordering::Relaxed);
+        self.shard(fh).write().insert(fh, Arc::new(value));
+        fh
+    }
+
+    pub(crate) fn get(&self, fh: u64) -> Option<Arc<T>> {
+        self.shard(fh).read().get(&fh).cloned()
+    }
+
+    pub(crate) fn remove(&self, fh: u64) -> Option<Arc<T>> {
+        self.shard(fh).write().remove(&fh)
+    }
+
+    /// Empties the table.
+    pub(crate) fn drain(&self) -> Vec<Arc<T>> {
+        self.shards.iter().flat_map(|shard| std::mem::take(&mut *shard.write()).into_values()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_and_removed_numbers_are_nothing() {
+        let handles = Handles::new();
+        let fh = handles.insert("file");
+        assert_eq!(handles.get(fh).as_deref(), Some(&"file"));
+        assert!(handles.get(fh + 1).is_none());
+        assert!(handles.remove(fh).is_some());
+        assert!(handles.get(fh).is_none() && handles.remove(fh).is_none());
+        handles.insert("other");
+        assert_eq!(handles.drain().len(), 1);
+        assert!(handles.drain().is_empty());
+    }
+}

@@ -1,0 +1,180 @@
+//! A worker: one thread, one runtime, many requests in flight.
+//!
+//! The thread takes requests from its transport and runs each as a local task, so a slow request never holds up another. A
+//! request is polled once where it was received, since most that the client library can answer from memory are then done: no task
+//! is made for those.
+//!
+//! # Invariants
+//! - Every request that has an answer gets exactly one: also when the filesystem panics, also when the answer cannot be encoded.
+//! - A handle whose number the kernel did not take is closed again.
+//! - The worker ends when the mount has ended and all its requests are done.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::Notify;
+
+use crate::dispatch::{Answer, Dispatcher};
+use crate::filesystem::Filesystem;
+use crate::reply::Reply;
+use crate::request::Request;
+use crate::transport::{Message, Slot, Transport};
+
+/// Requests in flight per worker. Beyond, requests wait in the kernel. Each may hold a megabyte of a WRITE; but writers
+/// that wait for memory must not keep readers out, so this is far above what the kernel sends in the background.
+const IN_FLIGHT_MAX: usize = 1024;
+
+/// Serves a transport until the mount ends.
+pub(crate) async fn run<F: Filesystem, T: Transport>(
+    mut transport: T,
+    dispatcher: Arc<Dispatcher<F>>,
+) -> io::Result<()> {
+    let in_flight = Rc::new(InFlight::default());
+    let result = loop {
+        in_flight.wait_below(IN_FLIGHT_MAX).await;
+        match transport.next().await {
+            Ok(Some((message, slot))) => start(&dispatcher, &in_flight, message, slot).await,
+            Ok(None) => break Ok(()),
+            // Memory pressure in the kernel: try again rather than lose the mount.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EIO)) => {
+                tracing::warn!("reading a request failed, trying again: {e}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(e) => break Err(e),
+        }
+    };
+    in_flight.wait_below(1).await;
+    result
+}
+
+async fn start<F: Filesystem, S: Slot>(
+    dispatcher: &Arc<Dispatcher<F>>,
+    in_flight: &Rc<InFlight>,
+    message: Message,
+    slot: S,
+) {
+    let place = in_flight.enter();
+    let dispatcher = Arc::clone(dispatcher);
+    let mut request: Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
+        serve(&dispatcher, message, slot).await;
+        drop(place);
+    });
+    let done = poll_fn(|context| Poll::Ready(request.as_mut().poll(context).is_ready())).await;
+    if !done {
+        tokio::task::spawn_local(request);
+    }
+}
+
+async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
+    let opcode = message.header.opcode;
+    let answer = AssertUnwindSafe(answer(dispatcher, message)).catch_unwind().await.unwrap_or_else(|panic| {
+        tracing::error!(
+            opcode,
+            "a request panicked and was answered with EIO; this is a bug, report it: {}",
+            text_of(&*panic)
+        );
+        Reply::Error(libc::EIO).into()
+    });
+    let Err(e) = slot.answer(&answer.reply) else { return };
+    if let Some(opened) = answer.opened {
+        dispatcher.close(opened).await;
+    }
+    match e.raw_os_error() {
+        // The caller was killed meanwhile, or the mount ended.
+        Some(libc::ENOENT | libc::ENODEV | libc::ECONNABORTED | libc::EPERM) => {}
+        _ => {
+            tracing::error!(opcode, "the kernel refused an answer, the request fails with EIO: {e}");
+            if let Err(e) = slot.answer(&Reply::Error(libc::EIO)) {
+                tracing::error!(opcode, "the kernel refused EIO too: {e}");
+            }
+        }
+    }
+}
+
+async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message) -> Answer {
+    let request = match Request::parse(&message) {
+        Ok(request) => request,
+        Err(e) => {
+            tracing::debug!("{e}");
+            return Reply::Error(e.errno()).into();
+        }
+    };
+    if !request.is_interruptible() {
+        return dispatcher.serve(request).await;
+    }
+    let (unique, pid) = (message.header.unique, request.caller.pid);
+    // Biased: a request that is done at once never registers for interrupts.
+    tokio::select! {
+        biased;
+        answer = dispatcher.serve(request) => answer,
+        () = dispatcher.interrupts.caller_dies(unique, pid) => Reply::Error(libc::EINTR).into(),
+    }
+}
+
+fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// Counts requests of one worker.
+#[derive(Debug, Default)]
+struct InFlight {
+    count: Cell<usize>,
+    fewer: Notify,
+}
+
+impl InFlight {
+    fn enter(self: &Rc<Self>) -> Place {
+        self.count.set(self.count.get() + 1);
+        Place(Rc::clone(self))
+    }
+
+    async fn wait_below(&self, limit: usize) {
+        while self.count.get() >= limit {
+            self.fewer.notified().await;
+        }
+    }
+}
+
+/// One request's place in the count.
+struct Place(Rc<InFlight>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.count.set(self.0.count.get() - 1);
+        self.0.fewer.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waiting_for_places_ends_when_one_is_free() {
+        let in_flight = Rc::new(InFlight::default());
+        let places = [in_flight.enter(), in_flight.enter()];
+        let waiting = tokio::time::timeout(Duration::from_millis(10), in_flight.wait_below(2)).await;
+        assert!(waiting.is_err());
+        drop(places);
+        in_flight.wait_below(1).await;
+    }
+
+    #[test]
+    fn panics_are_quoted() {
+        assert_eq!(text_of(&"static"), "static");
+        assert_eq!(text_of(&"owned".to_owned()), "owned");
+        assert_eq!(text_of(&5), "no message");
+    }
+}
