@@ -1,1 +1,50 @@
-//! FjordFS.
+//! The metadata service of FjordFS: namespace, extents, sessions, membership and placement.
+//!
+//! ```text
+//!  clients ──Attach──▶ service/attach ─┐                       ┌─▶ ops/*        one file per operation
+//!                                      ├─ jobs ─▶ executor ─▶ core ─▶ membership  data servers and the map
+//!  data servers ─────▶ service/cluster ┘             │          │
+//!                                                    │          └─▶ txn ─▶ store  overlay, then one batch
+//!                       outbox ◀── answers ──────────┤
+//!                          ▲                         └─▶ syncer                  log on stable storage
+//!                          └── answers that wait for the log ──────┘
+//! ```
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`store`] | the engine trait, fjall, and an engine in memory |
+//! | `keys`, `records` | layout of keys and values |
+//! | `txn` | the view that operations work on |
+//! | `ops`, `extents`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
+//! | `core` | the owner's state; pure |
+//! | `executor`, `syncer` | its two threads |
+//! | `membership` | data servers, targets, eras |
+//! | `service` | gRPC |
+//! | [`fsck`] | the checker |
+
+mod config;
+mod core;
+mod executor;
+mod extents;
+pub mod fsck;
+mod keys;
+mod label;
+mod leases;
+mod liveness;
+mod membership;
+mod names;
+mod opens;
+mod ops;
+mod orphans;
+mod records;
+mod refusal;
+mod server;
+mod service;
+mod session;
+pub mod store;
+mod syncer;
+mod txn;
+
+pub use config::{Config, PORT_DEFAULT};
+pub use label::FolderError;
+pub use server::{MetaServer, StartError, StopError};

@@ -1,0 +1,482 @@
+//! The owner's state and what can be done to it, one thing after the other. No threads, no clock, no network: the
+//! executor drives it, and so do the tests.
+//!
+//! A **burst** is any number of calls followed by [`Core::commit`]. Each call is undone by itself when it fails; the
+//! burst goes to the store as one batch. Nothing a call returned may be shown to anybody before `commit` succeeded.
+//!
+//! # Invariants
+//! Memory never runs ahead of the store: what a burst changed in memory (open handles, sessions, the map) is put back
+//! when its batch fails. After that the store takes no more writes until a restart; reads go on.
+
+mod attach;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    FsError, FsResult, Policy, ROOT_INODE, SessionId,
+    error::Errno,
+    pb::meta::{
+        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Request, Response, StatusReply,
+        Time, request::Op, response::Result as Reply,
+    },
+};
+use prost::Message;
+
+use crate::{
+    Config, keys, leases, liveness,
+    membership::Membership,
+    opens::Opens,
+    ops::{self, Ctx},
+    orphans, records,
+    records::SlotRecord,
+    refusal::Refusal,
+    session::{SLOTS, Sessions},
+    store::{Fence, MetaStore, Order, StoreError, Ticket},
+    txn::Txn,
+};
+
+/// Ids skipped at every start: a power failure may have taken the records of ids that clients have seen.
+/// More than could be given out between two syncs of the log. Block ids need no such margin: leases are answered
+/// after a sync.
+const ID_MARGIN: u64 = 1 << 20;
+
+/// Dead blocks expanded in one background step.
+const BLOCKS_PER_STEP: u64 = 2048;
+
+/// How long orphans are kept after the last session of before a start came back: it may resend a create whose
+/// answer it never saw, and did not declare that handle.
+const RECOVERY_GRACE: Duration = Duration::from_secs(5);
+
+/// Both clocks, read once per burst.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    /// For timestamps.
+    pub(crate) wall: Time,
+    /// For timeouts.
+    pub(crate) mono: Instant,
+}
+
+/// What others must be told once the burst is committed.
+#[derive(Debug)]
+pub(crate) enum Event {
+    SessionEnded(SessionId, Refusal),
+}
+
+/// An answer, and whether it waits for the log.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) response: Response,
+    pub(crate) sync: bool,
+}
+
+/// See the module.
+pub(crate) struct Core {
+    store: Arc<dyn MetaStore>,
+    fence: Fence,
+    txn: Txn,
+    opens: Opens,
+    sessions: Sessions,
+    members: Membership,
+    /// The members as the store knows them, while a burst has changed them.
+    members_before: Option<Membership>,
+    sessions_added: Vec<SessionId>,
+    events: Vec<Event>,
+    last: Ticket,
+    failed: Option<FsError>,
+    low_space: Option<String>,
+    session_timeout: Duration,
+    /// When the last missing session came back or timed out.
+    complete_since: Option<Instant>,
+    /// Orphans beyond this inode are still to be looked at.
+    reap: Option<u64>,
+}
+
+impl Core {
+    /// Takes the store over. A new one gets a root directory.
+    pub(crate) fn open(
+        store: Arc<dyn MetaStore>,
+        cluster_id: &str,
+        config: &Config,
+        now: Moment,
+    ) -> Result<Core, FsError> {
+        let fence = store.take_over().map_err(|e| FsError::from(&e))?;
+        let mut txn = Txn::new(store.clone())?;
+        txn.begin();
+        let counters = txn.counters();
+        counters.next_inode = (counters.next_inode + ID_MARGIN).max(ROOT_INODE.0 + 1);
+        counters.next_session += ID_MARGIN;
+        for counter in [&mut counters.next_block, &mut counters.next_server, &mut counters.next_target] {
+            *counter = (*counter).max(1);
+        }
+        if txn.find_inode(ROOT_INODE)?.is_none() {
+            ops::make_root(&mut txn, config.default_policy, now.wall);
+        }
+        let policy: Policy = config.default_policy;
+        let members = Membership::load(&mut txn, cluster_id, policy, config, now.mono)?;
+        if members.map().cluster_id != cluster_id {
+            let found = &members.map().cluster_id;
+            return Err(records::damaged(&format!("it is cluster {found}, its label says {cluster_id}")));
+        }
+        let sessions = Sessions::load(&mut txn, now.mono)?;
+        let mut opens = Opens::default();
+        opens.set_recovering(true);
+        txn.accept();
+        let mut core = Core {
+            store,
+            fence,
+            txn,
+            opens,
+            sessions,
+            members,
+            members_before: None,
+            sessions_added: Vec::new(),
+            events: Vec::new(),
+            last: Ticket(0),
+            failed: None,
+            low_space: None,
+            session_timeout: config.session_timeout,
+            complete_since: None,
+            reap: None,
+        };
+        if !core.sessions.any_missing() {
+            core.end_recovery();
+        }
+        core.commit()?;
+        core.store.sync().map_err(|e| FsError::from(&e))?;
+        Ok(core)
+    }
+
+    pub(crate) fn members(&self) -> &Membership {
+        &self.members
+    }
+
+    /// Stops accepting mutations, for good.
+    pub(crate) fn fail(&mut self, e: FsError) {
+        if self.failed.is_none() {
+            tracing::error!(error = %e, "metadata store failed: read-only until the metaserver is restarted");
+            self.failed = Some(e);
+        }
+    }
+
+    /// `Some` while the metadata disk is nearly full: only what frees space is accepted.
+    pub(crate) fn set_low_space(&mut self, low: Option<String>) {
+        match (&self.low_space, &low) {
+            (None, Some(why)) => tracing::warn!(why, "refusing operations that need space"),
+            (Some(_), None) => tracing::info!("metadata disk has space again"),
+            _ => {}
+        }
+        self.low_space = low;
+    }
+
+    // ---- bursts ----
+
+    /// Writes of the burst so far.
+    pub(crate) fn writes(&self) -> usize {
+        self.txn.writes()
+    }
+
+    /// Puts the burst into the store. On an error nothing of it happened, and nothing after it will.
+    pub(crate) fn commit(&mut self) -> FsResult<Ticket> {
+        let Some(batch) = self.txn.take_batch() else {
+            self.settle();
+            return Ok(self.last);
+        };
+        if let Some(e) = self.failed.clone() {
+            self.undo_burst();
+            return Err(e);
+        }
+        match self.store.commit(batch, self.fence) {
+            Ok(ticket) => {
+                self.last = ticket;
+                self.settle();
+                Ok(ticket)
+            }
+            Err(e) => {
+                let e = FsError::from(&e);
+                self.fail(e.clone());
+                self.undo_burst();
+                Err(e)
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        self.txn.committed();
+        self.opens.committed();
+        self.members_before = None;
+        self.sessions_added.clear();
+    }
+
+    fn undo_burst(&mut self) {
+        self.txn.abandon();
+        self.opens.abandon();
+        if let Some(before) = self.members_before.take() {
+            self.members = before;
+        }
+        for id in self.sessions_added.drain(..) {
+            self.sessions.remove(id);
+        }
+        self.events.clear();
+    }
+
+    /// What others must be told of the committed burst.
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Runs `f` as one operation: an error undoes it.
+    fn operation<T, E: From<FsError>>(&mut self, f: impl FnOnce(&mut Core) -> Result<T, E>) -> Result<T, E> {
+        if let Some(e) = &self.failed {
+            return Err(e.clone().into());
+        }
+        self.txn.begin();
+        let result = f(self);
+        match &result {
+            Ok(_) => self.txn.accept(),
+            Err(_) => self.txn.reject(),
+        }
+        self.note_engine_error();
+        result
+    }
+
+    fn note_engine_error(&mut self) {
+        match self.txn.take_error() {
+            // A read that failed says nothing about writes, but the device is not to be trusted with them.
+            Some(e @ (StoreError::Io { .. } | StoreError::Damaged { .. })) => self.fail(FsError::from(&e)),
+            Some(e) => tracing::error!(error = %e, "metadata store"),
+            None => {}
+        }
+    }
+
+    // ---- requests ----
+
+    /// Whether the session exists; it was heard of now.
+    pub(crate) fn hear(&mut self, session: SessionId, now: Moment) -> bool {
+        let Some(session) = self.sessions.get_mut(session) else { return false };
+        session.heard = now.mono;
+        true
+    }
+
+    /// Executes a request, or repeats the answer of its first execution.
+    pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Answer {
+        let Request { id, slot, sequence, op } = request;
+        let Some(op) = op else {
+            let e = FsError::new(Errno::ENOSYS, "this metaserver does not know that operation: upgrade it");
+            return Answer { response: error_response(id, e), sync: false };
+        };
+        let sync = ops::needs_sync(&op);
+        let result = if ops::is_mutation(&op) {
+            self.mutate(session, (slot, sequence), op, now)
+        } else {
+            self.read(session, op, now)
+        };
+        match result {
+            Ok(reply) => Answer { response: Response { id, result: Some(reply) }, sync },
+            Err(e) => Answer { response: error_response(id, e), sync: false },
+        }
+    }
+
+    fn read(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
+        if matches!(op, Op::Sync(_))
+            && let Some(e) = &self.failed
+        {
+            return Err(e.clone());
+        }
+        // Close is the one of these that may write: the last close of an orphan. A failed store keeps the orphan.
+        self.txn.begin();
+        let result = self.run(session, op, now);
+        match &result {
+            Ok(_) if self.failed.is_none() => self.txn.accept(),
+            _ => self.txn.reject(),
+        }
+        self.note_engine_error();
+        result
+    }
+
+    fn mutate(&mut self, session: SessionId, at: (u32, u64), op: Op, now: Moment) -> FsResult<Reply> {
+        let (slot, sequence) = at;
+        if slot >= SLOTS || sequence == 0 {
+            return Err(FsError::new(
+                Errno::EINVAL,
+                format!(
+                    "a mutation needs a slot below {SLOTS} and a sequence from 1, not slot {slot} sequence {sequence}"
+                ),
+            ));
+        }
+        let key = keys::slot(session, slot);
+        if let Some(last) = self.txn.record::<SlotRecord>(&key)? {
+            if last.sequence == sequence {
+                let reply = repeated(&last, session, slot)?;
+                ops::replay(&mut self.opens, session, &op, &reply);
+                return Ok(reply);
+            }
+            if last.sequence > sequence {
+                let last = last.sequence;
+                return Err(FsError::new(
+                    Errno::EINVAL,
+                    format!("slot {slot} of {session} is at sequence {last}, {sequence} is over"),
+                ));
+            }
+        }
+        if let Some(why) = self.low_space.as_ref().filter(|_| ops::needs_space(&op)) {
+            return Err(FsError::new(Errno::ENOSPC, why.clone()));
+        }
+        self.operation(|core| {
+            let reply = core.run(session, op, now)?;
+            let response = Response { id: 0, result: Some(reply) };
+            let record = SlotRecord { sequence, response: Bytes::from(response.encode_to_vec()) };
+            core.txn.put_record(key, &record);
+            response.result.ok_or_else(|| FsError::new(Errno::EIO, "an answer without a result"))
+        })
+    }
+
+    fn run(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
+        let mut ctx = Ctx {
+            facts: self.members.facts(),
+            txn: &mut self.txn,
+            opens: &mut self.opens,
+            session,
+            now: now.wall,
+            width_wanted: None,
+        };
+        let reply = ops::run(&mut ctx, op)?;
+        if let Some(width) = ctx.width_wanted {
+            self.save_members();
+            self.members.want_width(&mut self.txn, width);
+        }
+        Ok(reply)
+    }
+
+    // ---- data servers ----
+
+    fn save_members(&mut self) {
+        if self.members_before.is_none() {
+            self.members_before = Some(self.members.clone());
+        }
+    }
+
+    pub(crate) fn register(
+        &mut self,
+        request: &RegisterRequest,
+        now: Moment,
+    ) -> Result<RegisterReply, Refusal> {
+        self.save_members();
+        self.operation(|core| core.members.register(&mut core.txn, request, now.mono))
+    }
+
+    pub(crate) fn heartbeat(
+        &mut self,
+        request: &HeartbeatRequest,
+        now: Moment,
+    ) -> Result<HeartbeatReply, Refusal> {
+        self.save_members();
+        self.operation(|core| core.members.heartbeat(&mut core.txn, request, now.mono))
+    }
+
+    pub(crate) fn status(&mut self, now: Moment) -> StatusReply {
+        let counters = *self.txn.counters();
+        StatusReply {
+            map: Some(self.members.map().to_pb()),
+            targets: self.members.reports(),
+            sessions: self.sessions.reports(&self.opens, now.mono),
+            inodes: counters.inodes,
+            blocks_to_delete: counters.queued,
+            orphans: counters.orphans,
+            version: env!("CARGO_PKG_VERSION").into(),
+            engine: self.store.name().into(),
+        }
+    }
+
+    // ---- time and background work ----
+
+    /// Notices who has been silent for too long.
+    pub(crate) fn tick(&mut self, now: Moment) {
+        if self.failed.is_some() {
+            return;
+        }
+        for session in self.sessions.expired(self.session_timeout, now.mono) {
+            let message = format!(
+                "{session} was silent for {} s and is over: its locks and unsaved files are gone, mount again",
+                self.session_timeout.as_secs()
+            );
+            tracing::info!(%session, "session timed out");
+            self.end_session(session, Refusal::NotFound(message));
+        }
+        self.save_members();
+        let down = self.operation(|core| Ok::<_, FsError>(core.members.tick(&mut core.txn, now.mono)));
+        for server in down.unwrap_or_default() {
+            tracing::warn!(%server, "data server is down: it missed its heartbeats");
+        }
+        if self.opens.recovering() && !self.sessions.any_missing() {
+            let since = *self.complete_since.get_or_insert(now.mono);
+            if now.mono.duration_since(since) >= RECOVERY_GRACE {
+                self.end_recovery();
+            }
+        }
+    }
+
+    /// Everybody who may have had files open has said so.
+    fn end_recovery(&mut self) {
+        self.opens.set_recovering(false);
+        self.reap = Some(0);
+    }
+
+    /// A bounded piece of background work. Says whether there is more.
+    pub(crate) fn background(&mut self) -> bool {
+        let result = self.operation(|core| {
+            let mut more = orphans::destroy_step(&mut core.txn)?;
+            more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
+            if let Some(after) = core.reap {
+                core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;
+                more |= core.reap.is_some();
+            }
+            Ok::<_, FsError>(more)
+        });
+        match result {
+            Ok(more) => more,
+            Err(e) => {
+                // Damage does not go away by trying again at once; the failure flag stops it for good.
+                self.fail(e);
+                false
+            }
+        }
+    }
+}
+
+fn error_response(id: u64, e: FsError) -> Response {
+    Response { id, result: Some(Reply::Error(e.into())) }
+}
+
+fn repeated(last: &SlotRecord, session: SessionId, slot: u32) -> FsResult<Reply> {
+    let what = || format!("slot {slot} of {session}");
+    let response: Response = records::decode(last.response.clone(), what)?;
+    response.result.ok_or_else(|| records::damaged(&what()))
+}
+
+impl Core {
+    /// The session is over: handles closed, unused block ids swept, slots forgotten.
+    pub(super) fn end_session(&mut self, session: SessionId, why: Refusal) {
+        let result = self.operation(|core| {
+            for ino in core.opens.end(session) {
+                orphans::closed(&mut core.txn, &core.opens, ino)?;
+            }
+            leases::sweep(&mut core.txn, session)?;
+            for (key, _) in core.txn.scan(&keys::slots(session), Order::Ascending, usize::MAX)? {
+                core.txn.remove(key);
+            }
+            core.txn.remove(keys::session(session));
+            Ok::<_, FsError>(())
+        });
+        match result {
+            Ok(()) => {
+                self.sessions.remove(session);
+                self.events.push(Event::SessionEnded(session, why));
+            }
+            Err(e) => tracing::error!(%session, error = %e, "session could not be ended"),
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! A client comes, comes back, or leaves.
+
+use fjordfs_proto::{
+    FsError, HandleId, InodeId, PROTOCOL_VERSION, ROOT_INODE, SessionId,
+    pb::meta::{Hello, Welcome},
+};
+
+use super::{Core, Moment};
+use crate::{keys, records::SessionRecord, refusal::Refusal, session::SLOTS};
+
+impl Core {
+    /// A new session, or a known one with the handles it holds. The welcome must not leave before the log is synced: a
+    /// session that a power failure forgets could not come back.
+    pub(crate) fn attach(&mut self, hello: &Hello, now: Moment) -> Result<Welcome, Refusal> {
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Refusal::Precondition(format!(
+                "client {} speaks protocol version {}, this metaserver {PROTOCOL_VERSION}: use the same release on both",
+                hello.client, hello.protocol_version
+            )));
+        }
+        let cluster_id = self.members.map().cluster_id.clone();
+        if !hello.cluster_id.is_empty() && hello.cluster_id != cluster_id {
+            return Err(Refusal::Precondition(format!(
+                "client {} expects cluster {}, this is cluster {cluster_id}: check the metaserver address",
+                hello.client, hello.cluster_id
+            )));
+        }
+        let session = match hello.session {
+            0 => self.new_session(hello, now)?,
+            id => self.known_session(SessionId(id), now)?,
+        };
+        for open in &hello.handles {
+            let ino = InodeId(open.ino);
+            // One that is gone shows itself as ESTALE when it is used.
+            if self.txn.find_inode(ino)?.is_some() {
+                self.opens.open(session, HandleId(open.handle), ino)?;
+            }
+        }
+        Ok(Welcome {
+            session: session.0,
+            cluster_id,
+            map: Some(self.members.map().to_pb()),
+            root: ROOT_INODE.0,
+            session_timeout_ms: self.session_timeout.as_millis() as u64,
+            slots: SLOTS,
+        })
+    }
+
+    fn new_session(&mut self, hello: &Hello, now: Moment) -> Result<SessionId, FsError> {
+        let id = self.operation(|core| {
+            let id = SessionId(core.txn.counters().next_session);
+            core.txn.counters().next_session += 1;
+            let record = SessionRecord { client: hello.client.clone(), created: Some(now.wall) };
+            core.txn.put_record(keys::session(id), &record);
+            Ok::<_, FsError>(id)
+        })?;
+        self.sessions.add(id, hello.client.clone(), now.mono);
+        self.sessions_added.push(id);
+        Ok(id)
+    }
+
+    fn known_session(&mut self, id: SessionId, now: Moment) -> Result<SessionId, Refusal> {
+        let Some(session) = self.sessions.get_mut(id) else {
+            return Err(Refusal::NotFound(format!(
+                "{id} is not known: it was silent for too long, or the metadata was replaced; mount again"
+            )));
+        };
+        (session.attached, session.missing, session.heard) = (true, false, now.mono);
+        Ok(id)
+    }
+
+    /// The stream of a session is gone; the session waits for another.
+    pub(crate) fn detach(&mut self, session: SessionId) {
+        if let Some(session) = self.sessions.get_mut(session) {
+            session.attached = false;
+        }
+    }
+
+    /// The client is done.
+    pub(crate) fn goodbye(&mut self, session: SessionId) {
+        if self.sessions.get_mut(session).is_some() {
+            self.end_session(session, Refusal::Aborted("the session ended".into()));
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! The thread that owns the namespace.
+//!
+//! It takes whatever has arrived from all clients and data servers as one burst, executes each request in order on
+//! the [`Core`], commits the burst as one batch, and only then answers. Under load a batch carries
+//! many operations; idle, a single one waits for nobody. Answers that need the log on stable storage go through the
+//! [`Syncer`], so this thread never waits for the device.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime},
+};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use fjordfs_proto::{
+    Epoch, FsError, FsResult, SessionId,
+    pb::meta::{
+        HeartbeatReply, HeartbeatRequest, Hello, RegisterReply, RegisterRequest, Request, Response,
+        StatusReply, Time, Welcome, response::Result as Reply,
+    },
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    core::{Core, Event, Moment},
+    refusal::Refusal,
+    service::outbox::{Outbox, Permit, Ready},
+    store::Ticket,
+    syncer::Syncer,
+};
+
+/// Requests of one burst: bounds how long the first of them waits for the last.
+const BURST_REQUESTS_MAX: usize = 4096;
+/// Keys written by one burst, after which it is committed.
+const BURST_WRITES_MAX: usize = 16384;
+/// How often timeouts are looked at.
+const TICK: Duration = Duration::from_millis(250);
+/// The metadata disk counts as full below this share of it, within these bounds: room for tables being merged.
+const SPACE_SHARE: u64 = 20;
+const SPACE_MIN: u64 = 16 << 20;
+const SPACE_MAX: u64 = 256 << 20;
+
+/// Where the answer to a unary call goes.
+pub(crate) type Caller<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// What can be asked of the executor.
+pub(crate) enum Job {
+    Attach {
+        hello: Box<Hello>,
+        outbox: Arc<Outbox>,
+        caller: Caller<Welcome>,
+    },
+    /// Requests of one stream, in its order; none is a sign of life.
+    Requests {
+        session: SessionId,
+        outbox: Arc<Outbox>,
+        requests: Vec<(Request, Permit)>,
+    },
+    Goodbye {
+        session: SessionId,
+        outbox: Arc<Outbox>,
+    },
+    Detached {
+        session: SessionId,
+        outbox: Arc<Outbox>,
+    },
+    Register(Box<RegisterRequest>, Caller<RegisterReply>),
+    Heartbeat(Box<HeartbeatRequest>, Caller<HeartbeatReply>),
+    Status(Caller<StatusReply>),
+    Stop,
+}
+
+/// Handle for those who have jobs.
+#[derive(Clone)]
+pub(crate) struct Jobs(Sender<Job>);
+
+impl Jobs {
+    /// A job for a stopped executor is dropped, and with it the way to its caller.
+    pub(crate) fn submit(&self, job: Job) {
+        let _ = self.0.send(job);
+    }
+}
+
+/// The running thread.
+pub(crate) struct Executor {
+    jobs: Jobs,
+    thread: JoinHandle<FsResult<()>>,
+}
+
+impl Executor {
+    /// Starts the thread. `folder` is where the store's disk is watched.
+    pub(crate) fn start(core: Core, syncer: Syncer, folder: PathBuf) -> std::io::Result<Executor> {
+        let (sender, receiver) = unbounded();
+        let worker = Worker {
+            epoch: core.members().map().epoch,
+            core,
+            syncer,
+            jobs: receiver,
+            streams: HashMap::new(),
+            folder,
+            answers: Vec::new(),
+            calls: Vec::new(),
+            next_tick: Instant::now(),
+        };
+        let name = std::thread::Builder::new().name("meta-executor".into());
+        let thread = name.spawn(move || worker.run())?;
+        Ok(Executor { jobs: Jobs(sender), thread })
+    }
+
+    pub(crate) fn jobs(&self) -> Jobs {
+        self.jobs.clone()
+    }
+
+    /// Finishes what has arrived, syncs the log, and ends the thread.
+    pub(crate) fn stop(self) -> FsResult<()> {
+        self.jobs.submit(Job::Stop);
+        self.thread.join().unwrap_or_else(|_| {
+            Err(FsError::new(fjordfs_proto::error::Errno::EIO, "the executor thread panicked"))
+        })
+    }
+}
+
+/// An answer of the burst, to be sent once it is committed.
+struct Pending {
+    outbox: Arc<Outbox>,
+    response: Response,
+    permit: Permit,
+    sync: bool,
+}
+
+/// A call's answer: told whether the burst was committed.
+struct Call {
+    sync: bool,
+    answer: Box<dyn FnOnce(FsResult<()>) + Send>,
+}
+
+struct Worker {
+    core: Core,
+    syncer: Syncer,
+    jobs: Receiver<Job>,
+    /// The stream of each attached session.
+    streams: HashMap<SessionId, Arc<Outbox>>,
+    folder: PathBuf,
+    answers: Vec<Pending>,
+    calls: Vec<Call>,
+    /// Epoch of the map that streams were sent.
+    epoch: Epoch,
+    next_tick: Instant,
+}
+
+impl Worker {
+    fn run(mut self) -> FsResult<()> {
+        let mut more = true;
+        let mut running = true;
+        while running {
+            let wait =
+                if more { Duration::ZERO } else { self.next_tick.saturating_duration_since(Instant::now()) };
+            let first = match self.jobs.recv_timeout(wait) {
+                Ok(job) => Some(job),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => Some(Job::Stop),
+            };
+            let now = moment();
+            running = self.burst(first, now);
+            if let Some(e) = self.syncer.failure() {
+                self.core.fail(e);
+            }
+            if now.mono >= self.next_tick {
+                self.next_tick = now.mono + TICK;
+                self.core.set_low_space(low_space(&self.folder));
+                self.core.tick(now);
+            }
+            more = self.core.background();
+            self.finish();
+        }
+        for outbox in self.streams.values() {
+            outbox.close(Some(Refusal::Unavailable(
+                "the metaserver is stopping; it can be tried again".into(),
+            )));
+        }
+        self.syncer.stop()
+    }
+
+    /// Executes what has arrived. False when it is time to stop.
+    fn burst(&mut self, first: Option<Job>, now: Moment) -> bool {
+        let mut next = first;
+        let mut requests = 0;
+        while let Some(job) = next {
+            requests += match &job {
+                Job::Stop => return false,
+                Job::Requests { requests, .. } => requests.len().max(1),
+                _ => 1,
+            };
+            self.execute(job, now);
+            if requests >= BURST_REQUESTS_MAX || self.core.writes() >= BURST_WRITES_MAX {
+                break;
+            }
+            next = self.jobs.try_recv().ok();
+        }
+        true
+    }
+
+    fn execute(&mut self, job: Job, now: Moment) {
+        match job {
+            Job::Attach { hello, outbox, caller } => self.attach(&hello, outbox, caller, now),
+            Job::Requests { session, outbox, requests } => {
+                // A stream that was replaced may have left requests behind; the client sends them again on the new one.
+                if self.is_current(session, &outbox) && self.core.hear(session, now) {
+                    for (request, permit) in requests {
+                        let answer = self.core.request(session, request, now);
+                        let (response, sync) = (answer.response, answer.sync);
+                        self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync });
+                    }
+                }
+            }
+            Job::Goodbye { session, outbox } => {
+                if self.is_current(session, &outbox) {
+                    self.core.goodbye(session);
+                    self.streams.remove(&session);
+                    self.call(false, move |_| outbox.close(None));
+                }
+            }
+            Job::Detached { session, outbox } => {
+                if self.is_current(session, &outbox) {
+                    self.streams.remove(&session);
+                    self.core.detach(session);
+                }
+            }
+            Job::Register(request, caller) => {
+                let result = self.core.register(&request, now);
+                self.reply(true, caller, result);
+            }
+            Job::Heartbeat(request, caller) => {
+                let result = self.core.heartbeat(&request, now);
+                // Deletions must not run ahead of the log: a power failure here could bring their blocks back to life.
+                let sync = result.as_ref().is_ok_and(|r| r.map.is_some() || !r.deletes.is_empty());
+                self.reply(sync, caller, result);
+            }
+            Job::Status(caller) => {
+                let status = self.core.status(now);
+                self.reply(false, caller, Ok(status));
+            }
+            Job::Stop => {}
+        }
+    }
+
+    fn is_current(&self, session: SessionId, outbox: &Arc<Outbox>) -> bool {
+        self.streams.get(&session).is_some_and(|current| Arc::ptr_eq(current, outbox))
+    }
+
+    fn attach(&mut self, hello: &Hello, outbox: Arc<Outbox>, caller: Caller<Welcome>, now: Moment) {
+        let result = self.core.attach(hello, now);
+        if let Ok(welcome) = &result {
+            tracing::info!(session = welcome.session, client = hello.client, "client attached");
+            if let Some(old) = self.streams.insert(SessionId(welcome.session), outbox) {
+                old.close(Some(Refusal::Aborted("the session attached again on another stream".into())));
+            }
+        }
+        self.reply(true, caller, result);
+    }
+
+    fn call(&mut self, sync: bool, answer: impl FnOnce(FsResult<()>) + Send + 'static) {
+        self.calls.push(Call { sync, answer: Box::new(answer) });
+    }
+
+    fn reply<T: Send + 'static>(&mut self, sync: bool, caller: Caller<T>, result: Result<T, Refusal>) {
+        let sync = sync && result.is_ok();
+        self.call(sync, move |committed| {
+            // A caller that went away needs no answer.
+            let _ = caller.send(match committed {
+                Ok(()) => result,
+                Err(e) => Err(e.into()),
+            });
+        });
+    }
+
+    /// Commits the burst and answers it.
+    fn finish(&mut self) {
+        let wrote = self.core.writes() > 0;
+        let committed = self.core.commit();
+        if wrote && committed.is_ok() {
+            self.syncer.note();
+        }
+        let committed = match committed {
+            Ok(ticket) => ticket,
+            Err(e) => return self.refuse_burst(&e),
+        };
+        self.push_map(committed);
+        self.answer(committed);
+        for call in std::mem::take(&mut self.calls) {
+            if call.sync { self.syncer.after(committed, call.answer) } else { (call.answer)(Ok(())) }
+        }
+        for Event::SessionEnded(session, why) in self.core.take_events() {
+            if let Some(outbox) = self.streams.remove(&session) {
+                outbox.close(Some(why));
+            }
+        }
+    }
+
+    /// Nothing of the burst happened: everybody in it is told.
+    fn refuse_burst(&mut self, e: &FsError) {
+        for Pending { outbox, response, permit, .. } in std::mem::take(&mut self.answers) {
+            let response = Response { id: response.id, result: Some(Reply::Error(e.clone().into())) };
+            outbox.push([Ready { response, permit }]);
+        }
+        for call in std::mem::take(&mut self.calls) {
+            (call.answer)(Err(e.clone()));
+        }
+    }
+
+    fn answer(&mut self, committed: Ticket) {
+        // Answers of one stream stand together mostly: each run of them is one push, so one message and one wake-up.
+        let mut run: Vec<Ready> = Vec::new();
+        let mut owner: Option<Arc<Outbox>> = None;
+        for Pending { outbox, response, permit, sync } in std::mem::take(&mut self.answers) {
+            let ready = Ready { response, permit };
+            if sync {
+                self.syncer.after(committed, move |synced| outbox.push([ready.unless(synced)]));
+                continue;
+            }
+            if let Some(before) = owner.take_if(|owner| !Arc::ptr_eq(owner, &outbox)) {
+                before.push(std::mem::take(&mut run));
+            }
+            run.push(ready);
+            owner.get_or_insert(outbox);
+        }
+        if let Some(owner) = owner {
+            owner.push(run);
+        }
+    }
+
+    /// A new map goes to every stream, once a power failure cannot take it back: clients place blocks by it.
+    fn push_map(&mut self, committed: Ticket) {
+        let map = self.core.members().map();
+        if map.epoch == self.epoch {
+            return;
+        }
+        self.epoch = map.epoch;
+        let map = Arc::new(map.to_pb());
+        let streams: Vec<Arc<Outbox>> = self.streams.values().cloned().collect();
+        self.syncer.after(committed, move |synced| {
+            if synced.is_ok() {
+                streams.iter().for_each(|outbox| outbox.push_map(map.clone()));
+            }
+        });
+    }
+}
+
+fn moment() -> Moment {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
+    Moment { wall, mono: Instant::now() }
+}
+
+/// Why operations that need space are refused, when the disk is nearly full: the engine cannot recover from a
+/// write that fails, so it must not come to that.
+fn low_space(folder: &std::path::Path) -> Option<String> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    let (total, free) =
+        (stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize));
+    let reserve = (total / SPACE_SHARE).clamp(SPACE_MIN, SPACE_MAX);
+    (free < reserve).then(|| {
+        format!(
+            "the metadata disk at {} has {} MiB left and keeps {} MiB in reserve: free some space there",
+            folder.display(),
+            free >> 20,
+            reserve >> 20
+        )
+    })
+}

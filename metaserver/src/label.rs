@@ -1,0 +1,232 @@
+//! The data folder: whose it is, and that only one process uses it.
+//!
+//! ```text
+//! DATA/
+//!   fjord-meta.json    {"kind": "meta", "format_version": 1, "cluster_id": "..."}   written once, before anything else
+//!   fjord-meta.lock    locked (flock) by the running metaserver
+//!   store/             the storage engine's
+//! ```
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Format of the records. 1: first.
+const FORMAT_VERSION: u32 = 1;
+const LABEL: &str = "fjord-meta.json";
+const LOCK: &str = "fjord-meta.lock";
+const STORE: &str = "store";
+const KIND: &str = "meta";
+
+#[derive(Serialize, Deserialize)]
+struct Label {
+    kind: String,
+    format_version: u32,
+    cluster_id: String,
+}
+
+/// Why a folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// It is a file, or its parent cannot hold folders.
+    #[error("{} is not a folder: name one for the metadata", .0.display())]
+    NotAFolder(PathBuf),
+    /// It belongs to a data server.
+    #[error("{} holds a data server's target ({label}): give the metaserver a folder of its own", folder.display())]
+    HoldsTarget {
+        /// The folder.
+        folder: PathBuf,
+        /// The label found in it.
+        label: String,
+    },
+    /// A newer release wrote it.
+    #[error("{} has format version {found}, this release knows {FORMAT_VERSION}: use the release that wrote it, or a newer one", folder.display())]
+    Newer {
+        /// The folder.
+        folder: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The label cannot be understood.
+    #[error("{} is damaged: {what}; restore it from a backup", file.display())]
+    BadLabel {
+        /// The label file.
+        file: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// Another metaserver runs on it.
+    #[error("{} is in use by another metaserver: stop it first", .0.display())]
+    Locked(PathBuf),
+    /// There is no metadata in it.
+    #[error("{} holds no metadata: name the metaserver's data folder", .0.display())]
+    Empty(PathBuf),
+    /// The operating system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+/// A folder in use; released when dropped.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    pub(crate) cluster_id: String,
+    pub(crate) store: PathBuf,
+    /// Holds the lock.
+    _lock: File,
+}
+
+impl Folder {
+    /// Claims `folder`; a new one gets a label with a new cluster id.
+    pub(crate) fn claim(folder: &Path) -> Result<Folder, FolderError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| FolderError::Io { path, source }
+        };
+        match fs::create_dir_all(folder) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) => {
+                return Err(FolderError::NotAFolder(folder.to_owned()));
+            }
+            other => other.map_err(at(folder))?,
+        }
+        refuse_targets(folder)?;
+        let lock = lock(folder)?;
+        let label = match read(folder)? {
+            Some(label) => label,
+            None => write(folder).map_err(at(&folder.join(LABEL)))?,
+        };
+        Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
+    }
+
+    /// Claims a folder that must hold metadata already.
+    pub(crate) fn claim_existing(folder: &Path) -> Result<Folder, FolderError> {
+        if !folder.is_dir() {
+            return Err(FolderError::NotAFolder(folder.to_owned()));
+        }
+        if read(folder)?.is_none() {
+            return Err(FolderError::Empty(folder.to_owned()));
+        }
+        Folder::claim(folder)
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, FolderError> {
+    let path = folder.join(LOCK);
+    let io = |source| FolderError::Io { path: path.clone(), source };
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(FolderError::Locked(folder.to_owned())),
+        Err(TryLockError::Error(source)) => Err(io(source)),
+    }
+}
+
+fn read(folder: &Path) -> Result<Option<Label>, FolderError> {
+    let file = folder.join(LABEL);
+    let text = match fs::read(&file) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(FolderError::Io { path: file, source }),
+    };
+    // The version first: a newer label may lack what this release expects.
+    let label: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|e| FolderError::BadLabel { file: file.clone(), what: e.to_string() })?;
+    if let Some(found) = label.get("format_version").and_then(serde_json::Value::as_u64)
+        && found > FORMAT_VERSION.into()
+    {
+        let found = u32::try_from(found).unwrap_or(u32::MAX);
+        return Err(FolderError::Newer { folder: folder.to_owned(), found });
+    }
+    let label: Label = serde_json::from_value(label)
+        .map_err(|e| FolderError::BadLabel { file: file.clone(), what: e.to_string() })?;
+    if label.kind != KIND {
+        return Err(FolderError::BadLabel {
+            file,
+            what: format!("its kind is '{}', not '{KIND}'", label.kind),
+        });
+    }
+    Ok(Some(label))
+}
+
+/// Whole or not at all: a metaserver that starts after a crash must not make a second cluster id.
+fn write(folder: &Path) -> io::Result<Label> {
+    let label = Label {
+        kind: KIND.into(),
+        format_version: FORMAT_VERSION,
+        cluster_id: uuid::Uuid::new_v4().to_string(),
+    };
+    let temporary = folder.join(format!("{LABEL}.new"));
+    let mut file = File::create(&temporary)?;
+    file.write_all(serde_json::to_string_pretty(&label)?.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&temporary, folder.join(LABEL))?;
+    File::open(folder)?.sync_all()?;
+    Ok(label)
+}
+
+/// A data server's folder has a label of its own: any `*.json` at its top whose content names a target.
+fn refuse_targets(folder: &Path) -> Result<(), FolderError> {
+    let io = |source| FolderError::Io { path: folder.to_owned(), source };
+    for entry in fs::read_dir(folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == LABEL || path.extension().is_none_or(|e| e != "json") {
+            continue;
+        }
+        let label: Option<serde_json::Value> =
+            fs::read(&path).ok().and_then(|t| serde_json::from_slice(&t).ok());
+        let is_target = label.is_some_and(|l| l.get("format_version").is_some() && l.get("uuid").is_some());
+        if is_target {
+            return Err(FolderError::HoldsTarget { folder: folder.to_owned(), label: name });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_keeps_its_cluster_and_has_one_user() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/meta");
+        let first = Folder::claim(&path).unwrap();
+        assert!(matches!(Folder::claim(&path), Err(FolderError::Locked(_))));
+        let id = first.cluster_id.clone();
+        drop(first);
+        assert_eq!(Folder::claim(&path).unwrap().cluster_id, id);
+        assert_eq!(Folder::claim_existing(&path).unwrap().cluster_id, id);
+        assert!(matches!(Folder::claim_existing(folder.path()), Err(FolderError::Empty(_))));
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(matches!(Folder::claim(&file), Err(FolderError::NotAFolder(_))));
+        assert!(matches!(Folder::claim(&file.join("below")), Err(FolderError::NotAFolder(_))));
+
+        let newer = folder.path().join("newer");
+        fs::create_dir(&newer).unwrap();
+        fs::write(newer.join(LABEL), r#"{"format_version": 7}"#).unwrap();
+        assert!(matches!(Folder::claim(&newer), Err(FolderError::Newer { found: 7, .. })));
+
+        fs::write(newer.join(LABEL), "{").unwrap();
+        assert!(matches!(Folder::claim(&newer), Err(FolderError::BadLabel { .. })));
+
+        let target = folder.path().join("target");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("fjord-target.json"), r#"{"format_version": 1, "uuid": "u"}"#).unwrap();
+        assert!(matches!(Folder::claim(&target), Err(FolderError::HoldsTarget { .. })));
+    }
+}

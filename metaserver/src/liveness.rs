@@ -1,0 +1,161 @@
+//! Which blocks are still reached, and what becomes of those that are not.
+//!
+//! A block that is exactly one piece of one extent has no record: it dies with that piece. Any other block has a
+//! 'live' record with the number of its bytes that extents reach:
+//!
+//! | event | record |
+//! |---|---|
+//! | a Commit names the block in several extents | created: bytes of all of them |
+//! | part of its only piece goes | created: piece − part |
+//! | bytes of it go, record present | subtracted |
+//! | none left | removed, and the block joins a dead run |
+//!
+//! Dead runs are expanded in bounded steps ([`expand_step`]) into one deletion per target and block, which data
+//! servers fetch with their heartbeats. So an operation that frees a million blocks writes one record.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
+
+use fjordfs_proto::{
+    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Policy, Source, TargetId, interval::Run,
+};
+
+use crate::{
+    keys,
+    records::{self, DeadRun, LiveBlock},
+    store::Order,
+    txn::Txn,
+};
+
+const BLOCK: u64 = BLOCK_SIZE_MAX as u64;
+
+/// What one Commit says about one block.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Tally {
+    /// Extent pieces.
+    pub(crate) pieces: u32,
+    /// Their bytes.
+    pub(crate) bytes: u64,
+}
+
+/// Blocks named by a Commit, before any of its extents is inserted: shared ones get their record.
+pub(crate) fn adopt(txn: &mut Txn, blocks: &BTreeMap<BlockId, Tally>) {
+    for (block, tally) in blocks {
+        if tally.pieces > 1 {
+            txn.put_record(keys::live(*block), &LiveBlock { live: tally.bytes });
+        }
+    }
+}
+
+/// The bytes `gone` of the extent `whole` are no longer reached.
+pub(crate) fn release(txn: &mut Txn, whole: &Extent, gone: Range<u64>) -> FsResult<()> {
+    let Source::Blocks { addr, policy } = &whole.source else { return Ok(()) };
+    if gone.is_empty() {
+        return Ok(());
+    }
+    let head = u64::from(addr.offset);
+    // Block i of the extent covers these bytes of it.
+    let piece = |i: u64| (i * BLOCK).saturating_sub(head)..((i + 1) * BLOCK - head).min(whole.len());
+    let (first, last) = ((head + gone.start) / BLOCK, (head + gone.end - 1) / BLOCK);
+    let block = |i: u64| BlockId(addr.block.0 + i);
+
+    // Only the two ends can lose less than their whole piece, and only recorded blocks can have bytes elsewhere;
+    // everything between them dies as it stands.
+    let mut recorded = BTreeMap::new();
+    for (key, value) in txn.scan(&keys::lives(block(first), block(last)), Order::Ascending, usize::MAX)? {
+        let id = keys::first_id(&key).ok_or_else(|| records::damaged("a live record without a block"))?;
+        let record: LiveBlock = records::decode(value, || format!("live record of b{id}"))?;
+        recorded.insert(id - addr.block.0, record.live);
+    }
+    let special: BTreeSet<u64> = recorded.keys().copied().chain([first, last]).collect();
+    let mut dead = first..first;
+    for i in special {
+        // All blocks from dead.start up to this one are dead.
+        let piece = piece(i);
+        let lost = piece.end.min(gone.end) - piece.start.max(gone.start);
+        let before = recorded.get(&i).copied();
+        let live = before.unwrap_or(piece.end - piece.start).checked_sub(lost).ok_or_else(|| {
+            records::damaged(&format!("{} has fewer live bytes than its extents", block(i)))
+        })?;
+        if live == 0 {
+            if before.is_some() {
+                txn.remove(keys::live(block(i)));
+            }
+            dead.end = i + 1;
+        } else {
+            txn.put_record(keys::live(block(i)), &LiveBlock { live });
+            dead.end = i;
+            bury(txn, block(dead.start), dead.end - dead.start, Some(*policy));
+            dead = i + 1..i + 1;
+        }
+    }
+    bury(txn, block(dead.start), dead.end - dead.start, Some(*policy));
+    Ok(())
+}
+
+/// Consecutive blocks that nothing reaches. Without a policy, every target that could hold them is asked.
+pub(crate) fn bury(txn: &mut Txn, first: BlockId, count: u64, policy: Option<Policy>) {
+    if count == 0 {
+        return;
+    }
+    let policy = policy.map_or(0, |p| p.code().into());
+    txn.put_record(keys::dead(first), &DeadRun { count, policy });
+    txn.counters().queued += count;
+    txn.pending().add_dead(first.0);
+}
+
+/// Turns up to `limit` dead blocks into deletions of their targets. Says whether dead blocks remain.
+pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResult<bool> {
+    let mut left = limit;
+    while left > 0 {
+        let Some(first) = txn.pending().dead.pop_first() else {
+            if !txn.pending().dead_unknown {
+                return Ok(false);
+            }
+            find_dead(txn)?;
+            continue;
+        };
+        let Some(run) = txn.record::<DeadRun>(&keys::dead(BlockId(first)))? else { continue };
+        let now = run.count.min(left);
+        left -= now;
+        txn.remove(keys::dead(BlockId(first)));
+        if now < run.count {
+            let rest = DeadRun { count: run.count - now, ..run };
+            txn.put_record(keys::dead(BlockId(first + now)), &rest);
+            txn.pending().add_dead(first + now);
+        }
+        let mut queued = 0;
+        for block in (first..first + now).map(BlockId) {
+            for target in holders(map, block, Policy::from_code(run.policy)) {
+                txn.put(keys::delete(target, block), Default::default());
+                queued += 1;
+            }
+        }
+        let counters = txn.counters();
+        counters.queued = (counters.queued + queued).saturating_sub(now);
+    }
+    Ok(!txn.pending().dead.is_empty() || txn.pending().dead_unknown)
+}
+
+/// Looks for dead runs that nobody remembers.
+fn find_dead(txn: &mut Txn) -> FsResult<()> {
+    const PAGE: usize = 4096;
+    let rows = txn.scan(&keys::all(keys::DEAD), Order::Ascending, PAGE)?;
+    txn.pending().dead_unknown = rows.len() == PAGE;
+    for first in rows.iter().filter_map(|(key, _)| keys::first_id(key)) {
+        txn.pending().dead.insert(first);
+    }
+    Ok(())
+}
+
+/// Targets that may hold shards of a block. Without a policy, the members of its group in every table of its era.
+fn holders(map: &ClusterMap, block: BlockId, policy: Option<Policy>) -> BTreeSet<TargetId> {
+    if let Some(policy) = policy {
+        return map.placement(block, policy).unwrap_or_default().iter().copied().collect();
+    }
+    let era = map.eras.iter().rev().find(|era| era.first_block <= block);
+    let tables = era.into_iter().flat_map(|era| era.tables.values());
+    tables.flat_map(|table| table.group(table.pg_of(block))).copied().collect()
+}

@@ -1,0 +1,148 @@
+//! The namespace operations, one file each. All are pure: they read and write a [`Txn`], are told the time, and do no
+//! I/O of their own. An operation that returns an error is undone by its caller.
+
+mod close;
+mod commit;
+mod get_extents;
+mod get_parent;
+mod getattr;
+mod lease_blocks;
+mod link;
+mod lookup;
+mod make;
+mod open;
+mod readdir;
+mod readlink;
+mod remove;
+mod rename;
+mod setattr;
+mod statfs;
+mod sync;
+
+#[cfg(test)]
+mod tests;
+
+use fjordfs_proto::{
+    FsError, FsResult, InodeId, SessionId,
+    error::Errno,
+    pb::meta::{Empty, Entry, Time, request::Op, response::Result as Reply},
+};
+
+use crate::{opens::Opens, records::Inode, txn::Txn};
+
+pub(crate) use make::make_root;
+
+/// What operations know of the cluster.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ClusterFacts {
+    pub(crate) epoch: u64,
+    /// Targets that placement groups can use.
+    pub(crate) targets: usize,
+    /// There are placement groups, so block ids can be used.
+    pub(crate) placeable: bool,
+    /// Over all up targets, bytes.
+    pub(crate) capacity: u64,
+    pub(crate) free: u64,
+}
+
+/// What an operation works on.
+pub(crate) struct Ctx<'a> {
+    pub(crate) txn: &'a mut Txn,
+    pub(crate) opens: &'a mut Opens,
+    pub(crate) session: SessionId,
+    pub(crate) now: Time,
+    pub(crate) facts: ClusterFacts,
+    /// Set by an operation that needs placement groups of this width.
+    pub(crate) width_wanted: Option<usize>,
+}
+
+/// Operations whose effect is durable and that are executed exactly once.
+pub(crate) fn is_mutation(op: &Op) -> bool {
+    match op {
+        Op::SetAttr(_)
+        | Op::Make(_)
+        | Op::Link(_)
+        | Op::Remove(_)
+        | Op::Rename(_)
+        | Op::Commit(_)
+        | Op::LeaseBlocks(_) => true,
+        Op::Lookup(_)
+        | Op::GetAttr(_)
+        | Op::ReadLink(_)
+        | Op::Open(_)
+        | Op::Close(_)
+        | Op::GetExtents(_)
+        | Op::ReadDir(_)
+        | Op::StatFs(_)
+        | Op::Sync(_)
+        | Op::GetParent(_) => false,
+    }
+}
+
+/// Operations that make the store larger, and are refused when its disk is nearly full.
+pub(crate) fn needs_space(op: &Op) -> bool {
+    matches!(op, Op::Make(_) | Op::Link(_) | Op::Commit(_) | Op::LeaseBlocks(_) | Op::Rename(_))
+}
+
+/// Answers that wait for the log: the client builds on them where a power failure here must not undo them.
+/// A leased id that was forgotten would be leased twice, and two blocks would have one name.
+pub(crate) fn needs_sync(op: &Op) -> bool {
+    match op {
+        Op::Sync(_) | Op::LeaseBlocks(_) => true,
+        Op::Commit(commit) => commit.sync,
+        _ => false,
+    }
+}
+
+/// Executes one operation.
+pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
+    Ok(match op {
+        Op::Lookup(op) => Reply::Entry(lookup::run(ctx, &op)?),
+        Op::GetAttr(op) => Reply::Entry(getattr::run(ctx, &op)?),
+        Op::SetAttr(op) => Reply::Entry(setattr::run(ctx, &op)?),
+        Op::Make(op) => Reply::Entry(make::run(ctx, &op)?),
+        Op::Link(op) => Reply::Entry(link::run(ctx, &op)?),
+        Op::Remove(op) => Reply::Empty(remove::run(ctx, &op)?),
+        Op::Rename(op) => Reply::Empty(rename::run(ctx, &op)?),
+        Op::ReadLink(op) => Reply::ReadLink(readlink::run(ctx, &op)?),
+        Op::Open(op) => Reply::Open(open::run(ctx, &op)?),
+        Op::Close(op) => Reply::Empty(close::run(ctx, &op)?),
+        Op::GetExtents(op) => Reply::Extents(get_extents::run(ctx, &op)?),
+        Op::Commit(op) => Reply::Commit(commit::run(ctx, op)?),
+        Op::ReadDir(op) => Reply::ReadDir(readdir::run(ctx, &op)?),
+        Op::StatFs(_) => Reply::StatFs(statfs::run(ctx)?),
+        Op::LeaseBlocks(op) => Reply::LeaseBlocks(lease_blocks::run(ctx, &op)?),
+        Op::Sync(_) => Reply::Empty(sync::run()),
+        Op::GetParent(op) => Reply::GetParent(get_parent::run(ctx, &op)?),
+    })
+}
+
+/// The answer of an earlier execution is repeated: what it did in memory is done again, since a restart forgets it.
+pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Reply) {
+    if let (Op::Make(make), Reply::Entry(Entry { attr: Some(attr) })) = (op, reply)
+        && make.handle != 0
+    {
+        // It fails only when the client reuses handles, and then the first open stands.
+        let _ = opens.open(session, fjordfs_proto::HandleId(make.handle), InodeId(attr.ino));
+    }
+}
+
+fn entry(ino: InodeId, inode: &Inode) -> Entry {
+    Entry { attr: Some(inode.attr(ino)) }
+}
+
+fn fail<T>(errno: Errno, message: impl Into<String>) -> FsResult<T> {
+    Err(FsError::new(errno, message))
+}
+
+/// A directory gained or lost an entry, and `links` subdirectories.
+fn touch_directory(txn: &mut Txn, ino: InodeId, links: i64, now: Time) -> FsResult<()> {
+    let mut inode = txn.inode(ino)?;
+    inode.nlink = u32::try_from(i64::from(inode.nlink) + links)
+        .or_else(|_| fail(Errno::EMLINK, format!("directory {ino} cannot have more subdirectories")))?;
+    (inode.mtime, inode.ctime) = (Some(now), Some(now));
+    txn.put_inode(ino, &inode);
+    Ok(())
+}
+
+const EMPTY: Empty = Empty {};

@@ -1,0 +1,156 @@
+//! Making written bytes visible: all files of a Commit in one batch.
+//!
+//! Order: every block is checked against the session's leases first; then blocks that are more than one piece get their
+//! live record, as if all extents were inserted; then the extents go in, and what cannot (its file is gone) is
+//! released again. A block that ends with no live byte is queued for deletion by that release.
+
+use std::collections::BTreeMap;
+
+use fjordfs_proto::{
+    BlockId, Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Source,
+    error::Errno,
+    pb::meta::{Commit, CommitReply, FileCommit, FileCommitReply},
+};
+
+use super::{Ctx, fail};
+use crate::{
+    extents, leases,
+    liveness::{self, Tally},
+    records::Inode,
+};
+
+/// Most blocks of one Commit: 1 TiB of data.
+const BLOCKS_MAX: usize = 1 << 16;
+const SETUID: u32 = 0o4000;
+const SETGID: u32 = 0o2000;
+const GROUP_EXECUTE: u32 = 0o010;
+const NANOSECONDS: u32 = 1_000_000_000;
+
+type Runs = Vec<(u64, Extent)>;
+
+pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
+    let mut blocks = BTreeMap::new();
+    let mut files: Vec<(FileCommit, Runs)> = Vec::with_capacity(op.files.len());
+    for mut file in op.files {
+        if file.mtime.is_some_and(|t| t.nsec >= NANOSECONDS) {
+            return fail(
+                Errno::EINVAL,
+                format!("mtime of i{}: its nanoseconds are a second or more", file.ino),
+            );
+        }
+        let mut runs = Runs::with_capacity(file.extents.len());
+        for extent in std::mem::take(&mut file.extents) {
+            let (offset, extent) = Extent::from_pb(extent)?;
+            check_inline(file.ino, offset, &extent)?;
+            tally(&mut blocks, &extent)?;
+            runs.push((offset, extent));
+        }
+        files.push((file, runs));
+    }
+    leases::claim(ctx.txn, ctx.session, blocks.keys().copied())?;
+    abandon(ctx, op.abandoned)?;
+    liveness::adopt(ctx.txn, &blocks);
+    let files =
+        files.into_iter().map(|(file, runs)| commit_file(ctx, &file, runs)).collect::<FsResult<_>>()?;
+    Ok(CommitReply { files })
+}
+
+fn check_inline(ino: u64, offset: u64, extent: &Extent) -> FsResult<()> {
+    if matches!(extent.source, Source::Inline(_)) && offset + extent.length > INLINE_MAX {
+        return fail(
+            Errno::EINVAL,
+            format!(
+                "inline bytes of i{ino} at {offset}: only the first {INLINE_MAX} bytes of a file may be inline"
+            ),
+        );
+    }
+    Ok(())
+}
+
+fn tally(blocks: &mut BTreeMap<BlockId, Tally>, extent: &Extent) -> FsResult<()> {
+    for piece in extent.pieces() {
+        let tally = blocks.entry(piece.block).or_default();
+        tally.pieces += 1;
+        tally.bytes += u64::from(piece.length);
+        if blocks.len() > BLOCKS_MAX {
+            return fail(Errno::E2BIG, format!("a Commit may name {BLOCKS_MAX} blocks: split it"));
+        }
+    }
+    Ok(())
+}
+
+fn abandon(ctx: &mut Ctx<'_>, mut blocks: Vec<u64>) -> FsResult<()> {
+    blocks.sort_unstable();
+    blocks.dedup();
+    leases::claim(ctx.txn, ctx.session, blocks.iter().copied().map(BlockId))?;
+    for run in blocks.chunk_by(|a, b| a + 1 == *b) {
+        liveness::bury(ctx.txn, BlockId(run[0]), run.len() as u64, None);
+    }
+    Ok(())
+}
+
+fn commit_file(ctx: &mut Ctx<'_>, file: &FileCommit, mut runs: Runs) -> FsResult<FileCommitReply> {
+    let ino = InodeId(file.ino);
+    let inode = ctx.txn.find_inode(ino)?;
+    let (mut inode, size, shift) = match plan(inode, file, &mut runs) {
+        Ok(plan) => plan,
+        Err(errno) => {
+            for (_, extent) in &runs {
+                liveness::release(ctx.txn, extent, 0..extent.length)?;
+            }
+            return Ok(FileCommitReply { errno: errno.code(), ..Default::default() });
+        }
+    };
+    if !runs.is_empty() || size != inode.size {
+        inode.data_version += 1;
+        let mtime = file.mtime.unwrap_or(ctx.now);
+        (inode.mtime, inode.ctime) = (Some(mtime), Some(mtime));
+    }
+    for (offset, extent) in runs {
+        let end = offset + extent.length;
+        extents::insert(ctx.txn, ino, &mut inode, offset, extent)?;
+        inode.size = inode.size.max(end);
+    }
+    inode.size = inode.size.max(size);
+    if file.clear_suid {
+        inode.mode &= !SETUID;
+        // Without group execute the bit marks mandatory locking, not a privilege.
+        if inode.mode & GROUP_EXECUTE != 0 {
+            inode.mode &= !SETGID;
+        }
+    }
+    ctx.txn.put_inode(ino, &inode);
+    Ok(FileCommitReply { errno: 0, attr: Some(inode.attr(ino)), appended_shift: shift })
+}
+
+/// Checks one file's part and moves its appended runs to the end of the file: the inode, its size afterwards, and the
+/// shift. Nothing is written yet, so that a refusal concerns this file only.
+fn plan(inode: Option<Inode>, file: &FileCommit, runs: &mut Runs) -> Result<(Inode, u64, i64), Errno> {
+    let inode = inode.ok_or(Errno::ESTALE)?;
+    if !inode.is_regular() {
+        return Err(if inode.is_dir() { Errno::EISDIR } else { Errno::EINVAL });
+    }
+    let mut size = file.size;
+    let mut shift = 0;
+    if let Some(base) = file.append_base {
+        if base > FILE_SIZE_MAX {
+            return Err(Errno::EFBIG);
+        }
+        // Runs below the base are plain writes of the same client: the file ends behind them, too.
+        let written = runs.iter().filter(|(at, _)| *at < base).map(|(at, extent)| at + extent.length).max();
+        let end = inode.size.max(written.unwrap_or(0)).min(FILE_SIZE_MAX);
+        shift = end as i64 - base as i64;
+        for (at, _) in runs.iter_mut().filter(|(at, _)| *at >= base) {
+            *at = at.checked_add_signed(shift).ok_or(Errno::EINVAL)?;
+        }
+        if size > base {
+            size = size.checked_add_signed(shift).ok_or(Errno::EINVAL)?;
+        }
+    }
+    let ends = runs.iter().map(|(at, extent)| at.saturating_add(extent.length));
+    let size = ends.chain([size, inode.size]).max().unwrap_or(inode.size);
+    if size > FILE_SIZE_MAX {
+        return Err(Errno::EFBIG);
+    }
+    Ok((inode, size, shift))
+}

@@ -1,0 +1,114 @@
+//! create, mkdir, mknod, symlink: one operation, since only the kind differs.
+
+use fjordfs_proto::{
+    FsResult, HandleId, InodeId, Policy, ROOT_INODE, SYMLINK_MAX,
+    error::Errno,
+    pb::meta::{Entry, FileKind, Make, Time},
+};
+
+use super::{Ctx, entry, fail, touch_directory};
+use crate::{
+    names,
+    records::{Dirent, Inode},
+    txn::Txn,
+};
+
+const PERMISSIONS: u32 = 0o7777;
+const SETGID: u32 = 0o2000;
+
+pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
+    let (parent_ino, kind) = (InodeId(op.parent), op.kind());
+    names::check(&op.name)?;
+    let parent = ctx.txn.directory(parent_ino)?;
+    if op.handle != 0 && kind != FileKind::Regular {
+        return fail(Errno::EINVAL, "only a regular file can be opened as it is made");
+    }
+    if let Some(found) = ctx.txn.dirent(parent_ino, &op.name)? {
+        return existing(ctx, op, found);
+    }
+    check_kind(op, kind)?;
+
+    let ino = InodeId(ctx.txn.counters().next_inode);
+    ctx.txn.counters().next_inode += 1;
+    ctx.txn.counters().inodes += 1;
+    let is_dir = kind == FileKind::Directory;
+    let inherits_group = parent.mode & SETGID != 0;
+    let inode = Inode {
+        kind: kind.into(),
+        mode: op.mode & PERMISSIONS | if inherits_group && is_dir { SETGID } else { 0 },
+        uid: op.uid,
+        gid: if inherits_group { parent.gid } else { op.gid },
+        nlink: if is_dir { 2 } else { 1 },
+        rdev: op.rdev,
+        atime: Some(ctx.now),
+        mtime: Some(ctx.now),
+        ctime: Some(ctx.now),
+        btime: Some(ctx.now),
+        policy: parent.policy,
+        parent: if is_dir { parent_ino.0 } else { 0 },
+        name: if is_dir { op.name.clone() } else { Default::default() },
+        target: op.target.clone(),
+        ..Inode::default()
+    };
+    ctx.txn.put_inode(ino, &inode);
+    ctx.txn.put_dirent(parent_ino, &op.name, ino, inode.kind);
+    touch_directory(ctx.txn, parent_ino, i64::from(is_dir), ctx.now)?;
+    if op.handle != 0 {
+        ctx.opens.open(ctx.session, HandleId(op.handle), ino)?;
+    }
+    Ok(entry(ino, &inode))
+}
+
+/// The name is taken: only a non-exclusive create of a regular file goes on, by opening it.
+fn existing(ctx: &mut Ctx<'_>, op: &Make, found: Dirent) -> FsResult<Entry> {
+    let refuse = |errno, what| Err(names::error(errno, InodeId(op.parent), &op.name, what));
+    if op.exclusive || op.handle == 0 {
+        return refuse(Errno::EEXIST, "exists");
+    }
+    let ino = InodeId(found.ino);
+    let inode = ctx.txn.inode(ino)?;
+    match inode.kind() {
+        FileKind::Regular => {}
+        FileKind::Directory => return refuse(Errno::EISDIR, "is a directory"),
+        _ => return refuse(Errno::EEXIST, "exists and is not a regular file"),
+    }
+    ctx.opens.open(ctx.session, HandleId(op.handle), ino)?;
+    Ok(entry(ino, &inode))
+}
+
+fn check_kind(op: &Make, kind: FileKind) -> FsResult<()> {
+    match kind {
+        FileKind::Unspecified => fail(Errno::EINVAL, format!("unknown file kind {}", op.kind)),
+        FileKind::Symlink if op.target.is_empty() => {
+            fail(Errno::ENOENT, "a symbolic link needs a target that is not empty")
+        }
+        FileKind::Symlink if op.target.len() > SYMLINK_MAX => fail(
+            Errno::ENAMETOOLONG,
+            format!("the link's target has {} bytes, {SYMLINK_MAX} are allowed", op.target.len()),
+        ),
+        FileKind::Symlink if op.target.contains(&0) => {
+            fail(Errno::EINVAL, "the link's target contains a zero byte")
+        }
+        FileKind::Symlink => Ok(()),
+        _ if !op.target.is_empty() => fail(Errno::EINVAL, "only a symbolic link has a target"),
+        _ => Ok(()),
+    }
+}
+
+/// The root directory of a new filesystem, owned by root and writable as `/` is.
+pub(crate) fn make_root(txn: &mut Txn, policy: Policy, now: Time) {
+    let root = Inode {
+        kind: FileKind::Directory.into(),
+        mode: 0o755,
+        nlink: 2,
+        atime: Some(now),
+        mtime: Some(now),
+        ctime: Some(now),
+        btime: Some(now),
+        policy: policy.code().into(),
+        parent: ROOT_INODE.0,
+        ..Inode::default()
+    };
+    txn.put_inode(ROOT_INODE, &root);
+    txn.counters().inodes += 1;
+}

@@ -1,0 +1,96 @@
+//! chmod, chown, utimes, truncate, and the policy of a directory.
+
+use fjordfs_proto::{
+    FILE_SIZE_MAX, FsResult, InodeId, Policy,
+    error::Errno,
+    pb::meta::{Entry, SetAttr, Time},
+};
+
+use super::{Ctx, entry, fail};
+use crate::{extents, records::Inode};
+
+const PERMISSIONS: u32 = 0o7777;
+const NANOSECONDS: u32 = 1_000_000_000;
+
+pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
+    let ino = InodeId(op.ino);
+    let mut inode = ctx.txn.inode(ino)?;
+    for time in [&op.atime, &op.mtime, &op.ctime].into_iter().flatten() {
+        check_time(time)?;
+    }
+    if let Some(code) = op.policy {
+        set_policy(ctx, ino, &mut inode, code)?;
+    }
+    if let Some(mode) = op.mode {
+        inode.mode = mode & PERMISSIONS;
+    }
+    inode.uid = op.uid.unwrap_or(inode.uid);
+    inode.gid = op.gid.unwrap_or(inode.gid);
+    if let Some(size) = op.size {
+        truncate(ctx, ino, &mut inode, size)?;
+        // As Linux does for a truncate that names a size, changed or not.
+        inode.mtime = Some(ctx.now);
+    }
+    inode.atime = if op.atime_now { Some(ctx.now) } else { op.atime.or(inode.atime) };
+    inode.mtime = if op.mtime_now { Some(ctx.now) } else { op.mtime.or(inode.mtime) };
+    inode.ctime = Some(op.ctime.unwrap_or(ctx.now));
+    ctx.txn.put_inode(ino, &inode);
+    Ok(entry(ino, &inode))
+}
+
+fn check_time(time: &Time) -> FsResult<()> {
+    if time.nsec >= NANOSECONDS {
+        return fail(Errno::EINVAL, format!("{} nanoseconds are a second or more", time.nsec));
+    }
+    Ok(())
+}
+
+fn truncate(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, size: u64) -> FsResult<()> {
+    if inode.is_dir() {
+        return fail(Errno::EISDIR, format!("inode {ino} is a directory: it has no size to set"));
+    }
+    if !inode.is_regular() {
+        return fail(Errno::EINVAL, format!("inode {ino} is not a regular file: it has no size to set"));
+    }
+    if size > FILE_SIZE_MAX {
+        return fail(Errno::EFBIG, format!("{size} bytes are more than a file can have ({FILE_SIZE_MAX})"));
+    }
+    if size == inode.size {
+        return Ok(());
+    }
+    let end = inode.size;
+    extents::remove(ctx.txn, ino, inode, size..end)?;
+    inode.size = size;
+    inode.data_version += 1;
+    Ok(())
+}
+
+fn set_policy(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, code: u32) -> FsResult<()> {
+    if !inode.is_dir() {
+        return fail(
+            Errno::EINVAL,
+            format!(
+                "inode {ino} is not a directory: set the policy of a directory, files made in it inherit it"
+            ),
+        );
+    }
+    let Some(policy) = Policy::from_code(code) else {
+        return fail(Errno::EINVAL, format!("unknown policy code {code}"));
+    };
+    if matches!(policy, Policy::Ec { .. }) {
+        return fail(Errno::EOPNOTSUPP, format!("policy {policy} is not supported yet: use replica:N"));
+    }
+    if policy.width() > ctx.facts.targets {
+        return fail(
+            Errno::EINVAL,
+            format!(
+                "policy {policy} needs {} targets and the cluster has {}: add data servers first",
+                policy.width(),
+                ctx.facts.targets
+            ),
+        );
+    }
+    inode.policy = code;
+    ctx.width_wanted = Some(policy.width());
+    Ok(())
+}

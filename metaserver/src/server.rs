@@ -1,0 +1,200 @@
+//! Starting and stopping a metaserver.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime},
+};
+
+use fjordfs_proto::{FsError, pb::meta::Time};
+use tokio::{net::TcpListener, runtime::Runtime, sync::oneshot};
+
+use crate::{
+    Config,
+    core::{Core, Moment},
+    executor::Executor,
+    label::{Folder, FolderError},
+    service,
+    store::{FjallStore, MetaStore, StoreError},
+    syncer::Syncer,
+};
+
+/// Threads that decode and encode messages; the executor is what bounds throughput.
+const WORKERS: usize = 2;
+/// Connections get this long to end when the server stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why a metaserver did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data folder cannot be used.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// Somebody else listens there.
+    #[error("{0} is in use: stop what listens there, or choose another address with --listen")]
+    AddressInUse(SocketAddr),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The storage engine did not open.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The records in it make no sense, or could not be written.
+    #[error("metadata in {}: {source}", folder.display())]
+    Metadata {
+        /// The data folder.
+        folder: PathBuf,
+        /// What is wrong.
+        source: FsError,
+    },
+    /// No threads.
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Why a metaserver did not stop cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// What was acknowledged last may not survive a power failure.
+    #[error("the metadata log could not be synced: {0}")]
+    Sync(FsError),
+}
+
+/// A running metaserver. Dropping it stops it.
+pub struct MetaServer {
+    address: SocketAddr,
+    cluster_id: String,
+    running: Option<Running>,
+}
+
+struct Running {
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
+    executor: Executor,
+    /// Held until everything else has ended.
+    folder: Folder,
+}
+
+impl MetaServer {
+    /// Opens the data folder, listens, and serves on threads of its own.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing is left running.
+    pub fn start(config: Config) -> Result<MetaServer, StartError> {
+        let folder = Folder::claim(&config.data)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(WORKERS)
+            .thread_name("meta-rpc")
+            .enable_all()
+            .build()
+            .map_err(StartError::Thread)?;
+        // Before the store is opened: its journal may take a while, and a wrong address should show at once.
+        let listener =
+            runtime.block_on(TcpListener::bind(config.listen)).map_err(|e| listen_error(&config, e))?;
+        let address = listener.local_addr().map_err(|e| listen_error(&config, e))?;
+
+        let store: Arc<dyn MetaStore> = Arc::new(FjallStore::open(&folder.store, config.engine)?);
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
+        let now = Moment { wall, mono: Instant::now() };
+        let core = Core::open(store.clone(), &folder.cluster_id, &config, now)
+            .map_err(|source| StartError::Metadata { folder: config.data.clone(), source })?;
+        let syncer = Syncer::start(store, config.log_sync).map_err(StartError::Thread)?;
+        let executor = Executor::start(core, syncer, config.data.clone()).map_err(StartError::Thread)?;
+
+        let (stop, stopped) = oneshot::channel();
+        let jobs = executor.jobs();
+        let thread = std::thread::Builder::new().name("meta-serve".into());
+        let serving =
+            thread.spawn(move || serve(runtime, listener, jobs, stopped)).map_err(StartError::Thread)?;
+        tracing::info!(%address, cluster = folder.cluster_id, folder = %config.data.display(), "metaserver started");
+        let cluster_id = folder.cluster_id.clone();
+        Ok(MetaServer { address, cluster_id, running: Some(Running { stop, serving, executor, folder }) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// UUID of the cluster.
+    pub fn cluster_id(&self) -> &str {
+        &self.cluster_id
+    }
+
+    /// Ends all streams, finishes what has arrived, and syncs the log.
+    ///
+    /// # Errors
+    /// When the log cannot be synced.
+    pub fn stop(mut self) -> Result<(), StopError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), StopError> {
+        let Some(Running { stop, serving, executor, folder }) = self.running.take() else { return Ok(()) };
+        // The executor first: it ends the streams, without which connections would never drain.
+        let result = executor.stop().map_err(StopError::Sync);
+        // A server that ended by itself does not listen any more.
+        let _ = stop.send(());
+        if serving.join().is_err() {
+            tracing::error!("the serving thread panicked");
+        }
+        drop(folder);
+        tracing::info!(address = %self.address, "metaserver stopped");
+        result
+    }
+}
+
+impl Drop for MetaServer {
+    fn drop(&mut self) {
+        if let Err(e) = self.end() {
+            tracing::error!(error = %e, "metaserver");
+        }
+    }
+}
+
+fn serve(
+    runtime: Runtime,
+    listener: TcpListener,
+    jobs: crate::executor::Jobs,
+    stopped: oneshot::Receiver<()>,
+) {
+    let (stop, stopping) = oneshot::channel();
+    runtime.block_on(async move {
+        let mut server = tokio::spawn(service::serve(listener, jobs, stopping));
+        tokio::select! {
+            ended = &mut server => report(ended),
+            // A dropped sender means the same as a message.
+            _ = stopped => {
+                let _ = stop.send(());
+                if let Ok(ended) = tokio::time::timeout(STOP_TIMEOUT, &mut server).await {
+                    report(ended);
+                }
+            }
+        }
+    });
+    runtime.shutdown_timeout(STOP_TIMEOUT);
+}
+
+fn report(ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>) {
+    match ended {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => tracing::error!(error = %e, "the gRPC server ended"),
+        Err(e) => tracing::error!(error = %e, "the gRPC server ended"),
+    }
+}
+
+fn listen_error(config: &Config, source: io::Error) -> StartError {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => StartError::AddressInUse(config.listen),
+        _ => StartError::Listen { address: config.listen, source },
+    }
+}

@@ -1,0 +1,48 @@
+//! Unary calls of data servers and administrators.
+
+use fjordfs_proto::pb::meta::{
+    HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, StatusReply, StatusRequest,
+    cluster_server::Cluster,
+};
+use tokio::sync::oneshot;
+use tonic::{Request, Response, Status};
+
+use super::stopped;
+use crate::executor::{Caller, Job, Jobs};
+
+/// The `Cluster` service.
+pub(crate) struct ClusterService {
+    jobs: Jobs,
+}
+
+impl ClusterService {
+    pub(crate) fn new(jobs: Jobs) -> ClusterService {
+        ClusterService { jobs }
+    }
+
+    async fn call<T>(&self, job: impl FnOnce(Caller<T>) -> Job) -> Result<Response<T>, Status> {
+        let (caller, answer) = oneshot::channel();
+        self.jobs.submit(job(caller));
+        Ok(Response::new(answer.await.map_err(|_| stopped())??))
+    }
+}
+
+#[tonic::async_trait]
+impl Cluster for ClusterService {
+    async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterReply>, Status> {
+        let request = Box::new(request.into_inner());
+        self.call(|caller| Job::Register(request, caller)).await
+    }
+
+    async fn heartbeat(
+        &self,
+        request: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatReply>, Status> {
+        let request = Box::new(request.into_inner());
+        self.call(|caller| Job::Heartbeat(request, caller)).await
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        self.call(Job::Status).await
+    }
+}

@@ -1,0 +1,86 @@
+//! Sessions: mounted clients. The record is durable, so that a client finds its slots, leases and orphans again after a
+//! restart; whether it is attached and when it was last heard is not.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use fjordfs_proto::{FsResult, SessionId, pb::meta::SessionReport};
+
+use crate::{
+    keys,
+    opens::Opens,
+    records::{self, SessionRecord},
+    store::Order,
+    txn::Txn,
+};
+
+/// Slots of a session: mutations that can be under way at once.
+pub(crate) const SLOTS: u32 = 256;
+
+/// A client.
+#[derive(Clone, Debug)]
+pub(crate) struct Session {
+    pub(crate) client: String,
+    pub(crate) heard: Instant,
+    pub(crate) attached: bool,
+    /// Known from before the start, and not heard of since: it may have files open that we do not know.
+    pub(crate) missing: bool,
+}
+
+/// All clients.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    sessions: BTreeMap<SessionId, Session>,
+}
+
+impl Sessions {
+    /// What the store knows. Everybody gets a whole timeout to come back.
+    pub(crate) fn load(txn: &mut Txn, now: Instant) -> FsResult<Sessions> {
+        let mut sessions = BTreeMap::new();
+        for (key, value) in txn.scan(&keys::all(keys::SESSION), Order::Ascending, usize::MAX)? {
+            let id = keys::first_id(&key).ok_or_else(|| records::damaged("a session without an id"))?;
+            let record: SessionRecord = records::decode(value, || format!("session {id}"))?;
+            let session = Session { client: record.client, heard: now, attached: false, missing: true };
+            sessions.insert(SessionId(id), session);
+        }
+        Ok(Sessions { sessions })
+    }
+
+    pub(crate) fn add(&mut self, id: SessionId, client: String, now: Instant) {
+        self.sessions.insert(id, Session { client, heard: now, attached: true, missing: false });
+    }
+
+    pub(crate) fn remove(&mut self, id: SessionId) {
+        self.sessions.remove(&id);
+    }
+
+    pub(crate) fn get_mut(&mut self, id: SessionId) -> Option<&mut Session> {
+        self.sessions.get_mut(&id)
+    }
+
+    /// Sessions that have been silent for too long.
+    pub(crate) fn expired(&self, timeout: Duration, now: Instant) -> Vec<SessionId> {
+        let silent = |session: &Session| now.duration_since(session.heard) > timeout;
+        self.sessions.iter().filter(|(_, session)| silent(session)).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether some session of before the start has not been heard of.
+    pub(crate) fn any_missing(&self) -> bool {
+        self.sessions.values().any(|session| session.missing)
+    }
+
+    pub(crate) fn reports(&self, opens: &Opens, now: Instant) -> Vec<SessionReport> {
+        self.sessions
+            .iter()
+            .map(|(id, session)| SessionReport {
+                session: id.0,
+                client: session.client.clone(),
+                attached: session.attached,
+                handles: opens.handles(*id) as u32,
+                idle_ms: now.duration_since(session.heard).as_millis() as u64,
+            })
+            .collect()
+    }
+}

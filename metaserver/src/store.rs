@@ -1,0 +1,132 @@
+//! What the metadata service asks of a storage engine.
+//!
+//! The contract is small enough for an embedded engine, a replicated key-value store and a relational database
+//! alike: point reads, ordered scans, and atomic batches that apply only while the caller owns the store. There is no
+//! concurrency control beyond that: one executor at a time owns the keys, proven by its [`Fence`].
+//!
+//! # Crash consistency
+//! A batch is applied whole or not at all. When [`MetaStore::commit`] returns, the batch survives `kill -9` of this
+//! process; when a later [`MetaStore::sync`] returned a ticket not below the batch's, it survives power failure.
+//!
+//! # Errors
+//! After a failed `commit` or `sync` nobody can know what the device holds. An engine answers every later `commit`
+//! with an error; reads go on and show what was committed before.
+
+mod fjall;
+mod memory;
+
+#[cfg(test)]
+pub(crate) mod conformance;
+
+use std::{io, ops::Range, path::PathBuf};
+
+use bytes::Bytes;
+use fjordfs_proto::{FsError, error::Errno};
+
+pub use fjall::{FjallOptions, FjallStore};
+pub use memory::MemoryStore;
+
+/// Proof of ownership: a batch applies only while this is the newest one given out.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Fence(pub u64);
+
+/// Position of a batch in the order of commits, to ask for its durability.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Ticket(pub u64);
+
+/// Direction of a scan.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// Smallest key first.
+    Ascending,
+    /// Largest key first.
+    Descending,
+}
+
+/// A key with its value.
+pub type Pair = (Vec<u8>, Bytes);
+
+/// Writes that are applied together. A key occurs at most once.
+#[derive(Clone, Default, Debug)]
+pub struct Batch {
+    /// Key, and its new value or `None` to remove it.
+    pub writes: Vec<(Vec<u8>, Option<Bytes>)>,
+}
+
+/// Why the engine could not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The device is full.
+    #[error("no space left for the metadata in {}: free some space there, then restart the metaserver", folder.display())]
+    NoSpace {
+        /// The engine's folder.
+        folder: PathBuf,
+    },
+    /// The device failed, or failed before.
+    #[error("metadata store in {}: {source}", folder.display())]
+    Io {
+        /// The engine's folder.
+        folder: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Somebody else took the store over.
+    #[error(
+        "another metaserver took over the store (fence {current:?}, ours is {ours:?}): this one must stop"
+    )]
+    Fenced {
+        /// The caller's fence.
+        ours: Fence,
+        /// The one in force.
+        current: Fence,
+    },
+    /// The engine found damage.
+    #[error("metadata store in {} is damaged: {what}", folder.display())]
+    Damaged {
+        /// The engine's folder.
+        folder: PathBuf,
+        /// What it said.
+        what: String,
+    },
+    /// Another process has it open.
+    #[error("metadata store in {} is open in another process", folder.display())]
+    Locked {
+        /// The engine's folder.
+        folder: PathBuf,
+    },
+}
+
+/// Result of an engine call.
+pub type StoreResult<T> = Result<T, StoreError>;
+
+impl From<&StoreError> for FsError {
+    fn from(e: &StoreError) -> FsError {
+        let errno = match e {
+            StoreError::NoSpace { .. } => Errno::ENOSPC,
+            _ => Errno::EIO,
+        };
+        FsError::new(errno, e.to_string())
+    }
+}
+
+/// An ordered key-value engine. Keys that begin with a zero byte belong to the engine.
+pub trait MetaStore: Send + Sync + 'static {
+    /// The value of a key.
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>>;
+
+    /// The first `limit` pairs of a range in the given order.
+    fn scan(&self, range: Range<&[u8]>, order: Order, limit: usize) -> StoreResult<Vec<Pair>>;
+
+    /// Applies a batch atomically, if `fence` is in force. Readers see it when this returns.
+    fn commit(&self, batch: Batch, fence: Fence) -> StoreResult<Ticket>;
+
+    /// Makes every batch committed so far survive power failure. The ticket says up to which. Does not hold up
+    /// commits on other threads for longer than it must.
+    fn sync(&self) -> StoreResult<Ticket>;
+
+    /// Takes ownership: the fence returned is newer than all before, which are void from now on.
+    fn take_over(&self) -> StoreResult<Fence>;
+
+    /// For people: `fjord status`.
+    fn name(&self) -> &'static str;
+}

@@ -1,0 +1,280 @@
+//! The embedded engine: a log-structured merge tree with a journal (fjall).
+//!
+//! One keyspace holds all records; the prefix byte of the key keeps kinds apart.
+//!
+//! # Crash consistency
+//! A commit is one batch in the journal, handed to the kernel before it returns: it survives `kill -9`. A journal that
+//! ends in half a batch is cut there at the next start.
+//!
+//! A sync goes past the engine: `Database::persist` holds the journal's lock during the fsync, and every commit would
+//! wait for the device. The bytes are in the kernel already, so an `fdatasync` through a descriptor of our own does the
+//! same without the lock. The engine syncs a journal itself before it begins the next one, so the newest file is
+//! the only one that can hold unsynced batches; and a journal that vanished under us was flushed to synced tables.
+
+use std::{
+    fs::{self, File},
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use bytes::Bytes;
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use parking_lot::Mutex;
+
+use super::{Batch, Fence, MetaStore, Order, Pair, StoreError, StoreResult, Ticket};
+use crate::keys;
+
+const KEYSPACE: &str = "meta";
+const JOURNAL_EXTENSION: &str = "jnl";
+/// The engine refuses a smaller limit.
+const JOURNAL_BYTES_MIN: u64 = 64 << 20;
+
+/// Memory and disk the engine may use.
+#[derive(Clone, Copy, Debug)]
+pub struct FjallOptions {
+    /// Cached table blocks, bytes.
+    pub cache_bytes: u64,
+    /// Memory table before it is written out, bytes.
+    pub memtable_bytes: u64,
+    /// Journals on disk before tables are forced out, bytes; at least 64 MiB.
+    pub journal_bytes: u64,
+    /// Threads that write and merge tables.
+    pub workers: usize,
+}
+
+impl Default for FjallOptions {
+    fn default() -> Self {
+        FjallOptions {
+            cache_bytes: 256 << 20,
+            memtable_bytes: 32 << 20,
+            journal_bytes: 256 << 20,
+            workers: 2,
+        }
+    }
+}
+
+/// fjall in a folder.
+pub struct FjallStore {
+    db: Database,
+    records: Keyspace,
+    folder: PathBuf,
+    fence: Mutex<Fence>,
+    /// Batches handed to the engine.
+    commits: AtomicU64,
+    failed: AtomicBool,
+}
+
+impl FjallStore {
+    /// Opens the engine in `folder`, or makes it.
+    ///
+    /// # Errors
+    /// When another process has it open, it is damaged, or the folder cannot be used.
+    pub fn open(folder: &Path, options: FjallOptions) -> StoreResult<FjallStore> {
+        let wrap = |e| wrap(folder, e);
+        let db = Database::builder(folder)
+            .cache_size(options.cache_bytes)
+            .max_journaling_size(options.journal_bytes.max(JOURNAL_BYTES_MIN))
+            .worker_threads(options.workers.max(1))
+            .open()
+            .map_err(wrap)?;
+        let records = db
+            .keyspace(KEYSPACE, || {
+                KeyspaceCreateOptions::default().max_memtable_size(options.memtable_bytes.max(1 << 20))
+            })
+            .map_err(wrap)?;
+        let fence = records.get(keys::FENCE).map_err(wrap)?;
+        let fence = fence.map_or(Ok(0), |v| fence_value(folder, &v))?;
+        Ok(FjallStore {
+            db,
+            records,
+            folder: folder.to_owned(),
+            fence: Mutex::new(Fence(fence)),
+            commits: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
+        })
+    }
+
+    fn wrap(&self, e: fjall::Error) -> StoreError {
+        wrap(&self.folder, e)
+    }
+
+    fn io(&self, source: io::Error) -> StoreError {
+        io_error(&self.folder, source)
+    }
+
+    fn refuse_after_failure(&self) -> StoreResult<()> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(self.io(io::Error::other("it failed before; restart the metaserver")));
+        }
+        Ok(())
+    }
+
+    /// The newest journal: highest number.
+    fn journal(&self) -> io::Result<Option<PathBuf>> {
+        let mut newest = None;
+        for entry in fs::read_dir(&self.folder)? {
+            let path = entry?.path();
+            let number = (path.extension().is_some_and(|e| e == JOURNAL_EXTENSION))
+                .then(|| path.file_stem()?.to_str()?.parse::<u64>().ok())
+                .flatten();
+            if let Some(number) = number
+                && newest.as_ref().is_none_or(|(n, _)| *n < number)
+            {
+                newest = Some((number, path));
+            }
+        }
+        Ok(newest.map(|(_, path)| path))
+    }
+
+    fn sync_journal(&self) -> StoreResult<()> {
+        let Some(path) = self.journal().map_err(|e| self.io(e))? else {
+            return self.db.persist(PersistMode::SyncAll).map_err(|e| self.wrap(e));
+        };
+        match File::open(&path).and_then(|file| file.sync_data()) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.io(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl MetaStore for FjallStore {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        let value = self.records.get(key).map_err(|e| self.wrap(e))?;
+        Ok(value.map(|v| Bytes::copy_from_slice(&v)))
+    }
+
+    fn scan(&self, range: Range<&[u8]>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
+        if range.start >= range.end || limit == 0 {
+            return Ok(Vec::new());
+        }
+        let mut found = self.records.range(range);
+        let mut pairs = Vec::new();
+        while pairs.len() < limit {
+            let next = match order {
+                Order::Ascending => found.next(),
+                Order::Descending => found.next_back(),
+            };
+            let Some(guard) = next else { break };
+            let (key, value) = guard.into_inner().map_err(|e| self.wrap(e))?;
+            pairs.push((key.to_vec(), Bytes::copy_from_slice(&value)));
+        }
+        Ok(pairs)
+    }
+
+    fn commit(&self, batch: Batch, fence: Fence) -> StoreResult<Ticket> {
+        self.refuse_after_failure()?;
+        // Held over the commit: a take-over waits for a batch under the old fence, and refuses the next.
+        let current = self.fence.lock();
+        if *current != fence {
+            return Err(StoreError::Fenced { ours: fence, current: *current });
+        }
+        let mut out = self.db.batch();
+        for (key, value) in &batch.writes {
+            match value {
+                Some(value) => out.insert(&self.records, key.as_slice(), value.as_ref()),
+                None => out.remove(&self.records, key.as_slice()),
+            }
+        }
+        out.commit().map_err(|e| {
+            self.failed.store(true, Ordering::Release);
+            self.wrap(e)
+        })?;
+        Ok(Ticket(self.commits.fetch_add(1, Ordering::AcqRel) + 1))
+    }
+
+    fn sync(&self) -> StoreResult<Ticket> {
+        self.refuse_after_failure()?;
+        let upto = Ticket(self.commits.load(Ordering::Acquire));
+        // After a failed fsync the kernel may have dropped the pages: asking again would prove nothing.
+        self.sync_journal().inspect_err(|_| self.failed.store(true, Ordering::Release))?;
+        Ok(upto)
+    }
+
+    fn take_over(&self) -> StoreResult<Fence> {
+        self.refuse_after_failure()?;
+        let mut current = self.fence.lock();
+        let next = Fence(current.0 + 1);
+        self.records.insert(keys::FENCE, next.0.to_be_bytes()).map_err(|e| self.wrap(e))?;
+        self.db.persist(PersistMode::SyncAll).map_err(|e| self.wrap(e))?;
+        *current = next;
+        Ok(next)
+    }
+
+    fn name(&self) -> &'static str {
+        "fjall"
+    }
+}
+
+fn fence_value(folder: &Path, value: &[u8]) -> StoreResult<u64> {
+    value.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Damaged {
+        folder: folder.to_owned(),
+        what: format!("its fence has {} bytes", value.len()),
+    })
+}
+
+fn io_error(folder: &Path, source: io::Error) -> StoreError {
+    let folder = folder.to_owned();
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::NoSpace { folder },
+        _ => StoreError::Io { folder, source },
+    }
+}
+
+fn wrap(folder: &Path, e: fjall::Error) -> StoreError {
+    match e {
+        fjall::Error::Io(e) | fjall::Error::Storage(fjall::LsmError::Io(e)) => io_error(folder, e),
+        fjall::Error::Poisoned => io_error(
+            folder,
+            io::Error::other("an earlier write failed; see the log, then restart the metaserver"),
+        ),
+        fjall::Error::Locked => StoreError::Locked { folder: folder.to_owned() },
+        other => StoreError::Damaged { folder: folder.to_owned(), what: other.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::conformance;
+
+    fn open(folder: &Path) -> FjallStore {
+        let small = FjallOptions { cache_bytes: 1 << 20, ..FjallOptions::default() };
+        FjallStore::open(folder, small).unwrap()
+    }
+
+    #[test]
+    fn meets_the_contract() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut n = 0;
+        conformance::check(|| {
+            n += 1;
+            open(&folder.path().join(n.to_string()))
+        });
+    }
+
+    #[test]
+    fn what_was_committed_is_there_after_reopening_and_old_fences_stay_void() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = {
+            let store = open(folder.path());
+            let fence = store.take_over().unwrap();
+            store.commit(conformance::put(&[("k", "v")]), fence).unwrap();
+            assert_eq!(store.sync().unwrap(), Ticket(1));
+            fence
+        };
+        let store = open(folder.path());
+        assert_eq!(store.get(b"k").unwrap().unwrap(), "v");
+        assert!(store.take_over().unwrap() > old);
+        assert!(matches!(store.commit(conformance::put(&[("k", "w")]), old), Err(StoreError::Fenced { .. })));
+    }
+
+    #[test]
+    fn a_second_opener_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let _first = open(folder.path());
+        let second = FjallStore::open(folder.path(), FjallOptions::default());
+        assert!(matches!(second, Err(StoreError::Locked { .. })));
+    }
+}

@@ -1,0 +1,342 @@
+//! The view that operations work on: the store as it will be once the current burst is committed.
+//!
+//! Reads see the writes of earlier operations of the burst. An operation runs between [`Txn::begin`] and either
+//! [`Txn::accept`] or [`Txn::reject`]; rejected, it leaves no trace. [`Txn::take_batch`] hands out all accepted
+//! writes of a burst as one batch.
+//!
+//! The overlay must outlive the commit of its batch: it is cleared by `take_batch`'s caller through
+//! [`Txn::committed`], so that nothing reads the store in between.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::{Bound, Range},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
+use prost::Message;
+
+use crate::{
+    keys::{self, Key},
+    records::{self, Counters, Dirent, Inode},
+    store::{Batch, MetaStore, Order, Pair, StoreError},
+};
+
+/// Rows fetched beyond what was asked for, in case the overlay hides some.
+const SCAN_SLACK: usize = 16;
+
+/// Most dead runs remembered by name; beyond it they are found by a scan.
+const DEAD_HINTS_MAX: usize = 1 << 16;
+
+/// Background work that the store holds, so that an idle burst need not scan for it. Hints only: a rejected operation
+/// leaves some that lead nowhere.
+pub(crate) struct Pending {
+    /// First blocks of dead runs.
+    pub(crate) dead: BTreeSet<u64>,
+    /// There may be dead runs that are not in `dead`.
+    pub(crate) dead_unknown: bool,
+    /// There may be 'destroy' records.
+    pub(crate) destroyed: bool,
+}
+
+impl Pending {
+    pub(crate) fn add_dead(&mut self, first: u64) {
+        if self.dead.len() < DEAD_HINTS_MAX {
+            self.dead.insert(first);
+        } else {
+            self.dead_unknown = true;
+        }
+    }
+}
+
+/// The store below an overlay of uncommitted writes.
+pub(crate) struct Txn {
+    store: Arc<dyn MetaStore>,
+    overlay: BTreeMap<Key, Option<Bytes>>,
+    /// What the overlay held before each write of the current operation, newest last.
+    undo: Vec<(Key, Option<Option<Bytes>>)>,
+    counters: Counters,
+    counters_before: Counters,
+    counters_stored: Counters,
+    /// The first error of the engine; operations only see its `FsError`.
+    broken: Option<StoreError>,
+    pending: Pending,
+}
+
+impl Txn {
+    /// A view of the store with an empty overlay.
+    ///
+    /// # Errors
+    /// When the counters cannot be read.
+    pub(crate) fn new(store: Arc<dyn MetaStore>) -> FsResult<Txn> {
+        let stored = store.get(&[keys::COUNTERS]).map_err(|e| FsError::from(&e))?;
+        let counters = match stored {
+            Some(value) => records::decode(value, || "counters".into())?,
+            None => Counters::default(),
+        };
+        Ok(Txn {
+            store,
+            overlay: BTreeMap::new(),
+            undo: Vec::new(),
+            counters,
+            counters_before: counters,
+            counters_stored: counters,
+            broken: None,
+            // After a start nobody knows.
+            pending: Pending { dead: BTreeSet::new(), dead_unknown: true, destroyed: true },
+        })
+    }
+
+    // ---- operations and bursts ----
+
+    pub(crate) fn begin(&mut self) {
+        self.undo.clear();
+        self.counters_before = self.counters;
+    }
+
+    pub(crate) fn accept(&mut self) {
+        self.undo.clear();
+    }
+
+    pub(crate) fn reject(&mut self) {
+        while let Some((key, before)) = self.undo.pop() {
+            match before {
+                Some(before) => self.overlay.insert(key, before),
+                None => self.overlay.remove(&key),
+            };
+        }
+        self.counters = self.counters_before;
+    }
+
+    /// All accepted writes of the burst, or `None` when there are none.
+    pub(crate) fn take_batch(&mut self) -> Option<Batch> {
+        if self.counters != self.counters_stored {
+            let value = Bytes::from(self.counters.encode_to_vec());
+            self.overlay.insert(vec![keys::COUNTERS], Some(value));
+        }
+        if self.overlay.is_empty() {
+            return None;
+        }
+        Some(Batch { writes: self.overlay.iter().map(|(k, v)| (k.clone(), v.clone())).collect() })
+    }
+
+    /// The batch is in the store: the overlay has done its work.
+    pub(crate) fn committed(&mut self) {
+        self.overlay.clear();
+        self.counters_stored = self.counters;
+    }
+
+    /// The batch is not in the store: forget the burst.
+    pub(crate) fn abandon(&mut self) {
+        self.overlay.clear();
+        self.undo.clear();
+        self.counters = self.counters_stored;
+    }
+
+    /// Number of keys the burst has written so far.
+    pub(crate) fn writes(&self) -> usize {
+        self.overlay.len()
+    }
+
+    /// The engine's error behind an `EIO` of an operation, once.
+    pub(crate) fn take_error(&mut self) -> Option<StoreError> {
+        self.broken.take()
+    }
+
+    fn engine<T>(&mut self, result: Result<T, StoreError>) -> FsResult<T> {
+        result.map_err(|e| {
+            let answer = FsError::from(&e);
+            self.broken.get_or_insert(e);
+            answer
+        })
+    }
+
+    // ---- raw records ----
+
+    pub(crate) fn pending(&mut self) -> &mut Pending {
+        &mut self.pending
+    }
+
+    pub(crate) fn counters(&mut self) -> &mut Counters {
+        &mut self.counters
+    }
+
+    pub(crate) fn get(&mut self, key: &[u8]) -> FsResult<Option<Bytes>> {
+        if let Some(value) = self.overlay.get(key) {
+            return Ok(value.clone());
+        }
+        let found = self.store.get(key);
+        self.engine(found)
+    }
+
+    pub(crate) fn record<M: Message + Default>(&mut self, key: &[u8]) -> FsResult<Option<M>> {
+        let value = self.get(key)?;
+        value.map(|v| records::decode(v, || format!("record {}", key.escape_ascii()))).transpose()
+    }
+
+    pub(crate) fn put(&mut self, key: Key, value: Bytes) {
+        self.write(key, Some(value));
+    }
+
+    pub(crate) fn put_record(&mut self, key: Key, record: &impl Message) {
+        self.put(key, Bytes::from(record.encode_to_vec()));
+    }
+
+    pub(crate) fn remove(&mut self, key: Key) {
+        self.write(key, None);
+    }
+
+    fn write(&mut self, key: Key, value: Option<Bytes>) {
+        let before = self.overlay.insert(key.clone(), value);
+        self.undo.push((key, before));
+    }
+
+    /// The first `limit` pairs of a range.
+    pub(crate) fn scan(&mut self, range: &Range<Key>, order: Order, limit: usize) -> FsResult<Vec<Pair>> {
+        if range.start >= range.end || limit == 0 {
+            return Ok(Vec::new());
+        }
+        let touched = self.overlay.range::<[u8], _>(bounds(&range.start, &range.end)).next().is_some();
+        if !touched {
+            let found = self.store.scan(&range.start..&range.end, order, limit);
+            return self.engine(found);
+        }
+        let (mut start, mut end) = (range.start.clone(), range.end.clone());
+        let mut out = Vec::new();
+        loop {
+            let want = (limit - out.len()).saturating_add(SCAN_SLACK);
+            let page = self.store.scan(&start..&end, order, want);
+            let page = self.engine(page)?;
+            // The part of the range that this page speaks for; the rest is the next turn's.
+            let last = (page.len() == want).then(|| page.last().map(|(k, _)| k.clone())).flatten();
+            let (from, to) = match (&last, order) {
+                (None, _) => (start.clone(), end.clone()),
+                (Some(last), Order::Ascending) => (start.clone(), successor(last)),
+                (Some(last), Order::Descending) => (last.clone(), end.clone()),
+            };
+            let mut merged: BTreeMap<Key, Bytes> = page.into_iter().collect();
+            for (key, value) in self.overlay.range::<[u8], _>(bounds(&from, &to)) {
+                match value {
+                    Some(value) => merged.insert(key.clone(), value.clone()),
+                    None => merged.remove(key),
+                };
+            }
+            let room = limit - out.len();
+            match order {
+                Order::Ascending => out.extend(merged.into_iter().take(room)),
+                Order::Descending => out.extend(merged.into_iter().rev().take(room)),
+            }
+            match (last, order) {
+                (Some(_), Order::Ascending) if out.len() < limit => start = to,
+                (Some(_), Order::Descending) if out.len() < limit => end = from,
+                _ => return Ok(out),
+            }
+        }
+    }
+
+    /// Whether a range holds nothing.
+    pub(crate) fn is_empty(&mut self, range: &Range<Key>) -> FsResult<bool> {
+        Ok(self.scan(range, Order::Ascending, 1)?.is_empty())
+    }
+
+    // ---- inodes and entries ----
+
+    /// An inode that must be there; `ESTALE` when it is not.
+    pub(crate) fn inode(&mut self, ino: InodeId) -> FsResult<Inode> {
+        self.find_inode(ino)?.ok_or_else(|| {
+            FsError::new(
+                Errno::ESTALE,
+                format!("inode {ino} does not exist: it was removed, look its name up again"),
+            )
+        })
+    }
+
+    pub(crate) fn find_inode(&mut self, ino: InodeId) -> FsResult<Option<Inode>> {
+        self.record(&keys::inode(ino))
+    }
+
+    /// A directory that must be there and not be removed.
+    pub(crate) fn directory(&mut self, ino: InodeId) -> FsResult<Inode> {
+        let inode = self.inode(ino)?;
+        if !inode.is_dir() {
+            return Err(FsError::new(Errno::ENOTDIR, format!("inode {ino} is not a directory")));
+        }
+        if inode.nlink == 0 {
+            return Err(FsError::new(Errno::ENOENT, format!("directory {ino} was removed")));
+        }
+        Ok(inode)
+    }
+
+    pub(crate) fn put_inode(&mut self, ino: InodeId, inode: &Inode) {
+        self.put_record(keys::inode(ino), inode);
+    }
+
+    pub(crate) fn dirent(&mut self, parent: InodeId, name: &[u8]) -> FsResult<Option<Dirent>> {
+        self.record(&keys::dirent(parent, name))
+    }
+
+    pub(crate) fn put_dirent(&mut self, parent: InodeId, name: &[u8], ino: InodeId, kind: i32) {
+        self.put_record(keys::dirent(parent, name), &Dirent { ino: ino.0, kind });
+    }
+}
+
+fn bounds<'a>(start: &'a [u8], end: &'a [u8]) -> (Bound<&'a [u8]>, Bound<&'a [u8]>) {
+    (Bound::Included(start), Bound::Excluded(end))
+}
+
+/// The smallest key above `key`.
+fn successor(key: &[u8]) -> Key {
+    let mut next = key.to_vec();
+    next.push(0);
+    next
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+    use proptest::prelude::*;
+
+    fn key(n: u8) -> Key {
+        vec![b'k', n]
+    }
+
+    proptest! {
+        /// The oracle is one tree; the view is a store with an overlay, some of whose operations are rejected.
+        #[test]
+        fn the_overlay_is_as_if_it_were_stored(
+            ops in proptest::collection::vec((any::<bool>(), any::<bool>(), proptest::collection::vec((0..60u8, any::<Option<u8>>()), 0..40)), 1..8),
+            from in 0..60u8, to in 0..60u8, limit in 0..30usize,
+        ) {
+            let store = Arc::new(MemoryStore::default());
+            let fence = store.take_over().unwrap();
+            let mut txn = Txn::new(store.clone()).unwrap();
+            let mut oracle: BTreeMap<Key, Bytes> = BTreeMap::new();
+            for (keep, commit, writes) in ops {
+                txn.begin();
+                let before = oracle.clone();
+                for (n, value) in writes {
+                    match value {
+                        Some(v) => { txn.put(key(n), Bytes::from(vec![v])); oracle.insert(key(n), Bytes::from(vec![v])); }
+                        None => { txn.remove(key(n)); oracle.remove(&key(n)); }
+                    }
+                }
+                if keep { txn.accept() } else { txn.reject(); oracle = before; }
+                if commit {
+                    if let Some(batch) = txn.take_batch() { store.commit(batch, fence).unwrap(); }
+                    txn.committed();
+                }
+                let range = key(from)..key(to);
+                let all: Vec<Pair> = if from < to { oracle.range(range.clone()).map(|(k, v)| (k.clone(), v.clone())).collect() } else { vec![] };
+                let forward: Vec<Pair> = all.iter().take(limit).cloned().collect();
+                let backward: Vec<Pair> = all.iter().rev().take(limit).cloned().collect();
+                prop_assert_eq!(txn.scan(&range, Order::Ascending, limit).unwrap(), forward);
+                prop_assert_eq!(txn.scan(&range, Order::Descending, limit).unwrap(), backward);
+                for n in 0..60 {
+                    prop_assert_eq!(txn.get(&key(n)).unwrap(), oracle.get(&key(n)).cloned());
+                }
+            }
+        }
+    }
+}
