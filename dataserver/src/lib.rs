@@ -1,1 +1,35 @@
-//! FjordFS.
+//! FjordFS data server: keeps shards on flash and hands them out.
+//!
+//! ```text
+//!   client ══ TCP ══► connection ──► ops/put_shard, read_shard, ... ──► store ──► files (io_uring, O_DIRECT)
+//!                     (one core, one ring each)                          │
+//!   metaserver ◄── gRPC ── membership (its own thread) ── deletions ─────┘
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `config`, `error` | what a server is told; why it does not start |
+//! | `server` | the order in which the parts come up and go down |
+//! | `cores` | threads, each with an io_uring runtime, and the thread that accepts |
+//! | `connection` | frames in, answers out |
+//! | `ops` | one file per operation |
+//! | `store` | the shards of one target: volumes, index, recovery |
+//! | `membership` | registration, heartbeats, deletions |
+//! | `buffer`, `uring` | page-aligned memory; reads, writes and transfers on the ring |
+
+mod buffer;
+mod config;
+mod connection;
+mod cores;
+mod error;
+mod membership;
+mod node;
+mod ops;
+mod server;
+mod store;
+mod uring;
+
+pub use config::{Config, TargetConfig};
+pub use error::{StartError, StopError};
+pub use server::DataServer;
+pub use store::label::LabelError;

@@ -182,8 +182,7 @@ pub(crate) async fn recv<B: Stable>(
         // SAFETY: `range` lies in the buffer, as just checked.
         let at = unsafe { start.add(range.start) };
         let flags = if all { libc::MSG_WAITALL } else { 0 };
-        let entry =
-            opcode::Recv::new(fd(socket.as_raw_fd()), at, range.len() as u32).flags(flags).build();
+        let entry = opcode::Recv::new(fd(socket.as_raw_fd()), at, range.len() as u32).flags(flags).build();
         let (result, (_, back)) = submit((socket.clone(), buf), entry).await;
         buf = back;
         match result {

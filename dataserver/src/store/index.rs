@@ -194,16 +194,15 @@ mod tests {
     use std::collections::BTreeMap;
 
     fn entry() -> impl Strategy<Value = Entry> {
-        (0..50u64, 0..3u8, any::<u16>(), 1..=16u32 << 20, 0..=VOLUME_ID_MAX, 0..VOLUME_PAGES_MAX as u32).prop_map(
-            |(block, shard, policy, length, volume, page)| Entry {
+        (0..50u64, 0..3u8, any::<u16>(), 1..=16u32 << 20, 0..=VOLUME_ID_MAX, 0..VOLUME_PAGES_MAX as u32)
+            .prop_map(|(block, shard, policy, length, volume, page)| Entry {
                 block: BlockId(block << 30 | block),
                 shard: ShardNo(shard),
                 policy,
                 length,
                 volume: VolumeId(volume),
                 page,
-            },
-        )
+            })
     }
 
     proptest! {

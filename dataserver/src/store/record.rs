@@ -110,8 +110,9 @@ pub(crate) fn parse_header(page: &[u8], salt: u64, position: u64) -> Option<Reco
         && page[8..10] == VERSION.to_le_bytes()
         && u64_at(40) == position;
     let length = u32_at(24);
-    let sane =
-        length > 0 && length as usize <= fjordfs_proto::BLOCK_SIZE_MAX && u32_at(28) as usize == pages(length as usize);
+    let sane = length > 0
+        && length as usize <= fjordfs_proto::BLOCK_SIZE_MAX
+        && u32_at(28) as usize == pages(length as usize);
     (genuine && sane).then(|| RecordHeader {
         block: BlockId(u64_at(16)),
         shard: ShardNo(page[12]),

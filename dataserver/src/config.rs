@@ -1,0 +1,161 @@
+//! What a data server is told, and whether that makes sense.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::error::StartError;
+
+/// A folder to store shards in, best one per flash device.
+#[derive(Clone, Debug)]
+pub struct TargetConfig {
+    /// Created if missing.
+    pub path: PathBuf,
+    /// Failure domain: copies of a block go to different ones. `None` is the server's name.
+    pub domain: Option<String>,
+}
+
+/// How a data server runs.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `host:port` of the metaserver.
+    pub meta: String,
+    /// Where clients connect; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// `host:port` that clients are told, if not `listen`. Needed when `listen` is a wildcard and this host reaches
+    /// the metaserver by another address than clients reach this host.
+    pub advertise: Option<String>,
+    /// For people, and the failure domain of targets that name none.
+    pub name: String,
+    /// At least one.
+    pub targets: Vec<TargetConfig>,
+    /// Threads that serve clients, one io_uring each; 0 is one per CPU.
+    pub cores: usize,
+    /// Of a volume file, bytes; smaller ones are made where space is short. 64 MiB to 4 GiB.
+    pub volume_size: u64,
+    /// How often the index is saved: a start after a crash reads what was written since.
+    pub checkpoint_interval: Duration,
+    /// Most bytes of shards per target, for tests and shared disks; `None` is what the filesystem has.
+    pub capacity_max: Option<u64>,
+}
+
+/// Bounds of `volume_size`: a volume must hold some whole blocks, and positions in it have 20 bits of pages.
+const VOLUME_SIZES: std::ops::RangeInclusive<u64> = 64 << 20..=4 << 30;
+
+impl Config {
+    /// The defaults for a server that stores in `targets`.
+    pub fn new(meta: impl Into<String>, targets: impl IntoIterator<Item = PathBuf>) -> Config {
+        Config {
+            meta: meta.into(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            name: "data".to_owned(),
+            targets: targets.into_iter().map(|path| TargetConfig { path, domain: None }).collect(),
+            cores: 0,
+            volume_size: 1 << 30,
+            checkpoint_interval: Duration::from_secs(60),
+            capacity_max: None,
+        }
+    }
+
+    /// Checks what can be checked without touching a target, and returns the targets with absolute paths.
+    pub(crate) fn validate(&self) -> Result<Vec<TargetConfig>, StartError> {
+        let invalid = |what: String| Err(StartError::Config(what));
+        if self.targets.is_empty() {
+            return invalid(
+                "a data server needs at least one target: name a folder to store shards in".into(),
+            );
+        }
+        if !self
+            .meta
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        {
+            return invalid(format!("metaserver address '{}' is not host:port", self.meta));
+        }
+        if let Some(advertise) = &self.advertise
+            && !advertise
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        {
+            return invalid(format!("advertised address '{advertise}' is not host:port"));
+        }
+        if !VOLUME_SIZES.contains(&self.volume_size) {
+            return invalid(format!("volume size {} is not between 64 MiB and 4 GiB", self.volume_size));
+        }
+        if self.checkpoint_interval.is_zero() {
+            return invalid("the checkpoint interval must not be zero".into());
+        }
+        let mut targets = Vec::with_capacity(self.targets.len());
+        for target in &self.targets {
+            let path = absolute(&target.path)
+                .map_err(|source| StartError::Path { path: target.path.clone(), source })?;
+            targets.push(TargetConfig { path, domain: target.domain.clone() });
+        }
+        for (i, a) in targets.iter().enumerate() {
+            for b in &targets[..i] {
+                let (a, b) = (&a.path, &b.path);
+                if a == b {
+                    return invalid(format!("target {} is named twice", a.display()));
+                }
+                if a.starts_with(b) || b.starts_with(a) {
+                    return invalid(format!(
+                        "targets {} and {} lie one inside the other",
+                        b.display(),
+                        a.display()
+                    ));
+                }
+            }
+        }
+        Ok(targets)
+    }
+
+    pub(crate) fn core_count(&self) -> usize {
+        match self.cores {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        }
+    }
+}
+
+/// Creates the folder if needed; its path without links, so that one folder has one name.
+fn absolute(path: &Path) -> io::Result<PathBuf> {
+    if path.exists() && !path.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, "not a directory"));
+    }
+    std::fs::create_dir_all(path)?;
+    path.canonicalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nonsense_is_refused_with_a_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, inside, file) = (dir.path().join("a"), dir.path().join("a/b"), dir.path().join("file"));
+        std::fs::write(&file, "").unwrap();
+        let check = |config: Config| config.validate().map(|t| t.len()).map_err(|e| e.to_string());
+        let meta = "localhost:7440";
+        assert_eq!(check(Config::new(meta, [a.clone()])), Ok(1));
+        let refused = [
+            (Config::new(meta, []), "at least one target"),
+            (Config::new(meta, [a.clone(), a.join("../a")]), "named twice"),
+            (Config::new(meta, [a.clone(), inside]), "one inside the other"),
+            (Config::new(meta, [file.clone()]), "not a directory"),
+            (Config::new(meta, [file.join("x")]), "file/x"),
+            (Config::new("localhost", [a.clone()]), "host:port"),
+            (Config { volume_size: 1 << 20, ..Config::new(meta, [a.clone()]) }, "volume size"),
+            (Config { advertise: Some(":1".into()), ..Config::new(meta, [a.clone()]) }, "advertised"),
+            (Config { checkpoint_interval: Duration::ZERO, ..Config::new(meta, [a]) }, "interval"),
+        ];
+        for (config, reason) in refused {
+            let e = check(config).unwrap_err();
+            assert!(e.contains(reason), "{e}");
+        }
+    }
+}

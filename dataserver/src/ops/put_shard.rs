@@ -1,0 +1,92 @@
+//! Storing a shard.
+//!
+//! PERFORMANCE-CRITICAL. The checksums are verified here, once, before anything is written: what is stored is what the
+//! client meant.
+
+use fjordfs_proto::{
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, PAGE_SIZE, Policy,
+    block::{first_bad_page, pages},
+    error::Errno,
+    pb::data::{PutShardReply, PutShardRequest},
+};
+
+use crate::{buffer::PageBuf, node::Node, store::NewShard};
+
+/// Whether a request makes sense, before its payload is received.
+pub(crate) fn check(request: &PutShardRequest, payload_len: u32) -> FsResult<NewShard> {
+    let PutShardRequest { block, shard, length, .. } = *request;
+    let invalid =
+        |what: String| Err(FsError::new(Errno::EINVAL, format!("put of b{block} #{shard}: {what}")));
+    if length == 0 || length as usize > BLOCK_SIZE_MAX {
+        return invalid(format!("{length} bytes; a shard has 1 to {BLOCK_SIZE_MAX}"));
+    }
+    if payload_len != length {
+        return invalid(format!("{length} bytes are announced, {payload_len} were sent"));
+    }
+    if request.page_crcs.len() != 4 * pages(length as usize) {
+        return invalid(format!(
+            "{} checksum bytes for {} pages",
+            request.page_crcs.len(),
+            pages(length as usize)
+        ));
+    }
+    let Some(policy) = Policy::from_code(request.policy) else {
+        return invalid(format!("unknown policy code {}", request.policy));
+    };
+    let no = super::shard_no(shard)?;
+    if usize::from(no.0) >= policy.width() {
+        return invalid(format!("{policy} has {} shards", policy.width()));
+    }
+    Ok(NewShard { block: BlockId(block), shard: no, policy: policy.code(), length })
+}
+
+/// Verifies and stores; the payload lies at byte 4096 of `record`.
+pub(crate) async fn run(
+    node: &Node,
+    request: &PutShardRequest,
+    new: NewShard,
+    record: PageBuf,
+) -> FsResult<PutShardReply> {
+    let store = node.store(request.target)?;
+    let data = &record[PAGE_SIZE..PAGE_SIZE + new.length as usize];
+    if let Some(page) = first_bad_page(data, &request.page_crcs) {
+        store.bad_page();
+        let what = format!(
+            "put of {} {}: page {page} does not match its checksum; it was damaged on the way, send it again",
+            new.block, new.shard
+        );
+        return Err(FsError::new(Errno::EBADMSG, what));
+    }
+    store.put(new, record, &request.page_crcs).await?;
+    Ok(PutShardReply {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_that_contradict_themselves_are_refused() {
+        let good = PutShardRequest {
+            target: 1,
+            block: 2,
+            shard: 1,
+            policy: 2,
+            length: 4097,
+            page_crcs: vec![0; 8].into(),
+        };
+        assert!(check(&good, 4097).is_ok());
+        assert!(check(&good, 4096).is_err());
+        let bad = [
+            PutShardRequest { length: 0, page_crcs: Default::default(), ..good.clone() },
+            PutShardRequest { length: u32::MAX, ..good.clone() },
+            PutShardRequest { page_crcs: vec![0; 7].into(), ..good.clone() },
+            PutShardRequest { policy: 0, ..good.clone() },
+            PutShardRequest { shard: 2, ..good.clone() },
+            PutShardRequest { shard: 257, ..good },
+        ];
+        for request in bad {
+            assert_eq!(check(&request, request.length).unwrap_err().errno, Errno::EINVAL, "{request:?}");
+        }
+    }
+}

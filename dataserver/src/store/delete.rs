@@ -1,0 +1,60 @@
+//! Deleting shards: out of the index, then a hole.
+//!
+//! The hole is the record of the deletion: recovery believes neither an entry nor a header where there is one. So a
+//! deletion is power-safe when the volume has been synced, and the caller syncs before it tells anyone.
+
+use std::sync::atomic::Ordering;
+
+use fjordfs_proto::BlockId;
+
+use super::{Store, device::Device, error::StoreError, index::Entry};
+
+impl<D: Device> Store<D> {
+    /// Deletes every shard of these blocks; unknown blocks are no error. Returns how many shards there were.
+    /// Power-safe after [`Store::sync`].
+    ///
+    /// # Errors
+    /// When a hole cannot be punched. What had been deleted before stays deleted; the rest is unchanged.
+    pub(crate) async fn delete(&self, blocks: &[BlockId]) -> Result<u32, StoreError> {
+        self.check_alive()?;
+        let mut deleted = 0;
+        for block in blocks {
+            for entry in self.index.of_block(*block) {
+                deleted += u32::from(self.delete_one(&entry).await?);
+            }
+        }
+        Ok(deleted)
+    }
+
+    async fn delete_one(&self, entry: &Entry) -> Result<bool, StoreError> {
+        let volume = self.volumes.read().get(&entry.volume).cloned();
+        let _deleting = self.deleting.read().await;
+        if !self.index.remove(entry) {
+            return Ok(false);
+        }
+        if let Some(volume) = volume {
+            let span = entry.span();
+            let bytes = span.end - span.start;
+            if let Err(e) = self.device.punch(&volume.file, span).await {
+                // Half deleted must not be: the record would be back after the next start. Unless it has been put
+                // again meanwhile, and then there is a whole record anyway.
+                if self.index.insert(entry).is_err() {
+                    tracing::warn!(
+                        "target {}: {} was put again while its deletion failed",
+                        self.path().display(),
+                        entry.block
+                    );
+                }
+                return Err(
+                    self.io(format!("punching {} {} out of {}", entry.block, entry.shard, volume.id), e)
+                );
+            }
+            self.wrote(&volume);
+            volume.remove_record();
+            self.counters.used.fetch_sub(bytes, Ordering::SeqCst);
+        }
+        self.counters.shards.fetch_sub(1, Ordering::Relaxed);
+        self.counters.shard_bytes.fetch_sub(u64::from(entry.length), Ordering::Relaxed);
+        Ok(true)
+    }
+}
