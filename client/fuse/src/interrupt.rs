@@ -6,6 +6,8 @@
 //! every fatal signal turns into; then nobody sees the answer. Otherwise the request goes on, and because the
 //! kernel sends no second INTERRUPT, the caller is looked at again every second.
 //!
+//! The end of the mount gives up all of them: nobody is left who could hear.
+//!
 //! Only requests that change nothing are given up ([`crate::request::Request::is_interruptible`]).
 //!
 //! With cloned descriptors an INTERRUPT can be read by any worker, also before the worker that has the request came to
@@ -16,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 const SHARDS: usize = 16;
 const EARLY_MAX: usize = 64;
@@ -32,6 +34,7 @@ struct Shard {
 #[derive(Debug, Default)]
 pub(crate) struct Interrupts {
     shards: [Mutex<Shard>; SHARDS],
+    ended: watch::Sender<bool>,
 }
 
 impl Interrupts {
@@ -54,8 +57,14 @@ impl Interrupts {
         }
     }
 
-    /// Ends when request `unique` was interrupted and its caller is dying; else never.
-    pub(crate) async fn caller_dies(&self, unique: u64, pid: u32) {
+    /// The mount has ended.
+    pub(crate) fn end(&self) {
+        self.ended.send_replace(true);
+    }
+
+    /// Ends when nobody can hear the answer to request `unique` any more: it was interrupted and its caller is dying, or
+    /// the mount has ended.
+    pub(crate) async fn caller_is_gone(&self, unique: u64, pid: u32) {
         let signal = Arc::new(Notify::new());
         let _registration = {
             let mut shard = self.shard(unique).lock();
@@ -66,9 +75,16 @@ impl Interrupts {
             shard.waiting.insert(unique, Arc::clone(&signal));
             Registration { interrupts: self, unique }
         };
-        signal.notified().await;
-        while !is_dying(pid) {
-            tokio::time::sleep(LOOK_AGAIN).await;
+        let dying = async {
+            signal.notified().await;
+            while !is_dying(pid) {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        let mut ended = self.ended.subscribe();
+        tokio::select! {
+            () = dying => {}
+            _ = ended.wait_for(|ended| *ended) => {}
         }
     }
 }
@@ -125,15 +141,20 @@ mod tests {
         let alive = std::process::id();
         // Interrupted before it was registered, and alive: goes on.
         interrupts.interrupt(4);
-        let waited = tokio::time::timeout(Duration::from_millis(50), interrupts.caller_dies(4, alive)).await;
+        let waited =
+            tokio::time::timeout(Duration::from_millis(50), interrupts.caller_is_gone(4, alive)).await;
         assert!(waited.is_err());
         assert!(interrupts.shards.iter().all(|shard| shard.lock().waiting.is_empty()));
         // A thread id that does not exist is dead.
         interrupts.interrupt(6);
-        tokio::time::timeout(Duration::from_secs(5), interrupts.caller_dies(6, u32::MAX - 1)).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(5), interrupts.caller_is_gone(6, u32::MAX - 1))
+            .await
+            .unwrap();
         // Not interrupted: waits.
         let waited =
-            tokio::time::timeout(Duration::from_millis(50), interrupts.caller_dies(8, u32::MAX - 1)).await;
+            tokio::time::timeout(Duration::from_millis(50), interrupts.caller_is_gone(8, u32::MAX - 1)).await;
         assert!(waited.is_err());
+        interrupts.end();
+        tokio::time::timeout(Duration::from_secs(5), interrupts.caller_is_gone(8, alive)).await.unwrap();
     }
 }

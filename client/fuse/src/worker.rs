@@ -42,7 +42,10 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
         in_flight.wait_below(IN_FLIGHT_MAX).await;
         match transport.next().await {
             Ok(Some((message, slot))) => start(&dispatcher, &in_flight, message, slot).await,
-            Ok(None) => break Ok(()),
+            Ok(None) => {
+                dispatcher.interrupts.end();
+                break Ok(());
+            }
             // Memory pressure in the kernel: try again rather than lose the mount.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EIO)) => {
                 tracing::warn!("reading a request failed, trying again: {e}");
@@ -115,7 +118,7 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message) -> 
     tokio::select! {
         biased;
         answer = dispatcher.serve(request) => answer,
-        () = dispatcher.interrupts.caller_dies(unique, pid) => Reply::Error(libc::EINTR).into(),
+        () = dispatcher.interrupts.caller_is_gone(unique, pid) => Reply::Error(libc::EINTR).into(),
     }
 }
 

@@ -1,0 +1,344 @@
+//! Files through a real mount of a filesystem in memory.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+mod support;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use support::Mounted;
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(len).collect()
+}
+
+#[test]
+fn a_large_file_comes_back_in_large_requests() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let data = pattern(64 << 20, 7);
+    let path = mounted.path("large");
+    let mut file = File::create(&path).unwrap();
+    for chunk in data.chunks(3 << 20) {
+        file.write_all(chunk).unwrap();
+    }
+    file.sync_all().unwrap();
+    drop(file);
+    assert!(mounted.control.fsyncs.load(Ordering::SeqCst) >= 1);
+    assert!(mounted.control.flushes.load(Ordering::SeqCst) >= 1);
+    assert!(fs::read(&path).unwrap() == data);
+    assert_eq!(mounted.control.size_max.load(Ordering::SeqCst), 1 << 20);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 64 << 20);
+    mounted.end();
+}
+
+#[test]
+fn many_threads_read_and_write_their_own_files() {
+    let Some(mounted) = Mounted::new("threads=4") else { return };
+    std::thread::scope(|scope| {
+        for thread in 0..8u64 {
+            let mounted = &mounted;
+            scope.spawn(move || {
+                for round in 0..20 {
+                    let path = mounted.path(&format!("t{thread}-{round}"));
+                    let data = pattern(50_000 + 1000 * round, thread + 1);
+                    fs::write(&path, &data).unwrap();
+                    assert!(fs::read(&path).unwrap() == data);
+                    fs::rename(&path, mounted.path(&format!("done{thread}-{round}"))).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(fs::read_dir(mounted.dir.path()).unwrap().count(), 160);
+    mounted.end();
+}
+
+#[test]
+fn a_slow_request_holds_up_no_other() {
+    // One worker thread: all requests are tasks on it.
+    let Some(mounted) = Mounted::new("threads=1") else { return };
+    fs::write(mounted.path("quick"), "q").unwrap();
+    fs::write(mounted.path("slow"), "s").unwrap();
+    // Not cached, so that the read is a request.
+    mounted.control.overwrite("slow", b"t");
+    *mounted.control.slow.lock() = Duration::from_secs(3);
+    let path = mounted.path("slow");
+    let slow = std::thread::spawn(move || fs::read(path).unwrap());
+    std::thread::sleep(Duration::from_millis(200));
+    let began = Instant::now();
+    assert_eq!(fs::read(mounted.path("quick")).unwrap(), b"q");
+    assert!(began.elapsed() < Duration::from_secs(1));
+    assert_eq!(slow.join().unwrap(), b"t");
+    mounted.end();
+}
+
+#[test]
+fn mappings_read_and_write() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("mapped");
+    let data = pattern(1 << 20, 3);
+    fs::write(&path, &data).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    // SAFETY: nobody truncates the file while it is mapped.
+    let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+    assert!(map[..] == data[..]);
+    map[5000..5005].copy_from_slice(b"hello");
+    map.flush().unwrap();
+    let mut bytes = [0; 5];
+    file.read_exact_at(&mut bytes, 5000).unwrap();
+    assert_eq!(&bytes, b"hello");
+    drop((map, file));
+    let ino = fs::metadata(&path).unwrap().ino();
+    assert_eq!(&mounted.control.inodes.lock()[&ino].data[5000..5005], b"hello");
+    mounted.end();
+}
+
+/// Memory for O_DIRECT.
+fn aligned(len: usize) -> memmap2::MmapMut {
+    memmap2::MmapMut::map_anon(len).unwrap()
+}
+
+#[test]
+fn direct_io_goes_around_the_cache_and_appends_in_order() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("direct");
+    let mut memory = aligned(4 << 20);
+    memory.copy_from_slice(&pattern(4 << 20, 9));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&path)
+        .unwrap();
+    file.write_all_at(&memory, 0).unwrap();
+    let mut back = aligned(4 << 20);
+    file.read_exact_at(&mut back, 0).unwrap();
+    assert!(back[..] == memory[..]);
+    drop(file);
+    let mut file = OpenOptions::new().append(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+    file.write_all(&memory).unwrap();
+    drop(file);
+    let all = fs::read(&path).unwrap();
+    assert_eq!(all.len(), 8 << 20);
+    assert!(all[..4 << 20] == memory[..] && all[4 << 20..] == memory[..]);
+    mounted.end();
+}
+
+#[test]
+fn appends_go_to_the_end_wherever_that_is() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("log");
+    let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).unwrap();
+    file.write_all(b"one").unwrap();
+    // Another client appends.
+    mounted.control.overwrite("log", b"oneTWO");
+    file.write_all(b"three").unwrap();
+    // The announcement that cached pages are stale goes another way than the answer.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let read = fs::read(&path).unwrap();
+        if read == b"oneTWOthree" {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{:?}", String::from_utf8_lossy(&read));
+    }
+    let mut held = String::new();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file.read_to_string(&mut held).unwrap();
+    assert_eq!(held, "oneTWOthree");
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn pages_are_kept_while_the_version_stands() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("cached");
+    fs::write(&path, vec![b'a'; 100_000]).unwrap();
+    let reads = || mounted.control.reads.load(Ordering::SeqCst);
+    assert_eq!(fs::read(&path).unwrap(), vec![b'a'; 100_000]);
+    let before = reads();
+    assert_eq!(fs::read(&path).unwrap(), vec![b'a'; 100_000]);
+    assert_eq!(reads(), before, "the second open kept the pages");
+    // Same size, as the hardest case.
+    mounted.control.overwrite("cached", &vec![b'b'; 100_000]);
+    assert_eq!(fs::read(&path).unwrap(), vec![b'b'; 100_000]);
+    mounted.end();
+}
+
+#[test]
+fn a_growing_file_is_followed_without_opening_it_again() {
+    let Some(mounted) = Mounted::new("") else { return };
+    fs::write(mounted.path("log"), b"first ").unwrap();
+    let mut reader = File::open(mounted.path("log")).unwrap();
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    mounted.control.overwrite("log", b"first second");
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "first second");
+    drop(reader);
+    mounted.end();
+}
+
+#[test]
+fn invalidations_reach_the_kernel() {
+    let Some(mounted) = Mounted::new("attr_timeout=3600,entry_timeout=3600") else { return };
+    let path = mounted.path("file");
+    fs::write(&path, b"old").unwrap();
+    let file = File::open(&path).unwrap();
+    let ino = file.metadata().unwrap().ino();
+    mounted.control.overwrite("file", b"newer");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 3, "the kernel was allowed to believe this");
+    let notifier = mounted.control.notifier.lock().clone().unwrap();
+    notifier.invalidate_inode(fjordfs_proto::InodeId(ino));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while fs::metadata(&path).unwrap().len() != 5 {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(fs::read(&path).unwrap(), b"newer");
+    let lookups = mounted.control.lookups.load(Ordering::SeqCst);
+    fs::metadata(&path).unwrap();
+    assert_eq!(mounted.control.lookups.load(Ordering::SeqCst), lookups);
+    notifier.invalidate_entry(fjordfs_proto::InodeId(1), b"file");
+    while mounted.control.lookups.load(Ordering::SeqCst) == lookups {
+        fs::metadata(&path).unwrap();
+        assert!(Instant::now() < deadline);
+    }
+    drop(file);
+    mounted.end();
+}
+
+#[test]
+fn truncation_and_permission_bits() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("file");
+    fs::write(&path, b"0123456789").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o4755)).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode(), libc::S_IFREG | 0o4755);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(4).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"0123");
+    file.set_len(6).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"0123\0\0");
+    drop(file);
+    // Truncated at open; root keeps suid.
+    drop(File::create(&path).unwrap());
+    assert_eq!(
+        (fs::metadata(&path).unwrap().len(), fs::metadata(&path).unwrap().mode() & 0o7777),
+        (0, 0o4755)
+    );
+    std::os::unix::fs::chown(&path, Some(12), Some(34)).unwrap();
+    let metadata = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (metadata.uid(), metadata.gid(), metadata.mode() & 0o7777),
+        (12, 34, 0o755),
+        "chown drops suid"
+    );
+    let when = std::time::SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
+    let times = fs::FileTimes::new().set_modified(when).set_accessed(when);
+    OpenOptions::new().write(true).open(&path).unwrap().set_times(times).unwrap();
+    let metadata = fs::metadata(&path).unwrap();
+    assert_eq!((metadata.modified().unwrap(), metadata.accessed().unwrap()), (when, when));
+    assert!(metadata.created().is_ok(), "statx has the birth time");
+    mounted.end();
+}
+
+#[test]
+fn suid_goes_when_another_user_writes_or_truncates() {
+    let Some(mounted) = Mounted::new("") else { return };
+    fs::set_permissions(mounted.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for (name, truncate) in [("written", false), ("truncated", true)] {
+        let path = mounted.path(name);
+        fs::write(&path, b"program").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o6777)).unwrap();
+        let mut command = std::process::Command::new("sh");
+        command.arg("-c").arg(if truncate { "true > \"$0\"" } else { "echo x >> \"$0\"" }).arg(&path);
+        let status = std::os::unix::process::CommandExt::uid(&mut command, 65534).status().unwrap();
+        assert!(status.success());
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o777, "{name}");
+    }
+    mounted.end();
+}
+
+#[test]
+fn failures_are_reported_and_a_panic_is_one_failure() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("file");
+    fs::write(&path, b"data").unwrap();
+    mounted.control.overwrite("file", b"DATA");
+    mounted.control.panic_on_read.store(true, Ordering::SeqCst);
+    assert_eq!(fs::read(&path).unwrap_err().raw_os_error(), Some(libc::EIO));
+    mounted.control.panic_on_read.store(false, Ordering::SeqCst);
+    assert_eq!(fs::read(&path).unwrap(), b"DATA");
+    mounted.control.fail_flush.store(true, Ordering::SeqCst);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let fd = std::os::fd::IntoRawFd::into_raw_fd(file);
+    // SAFETY: the descriptor is ours.
+    assert_eq!(unsafe { libc::close(fd) }, -1);
+    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::ENOSPC));
+    mounted.control.fail_flush.store(false, Ordering::SeqCst);
+    mounted.end();
+}
+
+/// Runs a program that waits for the filesystem, and signals it while it does.
+fn signalled(
+    program: &str,
+    arguments: &[&str],
+    path: &std::path::Path,
+    signal: i32,
+) -> (std::process::ExitStatus, Duration) {
+    let mut child = std::process::Command::new(program)
+        .args(arguments)
+        .arg(path)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let began = Instant::now();
+    // SAFETY: a signal to our own child.
+    unsafe { libc::kill(child.id() as i32, signal) };
+    (child.wait().unwrap(), began.elapsed())
+}
+
+#[test]
+fn who_waits_can_be_killed_at_once() {
+    let Some(mounted) = Mounted::new("") else { return };
+    fs::write(mounted.path("slow"), b"data").unwrap();
+    mounted.control.overwrite("slow", b"DATA");
+    *mounted.control.slow.lock() = Duration::from_secs(20);
+    // A read waits for a page, a stat for its answer, which ends with an INTERRUPT; both by a signal without a handler.
+    for (program, name) in [("cat", "slow"), ("stat", "slowname")] {
+        for signal in [libc::SIGKILL, libc::SIGTERM] {
+            let (status, took) = signalled(program, &[], &mounted.path(name), signal);
+            assert!(!status.success() && took < Duration::from_secs(5), "{program} took {took:?}");
+        }
+    }
+    *mounted.control.slow.lock() = Duration::ZERO;
+    mounted.end();
+}
+
+#[test]
+fn signals_with_a_handler_disturb_nobody() {
+    let Some(mounted) = Mounted::new("") else { return };
+    fs::write(mounted.path("slowname"), b"data").unwrap();
+    *mounted.control.slow.lock() = Duration::from_secs(2);
+    let script = ["-c", "trap : USR1; [[ -e $0 ]]"];
+    let (status, took) = signalled("bash", &script, &mounted.path("slowname"), libc::SIGUSR1);
+    assert!(status.success(), "stat of an existing file failed because of a signal");
+    assert!(took > Duration::from_millis(500));
+    *mounted.control.slow.lock() = Duration::ZERO;
+    mounted.end();
+}
