@@ -18,6 +18,10 @@ const GENERATION: u64 = 0;
 
 /// What goes back after the header.
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a reply is moved a few times and never stored: cheaper than an allocation each"
+)]
 pub(crate) enum Reply {
     /// Nothing is sent: FORGET and INTERRUPT have no answer.
     None,

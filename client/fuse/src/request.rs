@@ -336,8 +336,7 @@ mod tests {
 
     #[test]
     fn names_are_taken_apart_and_checked() {
-        let body =
-            [&abi::Rename2In { newdir: 5, flags: 1, padding: 0 }.as_bytes()[..], b"old\0new\0"].concat();
+        let body = [abi::Rename2In { newdir: 5, flags: 1, padding: 0 }.as_bytes(), b"old\0new\0"].concat();
         match operation(opcode::RENAME2, &body).unwrap() {
             Operation::Rename { name, new_parent, new_name, flags } => {
                 assert_eq!(

@@ -100,7 +100,7 @@ fn receive(socket: &OwnedFd) -> io::Result<OwnedFd> {
 
 pub(super) fn unmount(path: &Path, lazy: bool) -> Result<(), MountError> {
     let mut command = Command::new(HELPER);
-    command.arg("-u").arg("-q");
+    command.arg("-u");
     if lazy {
         command.arg("-z");
     }

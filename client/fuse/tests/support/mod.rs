@@ -88,7 +88,8 @@ impl Control {
         let control = Control::default();
         control.next.store(2, Ordering::SeqCst);
         let mut root = Inode { parent: 1, ..Inode::default() };
-        root.attr = Attr { ino: 1, mode: 0o755, nlink: 2, ..new_attr(FileKind::Directory) };
+        let uid = rustix::process::geteuid().as_raw();
+        root.attr = Attr { ino: 1, mode: 0o755, uid, nlink: 2, ..new_attr(FileKind::Directory) };
         control.inodes.lock().insert(1, root);
         Arc::new(control)
     }
@@ -119,7 +120,7 @@ impl Control {
         let nlink = if kind == FileKind::Directory { 2 } else { 1 };
         let attr = Attr { ino, nlink, size: target.len() as u64, ..attr };
         let inode = Inode {
-            attr: attr.clone(),
+            attr,
             target: target.to_vec(),
             parent,
             is_slow: name.starts_with(b"slow"),
@@ -196,7 +197,7 @@ impl Filesystem for MemFs {
     }
 
     async fn getattr(&self, ino: InodeId) -> FsResult<Attr> {
-        self.with(ino, |inode| inode.attr.clone())
+        self.with(ino, |inode| inode.attr)
     }
 
     async fn setattr(&self, ino: InodeId, change: AttrChange) -> FsResult<Attr> {
@@ -216,7 +217,7 @@ impl Filesystem for MemFs {
             attr.atime = change.atime.map(time).or(attr.atime);
             attr.mtime = change.mtime.map(time).or(attr.mtime);
             attr.ctime = Some(now());
-            attr.clone()
+            *attr
         })
     }
 
@@ -247,7 +248,7 @@ impl Filesystem for MemFs {
         self.with(parent, |directory| directory.entries.insert(cookie(name), (name.to_vec(), ino.0)))?;
         self.with(ino, |inode| {
             inode.attr.nlink += 1;
-            inode.attr.clone()
+            inode.attr
         })
     }
 
@@ -360,7 +361,7 @@ impl Filesystem for MemFs {
                     ino: *ino,
                     kind: attr.kind,
                     cookie: *cookie,
-                    attr: attributes.then(|| attr.clone()),
+                    attr: attributes.then_some(*attr),
                 })
             })
             .collect();
