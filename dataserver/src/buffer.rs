@@ -171,7 +171,10 @@ mod tests {
     async fn a_full_pool_makes_callers_wait_and_an_impossible_request_fails() {
         let pool = Pool::new(0);
         let all = pool.take(&[4112, 4112, 4112, 4112]).await.unwrap();
-        assert!(all.iter().all(|b| b.as_ptr() as usize % PAGE_SIZE == 0 && b.len() == 4112 * PAGE_SIZE));
+        assert!(
+            all.iter()
+                .all(|b| (b.as_ptr() as usize).is_multiple_of(PAGE_SIZE) && b.len() == 4112 * PAGE_SIZE)
+        );
         let waiting = pool.take(&[1]);
         tokio::pin!(waiting);
         assert!(futures_util::poll!(waiting.as_mut()).is_pending());
