@@ -9,6 +9,8 @@
 //! when its batch fails. After that the store takes no more writes until a restart; reads go on.
 
 mod attach;
+#[cfg(test)]
+mod tests;
 
 use std::{
     sync::Arc,

@@ -43,6 +43,8 @@ mod service;
 mod session;
 pub mod store;
 mod syncer;
+#[cfg(test)]
+mod testing;
 mod txn;
 
 pub use config::{Config, PORT_DEFAULT};

@@ -1,1 +1,210 @@
+//! Registration, states, eras and the deletion queue.
 
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use fjordfs_proto::{
+    BlockId, ClusterMap, Policy, TargetId,
+    cluster::{ServerState, TargetState},
+    pb::meta::*,
+};
+
+use crate::{
+    refusal::Refusal,
+    store::MemoryStore,
+    testing::{World, registration, report, run},
+};
+
+fn bare() -> World {
+    World::bare(Arc::new(MemoryStore::default()))
+}
+
+fn register(w: &mut World, request: &RegisterRequest) -> RegisterReply {
+    let reply = w.core.register(request, w.now).unwrap();
+    w.core.commit().unwrap();
+    reply
+}
+
+fn beat(w: &mut World, server: u64, targets: Vec<TargetReport>) -> HeartbeatReply {
+    let request = HeartbeatRequest { server, targets, epoch: u64::MAX, ..HeartbeatRequest::default() };
+    let reply = w.core.heartbeat(&request, w.now).unwrap();
+    w.core.commit().unwrap();
+    reply
+}
+
+fn map(w: &World) -> Arc<ClusterMap> {
+    w.core.members().map().clone()
+}
+
+fn target(id: u64, free: u64) -> TargetReport {
+    TargetReport { target: id, ..report("", free) }
+}
+
+#[test]
+fn registering_again_keeps_the_ids() {
+    let mut w = bare();
+    let first = register(&mut w, &registration("a", &["x", "y"]));
+    assert_eq!((first.server, first.targets.clone(), first.cluster_id.as_str()), (1, vec![1, 2], "cluster"));
+    let epoch = map(&w).epoch;
+    assert_eq!(register(&mut w, &registration("a", &["x", "y"])), first, "nothing new, no new epoch");
+    w.restart();
+    let mut moved = registration("a", &["y", "x"]);
+    moved.address = "elsewhere:9".into();
+    (moved.server, moved.cluster_id) = (1, "cluster".into());
+    moved.targets[0].target = 2;
+    let again = register(&mut w, &moved);
+    assert_eq!((again.server, again.targets), (1, vec![2, 1]));
+    let map = map(&w);
+    assert_eq!(map.servers.values().next().unwrap().address, "elsewhere:9");
+    assert!(map.epoch > epoch);
+    assert_eq!(register(&mut w, &registration("b", &["z"])).server, 2);
+}
+
+#[test]
+fn strangers_are_turned_away() {
+    let mut w = bare();
+    register(&mut w, &registration("a", &["x"]));
+    let mut refuse = |change: &dyn Fn(&mut RegisterRequest)| {
+        let mut request = registration("b", &["y", "z"]);
+        change(&mut request);
+        w.core.register(&request, w.now).unwrap_err()
+    };
+    let precondition = |refusal| matches!(refusal, Refusal::Precondition(_));
+    assert!(precondition(refuse(&|r| r.cluster_id = "other".into())));
+    assert!(precondition(refuse(&|r| r.protocol_version = 0)));
+    assert!(precondition(refuse(&|r| r.targets[0].target = 1)), "that id belongs to another uuid");
+    let invalid = |refusal| matches!(refusal, Refusal::Invalid(_));
+    assert!(invalid(refuse(&|r| r.targets.clear())));
+    assert!(invalid(refuse(&|r| r.address.clear())));
+    assert!(invalid(refuse(&|r| r.targets[1].uuid = "y".into())));
+    assert!(invalid(refuse(&|r| r.targets[1].uuid.clear())));
+    assert_eq!(map(&w).targets.len(), 1);
+    assert!(beat(&mut w, 77, vec![]).unknown);
+    w.check();
+}
+
+#[test]
+fn a_server_goes_down_and_comes_back() {
+    let mut w = World::new();
+    let state = |w: &World| {
+        let map = map(w);
+        (
+            map.servers.values().map(|s| s.state).collect::<Vec<_>>(),
+            map.targets.values().map(|t| t.state).collect::<Vec<_>>(),
+        )
+    };
+    for _ in 0..6 {
+        w.pass(Duration::from_secs(1));
+        beat(&mut w, 1, vec![target(1, 1 << 39)]);
+        w.tick();
+    }
+    use {ServerState as S, TargetState as T};
+    assert_eq!(state(&w), (vec![S::Up, S::Down], vec![T::Up, T::Down]));
+    assert_eq!(w.core.members().facts().free, 1 << 39, "what is down is not counted");
+    let reply = beat(&mut w, 2, vec![target(2, 1 << 39)]);
+    assert!(!reply.unknown);
+    assert_eq!(state(&w), (vec![S::Up, S::Up], vec![T::Up, T::Up]));
+    let failed = TargetReport { failed: true, message: "I/O error".into(), ..target(2, 1 << 39) };
+    beat(&mut w, 2, vec![failed]);
+    assert_eq!(state(&w).1, [T::Up, T::Failed]);
+    let epoch = map(&w).epoch;
+    w.restart();
+    assert_eq!(map(&w).epoch, epoch, "the map is durable");
+    assert_eq!(state(&w).1, [T::Up, T::Failed]);
+}
+
+#[test]
+fn a_full_target_is_marked_and_does_not_flicker() {
+    let mut w = World::new();
+    let small = |free: u64| TargetReport { capacity: 300 << 20, ..target(1, free << 20) };
+    let mut full = |free| {
+        beat(&mut w, 1, vec![small(free)]);
+        map(&w).targets[&TargetId(1)].full
+    };
+    assert_eq!([250, 33, 31, 40, 47, 49, 33].map(&mut full), [false, false, true, true, true, false, false]);
+}
+
+#[test]
+fn new_targets_begin_an_era_for_new_blocks_only() {
+    let mut w = bare();
+    register(&mut w, &registration("a", &["x"]));
+    assert!(map(&w).eras.is_empty(), "replica:2 needs two");
+    register(&mut w, &registration("b", &["y"]));
+    register(&mut w, &registration("c", &["z"]));
+    let two = Policy::replica(2).unwrap();
+    let before = map(&w);
+    assert_eq!(before.eras.len(), 1, "an unused era is replaced");
+    assert_eq!(before.eras[0].tables[&2].members.iter().collect::<BTreeSet<_>>().len(), 3);
+    w.session = w.attach();
+    let first = w.lease(10);
+    register(&mut w, &registration("d", &["u"]));
+    register(&mut w, &registration("e", &["v"]));
+    let after = map(&w);
+    assert_eq!(after.eras.iter().map(|e| e.first_block.0).collect::<Vec<_>>(), [1, first + 10]);
+    for block in (first..first + 10).map(BlockId) {
+        assert_eq!(before.placement(block, two), after.placement(block, two), "no old block moves");
+    }
+    let new = &after.eras[1].tables[&2].members;
+    assert_eq!(new.iter().collect::<BTreeSet<_>>().len(), 5);
+    // Restarting changes nothing, and neither does a server that registers again.
+    w.restart();
+    register(&mut w, &registration("a", &["x"]));
+    assert_eq!(map(&w).eras, after.eras);
+}
+
+#[test]
+fn an_era_gets_the_tables_it_lacked() {
+    let mut w = World::new();
+    let dir = w.dir(fjordfs_proto::ROOT_INODE, "d");
+    w.lease(5);
+    w.setattr(SetAttr { ino: dir.0, policy: Some(1), ..SetAttr::default() }).unwrap();
+    register(&mut w, &registration("c", &["z"]));
+    w.setattr(SetAttr { ino: dir.0, policy: Some(3), ..SetAttr::default() }).unwrap();
+    let map = map(&w);
+    assert_eq!(map.eras.len(), 2);
+    for era in &map.eras {
+        assert_eq!(era.tables.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
+    }
+    ClusterMap::from_pb(map.to_pb()).unwrap();
+}
+
+#[test]
+fn deletions_are_offered_until_they_are_confirmed() {
+    let mut w = World::new();
+    let (f, b) = (w.file("f"), w.lease(3));
+    w.write(f, vec![run(0, 3 << 24, b, 0)]).unwrap();
+    w.truncate(f, 0).unwrap();
+    w.tick();
+    let offered = beat(&mut w, 1, vec![target(1, 1 << 39)]);
+    assert_eq!(offered.deletes, [DeletedBlocks { target: 1, blocks: vec![b, b + 1, b + 2] }]);
+    assert_eq!(beat(&mut w, 1, vec![target(1, 1 << 39)]).deletes, offered.deletes, "not confirmed yet");
+    let confirm = |server, target: u64, blocks| HeartbeatRequest {
+        server,
+        targets: vec![self::target(target, 1 << 39)],
+        deleted: vec![DeletedBlocks { target, blocks }],
+        ..HeartbeatRequest::default()
+    };
+    let stranger = confirm(2, 1, vec![b]);
+    w.core.heartbeat(&stranger, w.now).unwrap();
+    let reply = w.core.heartbeat(&confirm(1, 1, vec![b, b + 2]), w.now).unwrap();
+    w.core.commit().unwrap();
+    assert!(reply.deletes.is_empty() && reply.more, "the one before those confirmed comes next");
+    assert_eq!(beat(&mut w, 1, vec![target(1, 1 << 39)]).deletes[0].blocks, [b + 1]);
+    assert_eq!(w.core.status(w.now).blocks_to_delete, 4);
+    w.check();
+}
+
+#[test]
+fn a_long_queue_comes_in_pieces() {
+    let mut w = World::new();
+    let f = w.file("f");
+    for i in 0..3 {
+        let first = w.lease(4096);
+        w.write(f, vec![run(i * 4096 << 24, 4096 << 24, first, 0)]).unwrap();
+    }
+    w.truncate(f, 0).unwrap();
+    w.tick();
+    let reply = beat(&mut w, 1, vec![target(1, 1 << 39)]);
+    assert!(reply.more && reply.deletes[0].blocks.len() == 4096);
+    assert_eq!(w.deleted_blocks().len(), 3 * 4096);
+    w.check();
+}

@@ -1,1 +1,6 @@
+//! Operations on the engine in memory; after each test the checker scans everything.
 
+mod commits;
+mod model;
+mod names;
+mod renames;

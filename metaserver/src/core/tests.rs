@@ -1,0 +1,271 @@
+//! Sessions, restarts, exactly-once, and an engine that fails; on both engines where the disk matters.
+
+use std::{
+    ops::Range,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno::*, pb::meta::*};
+use request::Op;
+use response::Result as Reply;
+
+use crate::{
+    core::Event,
+    refusal::Refusal,
+    store::*,
+    testing::{World, errno, hello, registration, run},
+};
+
+const R: InodeId = ROOT_INODE;
+
+fn make(name: &str, handle: u64) -> Op {
+    let kind = FileKind::Regular.into();
+    Op::Make(Make {
+        parent: 1,
+        name: name.to_owned().into(),
+        kind,
+        handle,
+        exclusive: true,
+        ..Make::default()
+    })
+}
+
+fn fjall(folder: &Path) -> Arc<dyn MetaStore> {
+    let small = FjallOptions { cache_bytes: 1 << 20, ..FjallOptions::default() };
+    Arc::new(FjallStore::open(folder, small).unwrap())
+}
+
+/// Closes the engine and opens it again, as a new process would.
+fn reopen(mut w: World, folder: &Path) -> World {
+    let (now, session) = (w.now, w.session);
+    w.store = Arc::new(MemoryStore::default());
+    w.restart();
+    drop(w);
+    let mut w = World::bare(fjall(folder));
+    (w.now, w.session) = (now, session);
+    w.restart();
+    w
+}
+
+#[test]
+fn a_resent_mutation_is_answered_from_the_record_also_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut w = World::on(fjall(folder.path()));
+    let session = w.session;
+    let first = w.send(session, 3, 1, make("f", 0)).unwrap();
+    assert_eq!(w.send(session, 3, 1, make("f", 0)).unwrap(), first, "not EEXIST");
+    let mut w = reopen(w, folder.path());
+    w.reattach(session, &[]);
+    assert_eq!(w.send(session, 3, 1, make("f", 0)).unwrap(), first);
+    assert_eq!(errno(w.send(session, 3, 2, make("f", 0))), EEXIST);
+    // A refusal changed nothing and is not kept: the same again may succeed.
+    w.send(session, 4, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false })).unwrap();
+    w.send(session, 3, 2, make("f", 0)).unwrap();
+    assert_eq!(errno(w.send(session, 3, 1, make("g", 0))), EINVAL, "that sequence is over");
+    assert_eq!(errno(w.send(session, 3, 0, make("g", 0))), EINVAL);
+    assert_eq!(errno(w.send(session, 256, 1, make("g", 0))), EINVAL);
+    w.check();
+}
+
+#[test]
+fn a_resent_create_opens_its_handle_again() {
+    let mut w = World::new();
+    let session = w.session;
+    let Reply::Entry(made) = w.send(session, 0, 1, make("f", 5)).unwrap() else { panic!() };
+    let ino = InodeId(made.attr.unwrap().ino);
+    w.restart();
+    w.reattach(session, &[]);
+    w.send(session, 0, 1, make("f", 5)).unwrap();
+    w.idle(Duration::from_secs(7));
+    w.send(session, 1, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false })).unwrap();
+    w.getattr(ino).unwrap();
+    w.close(5);
+    assert_eq!(errno(w.getattr(ino)), ESTALE);
+    w.check();
+}
+
+#[test]
+fn orphans_wait_for_everybody_of_before_the_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut w = World::on(fjall(folder.path()));
+    let other = w.attach();
+    let (kept, lost) = (w.file("kept"), w.file("lost"));
+    w.open(kept, 1).unwrap();
+    w.call_as(other, Op::Open(Open { ino: lost.0, handle: 1 })).unwrap();
+    w.remove(R, "kept", false).unwrap();
+    w.remove(R, "lost", false).unwrap();
+
+    let mut w = reopen(w, folder.path());
+    w.reattach(w.session, &[(1, kept)]);
+    w.idle(Duration::from_secs(20));
+    assert_eq!(w.check().orphans, 2, "the other client may still come back");
+    let unlinked = w.make(R, "new", FileKind::Regular).unwrap();
+    w.remove(R, "new", false).unwrap();
+    w.getattr(unlinked).unwrap();
+
+    w.idle(Duration::from_secs(20));
+    assert_eq!(w.check().orphans, 1, "it timed out");
+    assert_eq!(errno(w.getattr(lost)), ESTALE);
+    assert_eq!(errno(w.getattr(unlinked)), ESTALE);
+    w.getattr(kept).unwrap();
+    w.close(1);
+    assert_eq!(errno(w.getattr(kept)), ESTALE);
+    w.check();
+}
+
+#[test]
+fn a_session_that_ends_leaves_nothing() {
+    let mut w = World::new();
+    let (f, b) = (w.file("f"), w.lease(10));
+    w.open(f, 1).unwrap();
+    w.write(f, vec![run(0, 4096, b + 3, 0)]).unwrap();
+    w.remove(R, "f", false).unwrap();
+    let other = w.attach();
+    w.core.goodbye(w.session);
+    w.core.commit().unwrap();
+    assert!(matches!(w.core.take_events()[..], [Event::SessionEnded(..)]));
+    w.session = other;
+    assert_eq!(
+        w.deleted_blocks(),
+        (b..b + 10).collect::<Vec<_>>(),
+        "swept, and the orphan's block with them"
+    );
+    let report = w.check();
+    assert_eq!((report.blocks_leased, report.orphans, report.inodes), (0, 0, 1));
+}
+
+#[test]
+fn a_silent_session_times_out_and_cannot_come_back() {
+    let mut w = World::new();
+    let quiet = w.attach();
+    w.idle(Duration::from_secs(29));
+    assert_eq!(w.core.status(w.now).sessions.len(), 2);
+    w.idle(Duration::from_secs(3));
+    let status = w.core.status(w.now);
+    assert_eq!(status.sessions.iter().map(|s| s.session).collect::<Vec<_>>(), [w.session.0]);
+    let refused = w.core.attach(&hello(quiet.0), w.now).unwrap_err();
+    assert!(matches!(refused, Refusal::NotFound(why) if why.contains("mount again")));
+}
+
+#[test]
+fn strangers_are_turned_away() {
+    let mut w = World::new();
+    let old = Hello { protocol_version: 99, ..hello(0) };
+    assert!(
+        matches!(w.core.attach(&old, w.now), Err(Refusal::Precondition(why)) if why.contains("version 99"))
+    );
+    let lost = Hello { cluster_id: "other".into(), ..hello(0) };
+    assert!(matches!(w.core.attach(&lost, w.now), Err(Refusal::Precondition(why)) if why.contains("other")));
+    let home = Hello { cluster_id: "cluster".into(), ..hello(0) };
+    w.core.attach(&home, w.now).unwrap();
+}
+
+#[test]
+fn ids_are_not_reused_after_a_restart() {
+    let mut w = World::new();
+    let (session, f, b) = (w.attach(), w.file("f"), w.lease(7));
+    w.restart();
+    w.reattach(w.session, &[]);
+    assert!(w.attach().0 > session.0 + 1);
+    assert!(w.file("g").0 > f.0 + 1);
+    assert_eq!(w.lease(1), b + 7);
+    w.check();
+}
+
+/// An engine whose writes fail when told to.
+struct Faulty {
+    inner: MemoryStore,
+    fail: AtomicBool,
+}
+
+impl MetaStore for Faulty {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        self.inner.get(key)
+    }
+    fn scan(&self, range: Range<&[u8]>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
+        self.inner.scan(range, order, limit)
+    }
+    fn commit(&self, batch: Batch, fence: Fence) -> StoreResult<Ticket> {
+        if self.fail.load(Ordering::Relaxed) {
+            return Err(StoreError::NoSpace { folder: "/full/disk".into() });
+        }
+        self.inner.commit(batch, fence)
+    }
+    fn sync(&self) -> StoreResult<Ticket> {
+        self.inner.sync()
+    }
+    fn take_over(&self) -> StoreResult<Fence> {
+        self.inner.take_over()
+    }
+    fn name(&self) -> &'static str {
+        "faulty"
+    }
+}
+
+#[test]
+fn nothing_is_acknowledged_once_the_engine_failed() {
+    let store = Arc::new(Faulty { inner: MemoryStore::default(), fail: AtomicBool::new(false) });
+    let mut w = World::on(store.clone());
+    let f = w.file("f");
+    w.write(f, vec![]).unwrap();
+    store.fail.store(true, Ordering::Relaxed);
+    let epoch = w.core.members().map().epoch;
+    w.core.register(&registration("three", &["three"]), w.now).unwrap();
+    let refused = w.call(make("g", 9)).unwrap_err();
+    assert_eq!(refused.errno, ENOSPC);
+    assert!(refused.message.contains("/full/disk"), "{refused}");
+    assert_eq!(w.core.members().map().epoch, epoch, "the map does not run ahead of the store");
+    assert_eq!(w.core.status(w.now).sessions[0].handles, 0, "nor do handles");
+
+    store.fail.store(false, Ordering::Relaxed);
+    assert_eq!(errno(w.call(make("g", 9))), ENOSPC, "a disk that failed is not trusted again");
+    assert_eq!(errno(w.call(Op::Sync(Sync {}))), ENOSPC);
+    w.getattr(f).unwrap();
+    w.open(f, 3).unwrap();
+    w.close(3);
+    assert_eq!(errno(w.lookup(R, "g")), ENOENT);
+    assert!(w.core.attach(&hello(0), w.now).is_err());
+    w.tick();
+
+    w.restart();
+    w.reattach(w.session, &[]);
+    w.call(make("g", 9)).unwrap();
+    w.check();
+}
+
+#[test]
+fn a_nearly_full_disk_takes_only_what_frees_space() {
+    let mut w = World::new();
+    w.file("f");
+    w.core.set_low_space(Some("the metadata disk is full".into()));
+    assert_eq!(errno(w.call(make("g", 0))), ENOSPC);
+    assert_eq!(errno(w.call(Op::LeaseBlocks(LeaseBlocks { count: 1 }))), ENOSPC);
+    w.remove(R, "f", false).unwrap();
+    w.core.set_low_space(None);
+    w.call(make("g", 0)).unwrap();
+    w.check();
+}
+
+#[test]
+fn a_failed_operation_in_a_burst_leaves_the_others_alone() {
+    let mut w = World::new();
+    let mut send = |slot, op| {
+        let request = Request { id: 1, slot, sequence: 1, op: Some(op) };
+        w.core.request(w.session, request, w.now).response.result.unwrap()
+    };
+    let remove = || Op::Remove(Remove { parent: 1, name: "f".into(), directory: false });
+    assert!(matches!(send(0, make("f", 0)), Reply::Entry(_)));
+    assert!(matches!(send(1, make("f", 0)), Reply::Error(_)));
+    assert!(matches!(send(2, remove()), Reply::Empty(_)));
+    assert!(matches!(send(3, remove()), Reply::Error(_)));
+    assert!(matches!(send(4, make("f", 0)), Reply::Entry(_)));
+    assert!(matches!(send(4, make("f", 0)), Reply::Entry(_)), "a resend within the burst");
+    w.core.commit().unwrap();
+    assert_eq!(w.check().inodes, 2);
+}
