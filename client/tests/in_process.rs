@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_client::{AttrChange, Client, Errno, File, InodeId, Options, ReadRequest};
-use fjordfs_dataserver::{DataServer, TargetConfig};
+use fjordfs_dataserver::DataServer;
 use fjordfs_metaserver::MetaServer;
 use fjordfs_proto::{Policy, Source, cluster::TargetState};
 
@@ -19,10 +19,9 @@ fn data_server(dir: &Path, meta: &str, i: usize) -> DataServer {
     DataServer::start(fjordfs_dataserver::Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         name: format!("data-{i}"),
-        targets: vec![TargetConfig { path: dir.join(format!("data-{i}")), domain: None }],
         cores: 1,
         volume_size: 64 << 20,
-        ..fjordfs_dataserver::Config::new(meta.to_owned())
+        ..fjordfs_dataserver::Config::new(meta, [dir.join(format!("data-{i}"))])
     })
     .unwrap()
 }
@@ -261,7 +260,7 @@ async fn dirty_data_stays_within_its_bound_and_writers_wait() {
     for i in 0..300u64 {
         // Scattered, so that full runs do not form by themselves.
         let at = (i * 7919 % 300) << 21;
-        file.write_at(at, Bytes::from(vec![i as u8 + 1; 1 << 20])).await.unwrap();
+        file.write_at(at, Bytes::from(vec![i as u8 | 1; 1 << 20])).await.unwrap();
         assert!(client.dirty_bytes() <= bound, "{} dirty", client.dirty_bytes());
     }
     file.close().await.unwrap();
@@ -270,7 +269,7 @@ async fn dirty_data_stays_within_its_bound_and_writers_wait() {
     for i in 0..300u64 {
         let at = (i * 7919 % 300) << 21;
         let read = file.read_at(at, 1 << 20).await.unwrap().concat();
-        assert!(read.iter().all(|b| *b == i as u8 + 1), "run {i}");
+        assert!(read.iter().all(|b| *b == i as u8 | 1), "run {i}");
     }
 }
 

@@ -87,7 +87,11 @@ impl DataClient {
             target: target.0,
             block: range.block.0,
             shard,
-            ranges: vec![Range { offset: range.offset, length: range.length }],
+            // Whole pages: only those can be verified.
+            ranges: vec![Range {
+                offset: range.offset,
+                length: range.length.next_multiple_of(PAGE_SIZE as u32),
+            }],
             integrity: true,
         };
         let connection = self.connection(target).await?;

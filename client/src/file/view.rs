@@ -291,6 +291,8 @@ impl View {
                 self.extents_version = attr.data_version;
                 self.attr = attr;
             }
+            // It had that size already.
+            Some(attr) if attr.data_version == self.extents_version => self.attr = attr,
             Some(attr) => {
                 self.forget_extents(attr.data_version);
                 self.attr = attr;
