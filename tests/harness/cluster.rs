@@ -274,11 +274,12 @@ impl Cluster {
     /// Waits until every server and target is up.
     #[track_caller]
     pub fn wait_healthy(&mut self) {
-        self.assert_running();
-        let targets = self.setup.servers * self.setup.targets;
-        let servers = self.setup.servers;
-        self.wait_status("all servers and targets up", |s| {
-            s.servers_up() == servers && s.targets_up() == targets
+        let (servers, targets) = (self.setup.servers, self.setup.servers * self.setup.targets);
+        wait_for("all servers and targets up", 2 * SOON, || {
+            self.assert_running();
+            let status = self.try_status()?;
+            let up = status.servers_up() == servers && status.targets_up() == targets;
+            if up { Ok(()) } else { Err(status.to_string()) }
         });
     }
 

@@ -36,7 +36,8 @@ pub fn fjord_bin() -> PathBuf {
 /// A `fjord` command. Ambient settings of the caller do not leak into tests.
 pub fn fjord<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(fjord_bin());
-    command.args(args).env_remove("FJORD_META").stdin(Stdio::null());
+    // A panic shows its backtrace, an error its sentence.
+    command.args(args).env_remove("FJORD_META").env("RUST_LIB_BACKTRACE", "0").stdin(Stdio::null());
     command
 }
 

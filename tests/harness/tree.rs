@@ -329,21 +329,22 @@ mod tests {
         tree.generate(&a, 7);
         let original = scan(&a).unwrap();
         assert!(original.len() > 400);
-        let changes: [(&str, &dyn Fn(&Path)); 7] = [
-            ("a byte", &|f| {
+        type Change = (&'static str, fn(&Path));
+        let changes: [Change; 7] = [
+            ("a byte", |f| {
                 let mtime = fs::metadata(f).unwrap().modified().unwrap();
                 let file = File::options().write(true).open(f).unwrap();
                 file.write_all_at(b"!", 0).unwrap();
                 file.set_modified(mtime).unwrap();
             }),
-            ("the length", &|f| File::options().append(true).open(f).unwrap().set_len(1 << 20).unwrap()),
-            ("the mode", &|f| fs::set_permissions(f, fs::Permissions::from_mode(0o111)).unwrap()),
-            ("the time", &|f| {
+            ("the length", |f| File::options().append(true).open(f).unwrap().set_len(1 << 20).unwrap()),
+            ("the mode", |f| fs::set_permissions(f, fs::Permissions::from_mode(0o111)).unwrap()),
+            ("the time", |f| {
                 File::open(f).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
             }),
-            ("the owner", &|f| std::os::unix::fs::chown(f, Some(1), None).unwrap()),
-            ("a name", &|f| fs::rename(f, f.with_extension("renamed")).unwrap()),
-            ("a link", &|f| fs::hard_link(f, f.with_extension("linked")).unwrap()),
+            ("the owner", |f| std::os::unix::fs::chown(f, Some(1), None).unwrap()),
+            ("a name", |f| fs::rename(f, f.with_extension("renamed")).unwrap()),
+            ("a link", |f| fs::hard_link(f, f.with_extension("linked")).unwrap()),
         ];
         for (what, change) in changes {
             let _ = fs::remove_dir_all(&b);
