@@ -147,6 +147,7 @@ impl From<Status> for Failure {
             | Code::PermissionDenied
             | Code::Unauthenticated
             | Code::AlreadyExists
+            | Code::NotFound
             | Code::OutOfRange => Failure::Refused(message),
             Code::Unimplemented => {
                 Failure::Refused(format!("that is no metaserver, or one of another release ({message})"))

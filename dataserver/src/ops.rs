@@ -46,7 +46,7 @@ pub(crate) async fn run(node: &Node, header: &Header, body: &[u8]) -> FsResult<O
         Opcode::DeleteShards => {
             Ok(delete_shards::run(node, &frame::decode_body(opcode, body)?).await?.into())
         }
-        Opcode::ListShards => Ok(list_shards::run(node, &frame::decode_body(opcode, body)?)?.into()),
+        Opcode::ListShards => Ok(list_shards::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::Sync => Ok(sync::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::Stat => Ok(stat::run(node)?.into()),
         Opcode::Hello | Opcode::PutShard => {

@@ -62,6 +62,7 @@ impl DataServer {
     /// See [`StartError`]; nothing is left running, and nothing has been changed but for new folders and their labels.
     pub fn start(config: Config) -> Result<DataServer, StartError> {
         let targets = config.validate()?;
+        raise_descriptor_limit();
         let mut folders = targets.iter().map(|t| Folder::claim(&t.path)).collect::<Result<Vec<_>, _>>()?;
         let (cluster_id, server) = common_identity(&folders)?;
         let listen = |source| StartError::Listen { address: config.listen, source };
@@ -169,6 +170,19 @@ impl Running {
         cores.stop();
         drop(folders);
         if problems.is_empty() { Ok(()) } else { Err(StopError(problems.join("; "))) }
+    }
+}
+
+/// Every volume is an open file, and a target of some TB has thousands: the usual limit of 1,024 would not do.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(
+            "cannot raise the limit of open files from {:?} to {:?}: {e}",
+            limit.current,
+            limit.maximum
+        );
     }
 }
 

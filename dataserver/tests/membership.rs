@@ -1,6 +1,8 @@
 //! The data server in its cluster: registration, labels, deletions, a metaserver that comes and goes; and refusals at
 //! start.
 
+#![allow(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
 mod common;
 
 use std::{

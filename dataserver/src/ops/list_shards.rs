@@ -1,7 +1,8 @@
 //! Listing shards in block order, page by page.
 
 use fjordfs_proto::{
-    BlockId, FsResult,
+    BlockId, FsError, FsResult,
+    error::Errno,
     pb::data::{ListShardsReply, ListShardsRequest, ShardInfo},
 };
 
@@ -10,13 +11,15 @@ use crate::node::Node;
 /// Shards in a page, if the asker leaves it open, and at most: about 300 KiB of body.
 const PAGE_MAX: usize = 16_384;
 
-pub(super) fn run(node: &Node, request: &ListShardsRequest) -> FsResult<ListShardsReply> {
-    let store = node.store(request.target)?;
+pub(super) async fn run(node: &Node, request: &ListShardsRequest) -> FsResult<ListShardsReply> {
+    let (store, after) = (node.store(request.target)?.clone(), BlockId(request.after_block));
     let limit = match request.limit as usize {
         0 => PAGE_MAX,
         n => n.min(PAGE_MAX),
     };
-    let (entries, end) = store.list(BlockId(request.after_block), limit);
+    // It goes through the whole index: not on the core.
+    let listed = tokio::task::spawn_blocking(move || store.list(after, limit)).await;
+    let (entries, end) = listed.map_err(|e| FsError::new(Errno::EIO, format!("listing shards: {e}")))?;
     let info = |e: &crate::store::index::Entry| ShardInfo {
         block: e.block.0,
         shard: e.shard.0.into(),

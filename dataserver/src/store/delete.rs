@@ -7,23 +7,32 @@ use std::sync::atomic::Ordering;
 
 use fjordfs_proto::BlockId;
 
+use futures_util::{StreamExt, stream};
+
 use super::{Store, device::Device, error::StoreError, index::Entry};
+
+/// Holes punched at the same time by one call.
+const AT_ONCE: usize = 16;
 
 impl<D: Device> Store<D> {
     /// Deletes every shard of these blocks; unknown blocks are no error. Returns how many shards there were.
     /// Power-safe after [`Store::sync`].
     ///
     /// # Errors
-    /// When a hole cannot be punched. What had been deleted before stays deleted; the rest is unchanged.
+    /// When a hole cannot be punched: that shard is unchanged, the others are deleted.
     pub(crate) async fn delete(&self, blocks: &[BlockId]) -> Result<u32, StoreError> {
         self.check_alive()?;
-        let mut deleted = 0;
-        for block in blocks {
-            for entry in self.index.of_block(*block) {
-                deleted += u32::from(self.delete_one(&entry).await?);
+        let entries: Vec<Entry> = blocks.iter().flat_map(|block| self.index.of_block(*block)).collect();
+        let mut deletions =
+            stream::iter(&entries).map(|entry| self.delete_one(entry)).buffer_unordered(AT_ONCE);
+        let (mut deleted, mut failure) = (0, Ok(()));
+        while let Some(result) = deletions.next().await {
+            match result {
+                Ok(was_there) => deleted += u32::from(was_there),
+                Err(e) => failure = Err(e),
             }
         }
-        Ok(deleted)
+        failure.map(|()| deleted)
     }
 
     async fn delete_one(&self, entry: &Entry) -> Result<bool, StoreError> {

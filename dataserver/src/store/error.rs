@@ -47,3 +47,8 @@ impl From<StoreError> for FsError {
 pub(crate) fn is_no_space(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
+
+/// Whether an I/O error tells of the device or its filesystem, rather than of a shortage in this process.
+pub(crate) fn is_device_fault(e: &io::Error) -> bool {
+    !matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR))
+}

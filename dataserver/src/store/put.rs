@@ -18,7 +18,7 @@ use fjordfs_proto::{BlockId, PAGE_SIZE, ShardNo};
 use super::{
     Store,
     device::Device,
-    error::{StoreError, is_no_space},
+    error::{StoreError, is_device_fault, is_no_space},
     index::{Entry, VOLUME_ID_MAX, VOLUME_PAGES_MAX},
     record::{RecordHeader, fill_header, fill_table, parse_table, record_bytes, table_at, table_pages},
     volume::{Volume, VolumeId, VolumeLabel},
@@ -73,10 +73,11 @@ impl<D: Device> Store<D> {
         self.wrote(&place.volume);
         if let Err(e) = result {
             self.give_up(&place).await;
-            if is_no_space(&e) {
-                return Err(self.full(place.bytes));
-            }
-            return Err(self.fail(format!("writing {block} {shard} to {}: {e}", place.volume.id)));
+            return Err(self.write_failure(
+                format!("writing {block} {shard} to {}", place.volume.id),
+                e,
+                place.bytes,
+            ));
         }
         let page = (place.offset / PAGE) as u32;
         let entry = Entry { block, shard, policy, length, volume: place.volume.id, page };
@@ -175,8 +176,7 @@ impl<D: Device> Store<D> {
         let made = made.map_err(|e| self.io(format!("making {id}"), std::io::Error::other(e)))?;
         let (file, size) = match made {
             Ok(made) => made,
-            Err(e) if is_no_space(&e) => return Err(self.full(bytes)),
-            Err(e) => return Err(self.fail(format!("making {id}: {e}"))),
+            Err(e) => return Err(self.write_failure(format!("making {id}"), e, bytes)),
         };
         let volume = Arc::new(Volume::new(id, salt, Arc::new(file), size, PAGE));
         self.volumes.write().insert(id, volume.clone());
@@ -223,6 +223,17 @@ impl<D: Device> Store<D> {
                 (device.total.min(max), free.min(rest))
             }
         })
+    }
+
+    /// What a failed write means: no room, a shortage that passes, or a target that has failed.
+    fn write_failure(&self, what: String, e: std::io::Error, need: u64) -> StoreError {
+        if is_no_space(&e) {
+            self.full(need)
+        } else if is_device_fault(&e) {
+            self.fail(format!("{what}: {e}"))
+        } else {
+            self.io(what, e)
+        }
     }
 
     fn full(&self, need: u64) -> StoreError {

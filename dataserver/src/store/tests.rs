@@ -25,9 +25,12 @@ const UUID: [u8; 16] = [3; 16];
 const OPTIONS: StoreOptions = StoreOptions { volume_size: 256 << 10, capacity_max: None };
 
 fn bytes_of(block: u64, length: u32) -> Vec<u8> {
-    let word = |i: u64| fjordfs_proto::cluster::mix(block ^ i << 32).to_le_bytes();
-    let mut bytes: Vec<u8> = (0..u64::from(length).div_ceil(8)).flat_map(word).collect();
-    bytes.truncate(length as usize);
+    let mut bytes = vec![0; length as usize];
+    for (i, chunk) in bytes.chunks_mut(8).enumerate() {
+        chunk.copy_from_slice(
+            &fjordfs_proto::cluster::mix(block ^ (i as u64) << 32).to_le_bytes()[..chunk.len()],
+        );
+    }
     bytes
 }
 

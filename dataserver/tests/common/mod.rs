@@ -1,5 +1,7 @@
 //! A metaserver that only knows membership, and a client that speaks frames over a plain socket.
 #![allow(dead_code, reason = "each test file uses its part")]
+#![allow(unreachable_pub, reason = "shared by several test programs")]
+#![allow(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
 use std::{
     collections::BTreeMap,
@@ -268,8 +270,11 @@ pub fn put_request(block: u64, data: &[u8]) -> PutShardRequest {
 
 /// Bytes that differ from block to block and from page to page.
 pub fn bytes_of(block: u64, length: usize) -> Vec<u8> {
-    let word = |i: u64| fjordfs_proto::cluster::mix(block << 32 ^ i).to_le_bytes();
-    let mut bytes: Vec<u8> = (0..length.div_ceil(8) as u64).flat_map(word).collect();
-    bytes.truncate(length);
+    let mut bytes = vec![0; length];
+    for (i, chunk) in bytes.chunks_mut(8).enumerate() {
+        chunk.copy_from_slice(
+            &fjordfs_proto::cluster::mix(block << 32 ^ i as u64).to_le_bytes()[..chunk.len()],
+        );
+    }
     bytes
 }
