@@ -36,8 +36,8 @@ use crate::buffer::PageBuf;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Pages read at a time while scanning: the record of a whole block fits.
-const WINDOW_PAGES: usize = 4112;
+/// Most pages read at a time while scanning: the record of a whole block fits.
+const WINDOW_PAGES_MAX: usize = 4112;
 
 /// What recovery found.
 pub(super) struct Recovered<F> {
@@ -236,7 +236,7 @@ impl<D: Device> Recovery<'_, D> {
         let mut scan = Scan {
             device: self.device,
             volume: v,
-            window: PageBuf::unpooled(WINDOW_PAGES),
+            window: PageBuf::unpooled(WINDOW_PAGES_MAX.min(((v.size - v.position) / PAGE) as usize)),
             window_at: 0,
             window_len: 0,
             records: Vec::new(),
@@ -339,6 +339,7 @@ struct Scan<'a, D: Device> {
 
 impl<D: Device> Scan<'_, D> {
     fn run(&mut self) {
+        // Every record that begins in the young part ends in it, so the window holds any of them.
         let young = self.volume.position..self.volume.size;
         let ranges = match &self.volume.data {
             None => vec![young.clone()],
@@ -377,20 +378,30 @@ impl<D: Device> Scan<'_, D> {
         }
     }
 
+    /// Whether the rest of the record at `at` verifies. One that cannot be read whole is kept: it is not torn but ill,
+    /// and its readable pages may be somebody's only copy.
     fn body_verifies(&mut self, at: u64, length: u32) -> bool {
-        let pages = record_pages(length);
-        if at + (pages * PAGE_SIZE) as u64 > self.window_at + self.window_len as u64 {
-            self.fill(at, WINDOW_PAGES);
+        let bytes = record_bytes(length) as usize;
+        if at + bytes as u64 > self.window_at + self.window_len as u64 {
+            self.fill(at, self.window.len() / PAGE_SIZE);
+            if self.window_len < bytes {
+                self.fill(at, record_pages(length));
+            }
+            if self.window_len < bytes {
+                let path = self.device.path().display();
+                tracing::error!(
+                    "target {path}: the record at byte {at} cannot be read whole; kept for what can"
+                );
+                return true;
+            }
         }
         let from = (at - self.window_at) as usize;
-        self.window
-            .get(from..(from + pages * PAGE_SIZE).min(self.window_len))
-            .is_some_and(|r| verify_body(r, length))
+        self.window.get(from..from + bytes).is_some_and(|record| verify_body(record, length))
     }
 
     fn page(&mut self, at: u64) -> Option<&[u8]> {
         if at < self.window_at || at + PAGE > self.window_at + self.window_len as u64 {
-            self.fill(at, WINDOW_PAGES);
+            self.fill(at, self.window.len() / PAGE_SIZE);
             if self.window_len < PAGE_SIZE {
                 // Some page of the window is unreadable: is it this one?
                 self.fill(at, 1);

@@ -53,6 +53,8 @@ pub(super) struct SimDevice {
     pub(super) fail_sync: AtomicBool,
     pub(super) fail_write: AtomicBool,
     pub(super) syncs: AtomicUsize,
+    /// Offset of a page, in any file, that cannot be read.
+    pub(super) bad_sector: Mutex<Option<u64>>,
 }
 
 /// splitmix64: enough randomness for a crash, reproducible from its seed.
@@ -76,6 +78,7 @@ impl SimDevice {
             fail_sync: AtomicBool::new(false),
             fail_write: AtomicBool::new(false),
             syncs: AtomicUsize::new(0),
+            bad_sector: Mutex::new(None),
         }
     }
 
@@ -214,6 +217,9 @@ impl Device for SimDevice {
 
     fn read_now(&self, file: &SimFile, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let len = (buf.len() as u64).min(file.size.saturating_sub(offset)) as usize;
+        if self.bad_sector.lock().is_some_and(|bad| (offset..offset + len as u64).contains(&bad)) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         buf[..len].fill(0);
         let pages = file.pages.lock();
         let (first, last) = (offset / PAGE_SIZE as u64, (offset + len as u64).div_ceil(PAGE_SIZE as u64));

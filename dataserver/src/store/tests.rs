@@ -384,3 +384,29 @@ fn a_damaged_label_costs_nothing_that_the_index_knows() {
         put(&store, 2, b"two").await.unwrap();
     });
 }
+
+#[test]
+fn a_bad_sector_costs_one_page() {
+    run(async {
+        let (device, store) = open(SimDevice::new(1 << 30, true), OPTIONS);
+        for block in 1..=3 {
+            put(&store, block, &bytes_of(block, 20_000)).await.unwrap();
+        }
+        store.sync().await.unwrap();
+        let ill = store.find(BlockId(2), ShardNo(0)).unwrap();
+        let crashed = device.crash(0);
+        *crashed.bad_sector.lock() = Some(ill.span().start + 2 * PAGE_SIZE as u64);
+        let (_, store) = open(crashed, OPTIONS);
+        let (listed, _) = store.list(BlockId(0), 10);
+        assert_eq!(listed.iter().map(|e| e.block.0).collect::<Vec<_>>(), [1, 2, 3]);
+        for healthy in [&listed[0], &listed[2]] {
+            assert!(get(&store, healthy).await == Some(bytes_of(healthy.block.0, 20_000)));
+        }
+        let page =
+            store.read_record(&listed[1], PAGE_SIZE, PageBuf::unpooled(1), 0..PAGE_SIZE).await.unwrap();
+        assert!(*page == bytes_of(2, 20_000)[..PAGE_SIZE]);
+        let bad = store.read_record(&listed[1], 2 * PAGE_SIZE, PageBuf::unpooled(1), 0..PAGE_SIZE).await;
+        assert!(matches!(bad, Err(StoreError::Io { .. })));
+        assert_eq!(store.stats().unwrap().bad_pages, 1);
+    });
+}
