@@ -277,6 +277,11 @@ impl Cluster {
         let (servers, targets) = (self.setup.servers, self.setup.servers * self.setup.targets);
         wait_for("all servers and targets up", 2 * SOON, || {
             self.assert_running();
+            // One that was just started again still counts as up from before.
+            let silent = |p: &&Process| !p.log().contains("listening on");
+            if let Some(process) = self.meta.iter().chain(self.data.iter().flatten()).find(silent) {
+                return Err(format!("{} does not listen yet", process.name()));
+            }
             let status = self.try_status()?;
             let up = status.servers_up() == servers && status.targets_up() == targets;
             if up { Ok(()) } else { Err(status.to_string()) }

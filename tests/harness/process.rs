@@ -217,6 +217,7 @@ pub struct Process {
     child: Child,
     ended: Option<ExitStatus>,
     log: PathBuf,
+    log_before: usize,
 }
 
 impl Process {
@@ -226,9 +227,15 @@ impl Process {
     /// When it cannot be started.
     pub fn start(name: &str, mut command: Command, log: &Path) -> Process {
         let out = File::options().create(true).append(true).open(log).expect("log file");
+        let log_before = out.metadata().map_or(0, |m| m.len() as usize);
         command.stdin(Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
         let child = spawn(command).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
-        Process { name: name.to_owned(), child, ended: None, log: log.to_owned() }
+        Process { name: name.to_owned(), child, ended: None, log: log.to_owned(), log_before }
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Its process id.
@@ -236,9 +243,10 @@ impl Process {
         self.child.id()
     }
 
-    /// Everything it has logged.
+    /// Everything it has logged. What earlier processes have left in the same file is not shown.
     pub fn log(&self) -> String {
-        fs::read(&self.log).map(|raw| String::from_utf8_lossy(&raw).into_owned()).unwrap_or_default()
+        let raw = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(raw.get(self.log_before..).unwrap_or_default()).into_owned()
     }
 
     /// Whether it still runs.

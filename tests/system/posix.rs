@@ -134,7 +134,7 @@ fn special_files() {
         listener.accept().unwrap().0.read_to_string(&mut got).unwrap();
         assert_eq!(got, "hello");
     });
-    drop(holder);
+    drop((listener, holder));
     mount.unmount();
     let mount = cluster.mount();
     let names: BTreeSet<String> =
@@ -178,6 +178,7 @@ fn a_huge_sparse_file() {
     file.set_len(200_000).unwrap();
     file.read_exact_at(&mut got[..200_000], 0).unwrap();
     assert!(got[123..500] == data[..377] && got[500..200_000].iter().all(|b| *b == 0));
+    drop(file);
     mount.unmount();
 }
 
@@ -365,6 +366,7 @@ fn direct_io_and_buffered_io_agree() {
     buffered.write_all_at(&[9; 8192], 2 << 20).unwrap();
     direct.read_exact_at(&mut map, 2 << 20).unwrap();
     assert!(map[..8192].iter().all(|b| *b == 9) && map[8192..].iter().all(|b| *b == 7));
+    drop((direct, buffered));
     mount.unmount();
 }
 

@@ -100,7 +100,9 @@ fn names_change_for_everyone_at_once() {
 #[test]
 fn appenders_on_two_clients_lose_nothing() {
     const RECORDS: usize = 300;
-    const LEN: usize = 100;
+    // Divides a page: the kernel hands a write over page by page when the first of its pages is not cached, so a longer
+    // record may be parted by someone else's, as on other network filesystems. Its bytes are not lost either way.
+    const LEN: usize = 128;
     let cluster = Cluster::start("append", Setup::default());
     let (a, b) = (cluster.mount(), cluster.mount());
     let record = |writer: usize, i: usize| {
@@ -129,11 +131,14 @@ fn appenders_on_two_clients_lose_nothing() {
     let expected: BTreeSet<String> = (0..4).flat_map(|w| (0..RECORDS).map(move |i| record(w, i))).collect();
     for mount in [&a, &b] {
         let text = fs::read(mount.join("log")).unwrap();
-        assert_eq!(text.len(), expected.len() * LEN, "bytes were lost or doubled");
-        let got: BTreeSet<String> =
-            text.chunks(LEN).map(|r| String::from_utf8_lossy(r).into_owned()).collect();
-        let lost: Vec<_> = expected.difference(&got).take(5).collect();
-        assert!(lost.is_empty(), "lost {lost:?}");
+        let got: Vec<String> = text.chunks(LEN).map(|r| String::from_utf8_lossy(r).into_owned()).collect();
+        let distinct: BTreeSet<String> = got.iter().cloned().collect();
+        let lost: Vec<_> = expected.difference(&distinct).take(5).collect();
+        let strange: Vec<_> = distinct.difference(&expected).take(5).collect();
+        let mut seen = BTreeSet::new();
+        let twice: Vec<_> = got.iter().enumerate().filter(|(_, r)| !seen.insert(*r)).take(5).collect();
+        let fine = lost.is_empty() && strange.is_empty() && twice.is_empty();
+        assert!(fine, "{} records; lost {lost:#?}, nobody wrote {strange:#?}, twice {twice:#?}", got.len());
     }
 }
 

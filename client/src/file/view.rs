@@ -245,7 +245,8 @@ impl View {
         if self.append_base.is_none() && self.local.end() <= self.attr.size {
             self.append_base = Some(self.attr.size);
         }
-        self.append_base.map(|_| self.size())
+        // Not the size: when others append meanwhile it grows, and a gap would stay in the middle of what is appended here.
+        self.append_base.map(|base| self.local.end().max(base))
     }
 
     /// Whether a plain write up to `end` would mix with appended bytes: commit those first.
