@@ -47,7 +47,7 @@ use crate::{
 const ID_MARGIN: u64 = 1 << 20;
 
 /// Dead blocks expanded in one background step.
-const BLOCKS_PER_STEP: u64 = 2048;
+const BLOCKS_PER_STEP: u64 = 512;
 
 /// How long orphans are kept after the last session of before a start came back: it may resend a create whose
 /// answer it never saw, and did not declare that handle.
@@ -109,10 +109,18 @@ impl Core {
         let mut txn = Txn::new(store.clone())?;
         txn.begin();
         let counters = txn.counters();
-        counters.next_inode = (counters.next_inode + ID_MARGIN).max(ROOT_INODE.0 + 1);
-        counters.next_session += ID_MARGIN;
-        for counter in [&mut counters.next_block, &mut counters.next_server, &mut counters.next_target] {
-            *counter = (*counter).max(1);
+        if counters.next_inode == 0 {
+            *counters = records::Counters {
+                next_inode: ROOT_INODE.0 + 1,
+                next_block: 1,
+                next_session: 1,
+                next_server: 1,
+                next_target: 1,
+                ..records::Counters::default()
+            };
+        } else {
+            counters.next_inode += ID_MARGIN;
+            counters.next_session += ID_MARGIN;
         }
         if txn.find_inode(ROOT_INODE)?.is_none() {
             ops::make_root(&mut txn, config.default_policy, now.wall);

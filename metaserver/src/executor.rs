@@ -77,6 +77,12 @@ pub(crate) enum Job {
 pub(crate) struct Jobs(Sender<Job>);
 
 impl Jobs {
+    /// Unbounded here: each stream bounds what it has under way.
+    pub(crate) fn channel() -> (Jobs, Receiver<Job>) {
+        let (sender, receiver) = unbounded();
+        (Jobs(sender), receiver)
+    }
+
     /// A job for a stopped executor is dropped, and with it the way to its caller.
     pub(crate) fn submit(&self, job: Job) {
         let _ = self.0.send(job);
@@ -92,7 +98,7 @@ pub(crate) struct Executor {
 impl Executor {
     /// Starts the thread. `folder` is where the store's disk is watched.
     pub(crate) fn start(core: Core, syncer: Syncer, folder: PathBuf) -> std::io::Result<Executor> {
-        let (sender, receiver) = unbounded();
+        let (jobs, receiver) = Jobs::channel();
         let worker = Worker {
             epoch: core.members().map().epoch,
             core,
@@ -106,7 +112,7 @@ impl Executor {
         };
         let name = std::thread::Builder::new().name("meta-executor".into());
         let thread = name.spawn(move || worker.run())?;
-        Ok(Executor { jobs: Jobs(sender), thread })
+        Ok(Executor { jobs, thread })
     }
 
     pub(crate) fn jobs(&self) -> Jobs {
@@ -219,7 +225,8 @@ impl Worker {
                 if self.is_current(session, &outbox) {
                     self.core.goodbye(session);
                     self.streams.remove(&session);
-                    self.call(false, move |_| outbox.close(None));
+                    // Behind the answers that still wait for the log.
+                    self.call(true, move |_| outbox.close(None));
                 }
             }
             Job::Detached { session, outbox } => {

@@ -18,6 +18,9 @@ use crate::{
 /// Records read at a time while a range is cut.
 const PAGE: usize = 512;
 
+/// Extents by offset, and where the next page begins; `None` at the end of the file.
+pub(crate) type Page = (Vec<(u64, Extent)>, Option<u64>);
+
 fn parse(ino: InodeId, (key, value): Pair) -> FsResult<(u64, Extent)> {
     let offset = keys::second_id(&key)
         .ok_or_else(|| records::damaged(&format!("an extent of {ino} without an offset")))?;
@@ -35,13 +38,8 @@ fn put(txn: &mut Txn, ino: InodeId, offset: u64, extent: &Extent) {
     txn.put_record(keys::extent(ino, offset), &ExtentRecord::new(extent));
 }
 
-/// At most `limit` whole extents that intersect `[offset, end of file)`, and where to go on, or `None` at the end.
-pub(crate) fn page(
-    txn: &mut Txn,
-    ino: InodeId,
-    offset: u64,
-    limit: usize,
-) -> FsResult<(Vec<(u64, Extent)>, Option<u64>)> {
+/// At most `limit` whole extents that intersect `[offset, end of file)`.
+pub(crate) fn page(txn: &mut Txn, ino: InodeId, offset: u64, limit: usize) -> FsResult<Page> {
     let mut found = Vec::new();
     if let Some((at, extent)) = before(txn, ino, offset)?
         && at + extent.len() > offset

@@ -68,6 +68,8 @@ pub(crate) struct Membership {
     pg_count: usize,
     down_after: Duration,
     heartbeat: Duration,
+    /// Of the state above; every operation asks for them, and adding up the targets takes too long for that.
+    facts: ClusterFacts,
 }
 
 impl Membership {
@@ -106,7 +108,7 @@ impl Membership {
             };
             targets.insert(TargetId(id), TargetInfo { record, report });
         }
-        let membership = Membership {
+        let mut membership = Membership {
             heard: map.servers.keys().map(|id| (*id, now)).collect(),
             map: Arc::new(map),
             targets,
@@ -115,7 +117,9 @@ impl Membership {
             pg_count: config.pg_count.max(1),
             down_after: config.down_after,
             heartbeat: config.heartbeat,
+            facts: ClusterFacts::default(),
         };
+        membership.add_up();
         if txn.get(&[keys::MAP])?.is_none() {
             txn.put_record(vec![keys::MAP], &membership.map.to_pb());
         }
@@ -128,6 +132,10 @@ impl Membership {
 
     /// What operations need to know.
     pub(crate) fn facts(&self) -> ClusterFacts {
+        self.facts
+    }
+
+    fn add_up(&mut self) {
         let up = self
             .targets
             .iter()
@@ -135,13 +143,13 @@ impl Membership {
         let (capacity, free) = up.fold((0u64, 0u64), |(capacity, free), (_, info)| {
             (capacity.saturating_add(info.report.capacity), free.saturating_add(info.report.free))
         });
-        ClusterFacts {
+        self.facts = ClusterFacts {
             epoch: self.map.epoch.0,
             targets: eras::usable(&self.map).len(),
             placeable: !self.map.eras.is_empty(),
             capacity,
             free,
-        }
+        };
     }
 
     /// Last report of every target.
@@ -186,14 +194,14 @@ impl Membership {
         down
     }
 
-    /// Replaces the map by one that differs; its epoch is set here.
+    /// Replaces the map if it changed; its epoch is set here. Reports are in place before this is called.
     fn publish(&mut self, txn: &mut Txn, mut map: ClusterMap) {
-        if map == *self.map {
-            return;
+        if map != *self.map {
+            map.epoch = Epoch(self.map.epoch.0 + 1);
+            txn.put_record(vec![keys::MAP], &map.to_pb());
+            self.map = Arc::new(map);
         }
-        map.epoch = Epoch(self.map.epoch.0 + 1);
-        txn.put_record(vec![keys::MAP], &map.to_pb());
-        self.map = Arc::new(map);
+        self.add_up();
     }
 }
 

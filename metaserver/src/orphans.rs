@@ -19,7 +19,7 @@ use crate::{
 /// Extents removed in the batch that destroys their file.
 const EXTENTS_AT_ONCE: usize = 32;
 /// Extents removed in one background step.
-const EXTENTS_PER_STEP: usize = 256;
+const EXTENTS_PER_STEP: usize = 128;
 
 /// One name of the inode is gone. A directory has only one.
 pub(crate) fn lose_link(

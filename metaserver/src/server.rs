@@ -2,20 +2,20 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread::JoinHandle,
     time::{Duration, Instant, SystemTime},
 };
 
 use fjordfs_proto::{FsError, pb::meta::Time};
-use tokio::{net::TcpListener, runtime::Runtime, sync::oneshot};
+use tokio::{runtime::Runtime, sync::oneshot};
 
 use crate::{
     Config,
     core::{Core, Moment},
-    executor::Executor,
+    executor::{Executor, Jobs},
     label::{Folder, FolderError},
     service,
     store::{FjallStore, MetaStore, StoreError},
@@ -90,15 +90,9 @@ impl MetaServer {
     /// See [`StartError`]; nothing is left running.
     pub fn start(config: Config) -> Result<MetaServer, StartError> {
         let folder = Folder::claim(&config.data)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(WORKERS)
-            .thread_name("meta-rpc")
-            .enable_all()
-            .build()
-            .map_err(StartError::Thread)?;
         // Before the store is opened: its journal may take a while, and a wrong address should show at once.
-        let listener =
-            runtime.block_on(TcpListener::bind(config.listen)).map_err(|e| listen_error(&config, e))?;
+        let listener = TcpListener::bind(config.listen).map_err(|e| listen_error(&config, e))?;
+        listener.set_nonblocking(true).map_err(|e| listen_error(&config, e))?;
         let address = listener.local_addr().map_err(|e| listen_error(&config, e))?;
 
         let store: Arc<dyn MetaStore> = Arc::new(FjallStore::open(&folder.store, config.engine)?);
@@ -110,11 +104,14 @@ impl MetaServer {
         let syncer = Syncer::start(store, config.log_sync).map_err(StartError::Thread)?;
         let executor = Executor::start(core, syncer, config.data.clone()).map_err(StartError::Thread)?;
 
-        let (stop, stopped) = oneshot::channel();
-        let jobs = executor.jobs();
-        let thread = std::thread::Builder::new().name("meta-serve".into());
-        let serving =
-            thread.spawn(move || serve(runtime, listener, jobs, stopped)).map_err(StartError::Thread)?;
+        let (stop, serving) = match start_serving(listener, &executor) {
+            Ok(started) => started,
+            Err(e) => {
+                // The first error is the one to tell.
+                let _ = executor.stop();
+                return Err(StartError::Thread(e));
+            }
+        };
         tracing::info!(%address, cluster = folder.cluster_id, folder = %config.data.display(), "metaserver started");
         let cluster_id = folder.cluster_id.clone();
         Ok(MetaServer { address, cluster_id, running: Some(Running { stop, serving, executor, folder }) })
@@ -161,12 +158,43 @@ impl Drop for MetaServer {
     }
 }
 
-fn serve(
-    runtime: Runtime,
+/// Serves on a thread of its own. The runtime is made and dropped there, so that a caller may itself be asynchronous.
+fn start_serving(
     listener: TcpListener,
-    jobs: crate::executor::Jobs,
-    stopped: oneshot::Receiver<()>,
-) {
+    executor: &Executor,
+) -> io::Result<(oneshot::Sender<()>, JoinHandle<()>)> {
+    let (stop, stopped) = oneshot::channel();
+    let (ready, started) = mpsc::channel();
+    let jobs = executor.jobs();
+    let thread = std::thread::Builder::new().name("meta-serve".into());
+    let serving = thread.spawn(move || {
+        let prepared = runtime().and_then(|runtime| {
+            let context = runtime.enter();
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            drop(context);
+            Ok((runtime, listener))
+        });
+        match prepared {
+            Ok((runtime, listener)) => {
+                // The starter waits for this.
+                let _ = ready.send(Ok(()));
+                serve(runtime, listener, jobs, stopped);
+            }
+            Err(e) => {
+                let _ = ready.send(Err(e));
+            }
+        }
+    })?;
+    started.recv().unwrap_or_else(|_| Err(io::Error::other("the serving thread ended at once")))?;
+    Ok((stop, serving))
+}
+
+fn runtime() -> io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(WORKERS).thread_name("meta-rpc").enable_all().build()
+}
+
+fn serve(runtime: Runtime, listener: tokio::net::TcpListener, jobs: Jobs, stopped: oneshot::Receiver<()>) {
     let (stop, stopping) = oneshot::channel();
     runtime.block_on(async move {
         let mut server = tokio::spawn(service::serve(listener, jobs, stopping));

@@ -27,7 +27,7 @@ pub(crate) struct World {
     pub(crate) now: Moment,
     pub(crate) session: SessionId,
     pub(crate) config: Config,
-    sequences: HashMap<SessionId, u64>,
+    pub(crate) sequences: HashMap<SessionId, u64>,
 }
 
 pub(crate) fn hello(session: u64) -> Hello {

@@ -43,12 +43,12 @@ fn fjall(folder: &Path) -> Arc<dyn MetaStore> {
 
 /// Closes the engine and opens it again, as a new process would.
 fn reopen(mut w: World, folder: &Path) -> World {
-    let (now, session) = (w.now, w.session);
+    let (now, session, sequences) = (w.now, w.session, std::mem::take(&mut w.sequences));
     w.store = Arc::new(MemoryStore::default());
     w.restart();
     drop(w);
     let mut w = World::bare(fjall(folder));
-    (w.now, w.session) = (now, session);
+    (w.now, w.session, w.sequences) = (now, session, sequences);
     w.restart();
     w
 }

@@ -199,7 +199,7 @@ fn a_long_queue_comes_in_pieces() {
     let f = w.file("f");
     for i in 0..3 {
         let first = w.lease(4096);
-        w.write(f, vec![run(i * 4096 << 24, 4096 << 24, first, 0)]).unwrap();
+        w.write(f, vec![run((i * 4096) << 24, 4096 << 24, first, 0)]).unwrap();
     }
     w.truncate(f, 0).unwrap();
     w.tick();

@@ -173,3 +173,53 @@ fn units(request: &Request) -> u32 {
     let own = 1 + (request.encoded_len() / UNIT_BYTES) as u32;
     (own + answer).min(UNITS)
 }
+
+#[cfg(test)]
+mod tests {
+    use fjordfs_proto::pb::meta::{GetAttr, ReadDir};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_not_read_from() {
+        let (jobs, arrived) = Jobs::channel();
+        let room = Arc::new(Semaphore::new(UNITS as usize));
+        let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room: room.clone() };
+        let outbox = reader.outbox.clone();
+        let list = Request { op: Some(Op::ReadDir(ReadDir::default())), ..Request::default() };
+        let look = Request { op: Some(Op::GetAttr(GetAttr::default())), ..Request::default() };
+        let requests = [vec![list; 200], vec![look]].concat();
+        let submitted = tokio::spawn(async move { reader.submit(requests).await });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+
+        let waiting = || -> Vec<(Request, Permit)> {
+            let batches = arrived.try_iter().map(|job| match job {
+                Job::Requests { requests, .. } => requests,
+                _ => panic!("only requests were submitted"),
+            });
+            batches.flatten().collect()
+        };
+        let mut held = waiting();
+        assert_eq!(
+            held.len(),
+            (UNITS / (UNITS_DIRECTORY + 1)) as usize,
+            "answers nobody took hold the rest back"
+        );
+        held.truncate(held.len() - 10);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let more = waiting();
+        assert_eq!(more.len(), 10, "as many as were sent");
+
+        outbox.close(None);
+        assert!(!submitted.await.unwrap(), "closing ends the wait");
+    }
+
+    #[tokio::test]
+    async fn an_empty_message_is_a_sign_of_life() {
+        let (jobs, arrived) = Jobs::channel();
+        let room = Arc::new(Semaphore::new(1));
+        let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room };
+        assert!(reader.submit(Vec::new()).await);
+        assert!(matches!(arrived.try_recv(), Ok(Job::Requests { requests, .. }) if requests.is_empty()));
+    }
+}

@@ -270,6 +270,36 @@ mod tests {
         assert!(matches!(store.commit(conformance::put(&[("k", "w")]), old), Err(StoreError::Fenced { .. })));
     }
 
+    /// What `kill -9` leaves is what the files hold while the engine runs.
+    #[test]
+    fn what_was_committed_survives_the_end_of_the_process() {
+        let (running, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = open(running.path());
+        let fence = store.take_over().unwrap();
+        for i in 0..500 {
+            store
+                .commit(conformance::put(&[(&format!("k{i}"), "v"), ("last", &i.to_string())]), fence)
+                .unwrap();
+        }
+        copy(running.path(), killed.path());
+        let found = open(killed.path());
+        assert_eq!(found.get(b"last").unwrap().unwrap(), "499");
+        assert_eq!(found.scan(b"k".as_slice()..b"l", Order::Ascending, usize::MAX).unwrap().len(), 500);
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        for entry in fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let to = to.join(entry.file_name());
+            if entry.file_type().unwrap().is_dir() {
+                fs::create_dir_all(&to).unwrap();
+                copy(&entry.path(), &to);
+            } else {
+                fs::copy(entry.path(), to).unwrap();
+            }
+        }
+    }
+
     #[test]
     fn a_second_opener_is_refused() {
         let folder = tempfile::tempdir().unwrap();
