@@ -1,0 +1,94 @@
+//! What can be typed.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{completions, data, df, layout, logs, meta, mount, stat, status, transfer, umount, up};
+
+const AFTER_HELP: &str = "\
+Begin here:
+  fjord up /mnt/fjord                      a whole filesystem on this machine
+  fjord status                             is everything up?
+  fjord import ~/dataset /mnt/fjord/data   parallel, resumable copy
+
+Which cluster: verbs that take a PATH find the cluster from the mount it lies in. Others take
+--meta HOST:PORT (or FJORD_META), else the mount of the current folder, else the only FjordFS mounted
+here, else 127.0.0.1:7440.
+
+Exit status: 0 done; 1 failed (the reason is on standard error); 2 wrong usage.
+Environment: FJORD_LOG sets the log filter, for example FJORD_LOG=debug or FJORD_LOG=fjordfs_client=trace.";
+
+/// FjordFS, a parallel filesystem for AI training storage.
+#[derive(Parser)]
+#[command(name = "fjord", version, after_help = AFTER_HELP, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Up(up::Args),
+    Meta(meta::Args),
+    Data(data::Args),
+    Mount(mount::Args),
+    Umount(umount::Args),
+    Status(status::Args),
+    Df(df::Args),
+    Import(transfer::ImportArgs),
+    Export(transfer::ExportArgs),
+    Stat(stat::Args),
+    #[command(subcommand)]
+    Layout(layout::Verb),
+    Completions(completions::Args),
+}
+
+impl Verb {
+    /// Daemons tell what they do; verbs speak only when something is wrong.
+    fn log_level(&self) -> &'static str {
+        match self {
+            Verb::Up(_) | Verb::Meta(_) | Verb::Data(_) | Verb::Mount(_) => "info",
+            _ => "warn",
+        }
+    }
+}
+
+/// Runs the verb; an error is the sentence to print before exit status 1.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    logs::init(cli.verb.log_level())?;
+    match cli.verb {
+        Verb::Up(args) => up::run(args),
+        Verb::Meta(args) => meta::run(args),
+        Verb::Data(args) => data::run(args),
+        Verb::Mount(args) => mount::run(args),
+        Verb::Umount(args) => umount::run(&args),
+        Verb::Status(args) => status::run(&args),
+        Verb::Df(args) => df::run(&args),
+        Verb::Import(args) => transfer::run_import(args),
+        Verb::Export(args) => transfer::run_export(args),
+        Verb::Stat(args) => stat::run(&args),
+        Verb::Layout(verb) => layout::run(&verb),
+        Verb::Completions(args) => completions::run(&args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_help_with_an_example() {
+        for verb in Cli::command().get_subcommands_mut() {
+            let help = verb.render_long_help().to_string();
+            assert!(help.contains("fjord "), "{} has no example", verb.get_name());
+            assert!(verb.get_about().is_some(), "{} has no description", verb.get_name());
+        }
+    }
+}

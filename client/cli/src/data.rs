@@ -1,0 +1,117 @@
+//! `fjord data`: a data server.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, ensure};
+use fjordfs_dataserver::{Config, DataServer, TargetConfig};
+
+use crate::{
+    config::{self, DataFile, TargetEntry},
+    daemon::{self, Signals, Stop},
+    units::{ByteSize, Span},
+};
+
+/// Run a data server: the shards on one or more flash devices.
+///
+/// Runs in the foreground, logs to standard error and says "listening on ADDRESS" on standard output once it serves.
+/// SIGTERM or Ctrl-C stops it cleanly. Adding a data server to a running cluster is just this command: new files use
+/// it from then on.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  fjord data --meta meta1:7440 --listen 0.0.0.0:7441 --advertise storage1:7441 --target /mnt/nvme0 --target /mnt/nvme1
+  fjord data --config /etc/fjord/data.toml")]
+pub(crate) struct Args {
+    /// Read settings from a TOML file (keys as the flags below, with _ for -; `targets` is a list); flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Address of the metaserver
+    #[arg(long, env = "FJORD_META", value_name = "HOST:PORT")]
+    meta: Option<String>,
+    /// Address for clients [default: 0.0.0.0:7441]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Address that clients are told, when it is not the one listened on
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Name in `fjord status`, and failure domain of targets that name none [default: the host name]
+    #[arg(long)]
+    name: Option<String>,
+    /// Folder on a flash device, with its failure domain if not the server; repeat for more; made when missing
+    #[arg(long = "target", value_name = "PATH[@DOMAIN]")]
+    targets: Vec<TargetEntry>,
+    /// Threads, each with its own io_uring; 0 is one for each core [default: 0]
+    #[arg(long, value_name = "N")]
+    cores: Option<usize>,
+    /// Size of the preallocated volume files [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    volume_size: Option<ByteSize>,
+    /// How often the index is checkpointed [default: 60s]
+    #[arg(long, value_name = "TIME")]
+    checkpoint_interval: Option<Span>,
+    /// Use at most this much of each device [default: all of it]
+    #[arg(long, value_name = "SIZE")]
+    capacity_max: Option<ByteSize>,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = settings(args)?;
+    let meta = config.meta.clone();
+    daemon::control_runtime()?.block_on(async {
+        let mut signals = Signals::listen()?;
+        // Starting waits for the metaserver, perhaps for long; a signal ends the wait.
+        let start = tokio::task::spawn_blocking(move || DataServer::start(config));
+        let server = tokio::select! {
+            started = start => started?.context("the data server did not start")?,
+            _ = signals.next() => {
+                tracing::info!("stopped before the metaserver {meta} answered");
+                // The thread that still starts holds nothing that needs an orderly end.
+                std::process::exit(0);
+            }
+        };
+        tracing::info!("data server on {}, metaserver {meta}", server.address());
+        daemon::announce(&format!("listening on {}", server.address()));
+        if signals.next().await == Stop::Orphaned {
+            tokio::time::sleep(daemon::ORPHAN_GRACE).await;
+        }
+        tracing::info!("stopping");
+        tokio::task::spawn_blocking(move || server.stop()).await?.context("the data server did not stop cleanly")?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Flags over file over defaults.
+fn settings(args: Args) -> anyhow::Result<Config> {
+    let file: DataFile = config::load(args.config.as_deref())?;
+    let targets = if args.targets.is_empty() { file.targets } else { args.targets };
+    ensure!(
+        !targets.is_empty(),
+        "where are the shards to be kept? Give --target PATH, or `targets` in the configuration"
+    );
+    let meta = args
+        .meta
+        .or(file.meta)
+        .context("which metaserver? Give --meta HOST:PORT, or `meta` in the configuration")?;
+    let listen = args.listen.or(file.listen).unwrap_or_else(|| "0.0.0.0:7441".to_owned());
+    let mut config = Config::new(meta, []);
+    config.listen = daemon::listen_address(&listen)?;
+    config.advertise = args.advertise.or(file.advertise);
+    config.name = args.name.or(file.name).unwrap_or_else(hostname);
+    config.targets = targets.into_iter().map(|t| TargetConfig { path: t.path, domain: t.domain }).collect();
+    config.capacity_max = args.capacity_max.or(file.capacity_max).map(|size| size.0);
+    if let Some(cores) = args.cores.or(file.cores) {
+        config.cores = cores;
+    }
+    if let Some(size) = args.volume_size.or(file.volume_size) {
+        config.volume_size = size.0;
+    }
+    if let Some(time) = args.checkpoint_interval.or(file.checkpoint_interval) {
+        config.checkpoint_interval = time.0;
+    }
+    Ok(config)
+}
+
+pub(crate) fn hostname() -> String {
+    let uname = rustix::system::uname();
+    uname.nodename().to_string_lossy().into_owned()
+}

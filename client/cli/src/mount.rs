@@ -1,0 +1,182 @@
+//! `fjord mount`: a mount of a cluster, in the background or in the foreground.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use fjordfs_client::Client;
+
+use crate::{
+    daemon::{self, Signals, Stop},
+    holders, mounts,
+    umount::{self, Refused},
+};
+
+pub(crate) mod background;
+pub(crate) mod helper;
+pub(crate) mod options;
+
+/// Mount a FjordFS.
+///
+/// Returns when it is mounted and goes on in the background, with a log in /var/log/fjord (or ~/.local/state/fjord).
+/// With -f it stays in the foreground; SIGTERM or Ctrl-C unmounts cleanly, a second one detaches a mount in use.
+#[derive(clap::Args)]
+#[command(after_help = options::HELP)]
+pub(crate) struct Args {
+    /// Address of the metaserver
+    #[arg(value_name = "HOST:PORT")]
+    meta: String,
+    /// The mount point: an empty folder
+    dir: PathBuf,
+    /// Mount options, separated by commas
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Stay in the foreground
+    #[arg(short, long)]
+    foreground: bool,
+    /// Ignore unknown options (mount -s)
+    #[arg(long, hide = true)]
+    sloppy: bool,
+    /// Check everything, mount nothing (mount -f)
+    #[arg(long, hide = true)]
+    fake: bool,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let dir =
+        mounts::absolute(&args.dir).with_context(|| format!("cannot mount on {}", args.dir.display()))?;
+    let settings = options::parse(&args.options.join(","), &args.meta, &dir, args.sloppy)?;
+    check_mountpoint(&dir, settings.fuse.nonempty)?;
+    if args.fake {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.foreground {
+        if std::env::var_os(background::DETACH_ENV).is_some() {
+            rustix::process::setsid().context("cannot leave the terminal's session")?;
+            std::env::set_current_dir("/").context("cannot change to /")?;
+        }
+        return daemon::runtime()?.block_on(serve(&args.meta, &dir, settings));
+    }
+    let log = settings.log.unwrap_or_else(|| background::default_log(&dir));
+    let mut again: Vec<OsString> = vec![args.meta.into(), dir.into()];
+    for options in args.options {
+        again.extend(["-o".into(), options.into()]);
+    }
+    if args.sloppy {
+        again.push("--sloppy".into());
+    }
+    background::start(again, &log)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses what would surprise: a folder that is missing, hides files, or carries a FjordFS already.
+pub(crate) fn check_mountpoint(dir: &Path, allow_nonempty: bool) -> anyhow::Result<()> {
+    let table = mounts::read().context("cannot read /proc/self/mountinfo")?;
+    let ours = mounts::at(&table, dir).filter(|m| m.is_ours());
+    let metadata = match std::fs::metadata(dir) {
+        Ok(metadata) => metadata,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            bail!("the mount point {0} does not exist: mkdir -p {0}", dir.display())
+        }
+        Err(_) if ours.is_some() => bail!(
+            "{0} is a FjordFS mount whose process is gone: clear it away with fjord umount --lazy {0}",
+            dir.display()
+        ),
+        Err(e) => return Err(e).with_context(|| format!("cannot look at the mount point {}", dir.display())),
+    };
+    if let Some(mount) = ours {
+        bail!("{0} is mounted already, from {1}: fjord umount {0}", dir.display(), mount.source);
+    }
+    ensure!(metadata.is_dir(), "the mount point {} is not a folder", dir.display());
+    let mut entries = std::fs::read_dir(dir)
+        .with_context(|| format!("cannot look into the mount point {}", dir.display()))?;
+    ensure!(
+        allow_nonempty || entries.next().is_none(),
+        "the mount point {} is not empty: its files would be hidden. Choose another folder, or mount with -o nonempty",
+        dir.display()
+    );
+    Ok(())
+}
+
+/// Mounts, serves until unmounted by anyone, flushes.
+async fn serve(meta: &str, dir: &Path, settings: options::Settings) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::listen()?;
+    let client = tokio::select! {
+        client = Client::connect(meta, settings.client) => {
+            client.with_context(|| format!("cannot mount the FjordFS at {meta}"))?
+        }
+        _ = signals.next() => bail!("stopped before the metaserver {meta} answered"),
+    };
+    let handle = client.clone();
+    let mut mount = tokio::task::spawn_blocking(move || fjordfs_fuse::mount(handle, settings.fuse))
+        .await?
+        .with_context(|| format!("cannot mount on {}", dir.display()))?;
+    tracing::info!("{meta} is mounted on {}", dir.display());
+    daemon::announce(&format!("{}{}", background::READY, dir.display()));
+
+    let mut gone = tokio::task::spawn_blocking(move || {
+        mount.wait();
+        mount
+    });
+    let mut leaving = Leaving::default();
+    loop {
+        tokio::select! {
+            _ = &mut gone => break,
+            why = signals.next() => {
+                leaving.asked += 1;
+                // Nobody is left who would ask a second time.
+                leaving.lazy |= leaving.asked > 1 || why == Stop::Orphaned;
+            }
+            () = tokio::time::sleep(Duration::from_millis(500)), if leaving.asked > 0 => {}
+        }
+        if leaving.asked > 0 && leaving.attempt(dir) {
+            break;
+        }
+    }
+    tracing::info!("{} is unmounted, handing the last data to the servers", dir.display());
+    client
+        .shutdown()
+        .await
+        .with_context(|| format!("not everything written below {} reached the servers", dir.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An unmount under way.
+#[derive(Default)]
+struct Leaving {
+    asked: u32,
+    lazy: bool,
+    holders: Vec<holders::Holder>,
+}
+
+impl Leaving {
+    /// Tries once; true when there is nothing left to wait for.
+    fn attempt(&mut self, dir: &Path) -> bool {
+        match umount::detach(dir, self.lazy) {
+            // A plain unmount ends the session with the kernel, and `gone` reports that. After a lazy one users may
+            // go on for as long as they like: end it here.
+            Ok(()) => self.lazy,
+            Err(Refused::NotMounted) => true,
+            Err(Refused::Busy) => {
+                let holders = holders::of(dir);
+                if holders != self.holders {
+                    tracing::warn!(
+                        "{} is in use by {}: waiting; a second signal detaches it",
+                        dir.display(),
+                        holders::describe(&holders)
+                    );
+                    self.holders = holders;
+                }
+                false
+            }
+            Err(Refused::Other(e)) => {
+                tracing::error!("cannot unmount {}: {e}; ending anyway", dir.display());
+                true
+            }
+        }
+    }
+}

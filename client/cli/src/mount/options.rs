@@ -1,0 +1,155 @@
+//! `-o` options: those of the mount itself are fjordfs_fuse's, those of the client are read here.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, ensure};
+use fjordfs_client::Options;
+use fjordfs_fuse::{MountOptions, OptionError};
+
+use crate::{
+    data,
+    units::{ByteSize, Span},
+};
+
+/// The end of `fjord mount --help`.
+pub(crate) const HELP: &str = "\
+Options (-o, separated by commas):
+  ro, rw                read only; read and write (default)
+  allow_other           let other users in (default for root; noallow_other turns it off)
+  nosuid,nodev,noexec,noatime,sync   as in mount(8)
+  nonempty              mount over a folder that has files
+  memory=SIZE           most memory for file data (default 2GiB)
+  timeout=TIME          give up on servers that do not answer after this long (default 2m)
+  hedge=TIME            ask another copy when the first is silent for this long (default 500ms)
+  readahead=SIZE        how far sequential readers are read ahead (default 16MiB)
+  dirty_age=TIME        commit what was written after this long at the latest (default 1s)
+  engine_threads=N      threads for connections and background work (default 2)
+  threads=N             threads that serve the kernel (default: one for each core, at least 2)
+  request_size_max=N    largest request of the kernel, bytes (default 1048576)
+  read_ahead_kb=N       the kernel's own readahead (default 4096, needs root)
+  entry_timeout=SECONDS, attr_timeout=SECONDS
+                        how long the kernel believes names and attributes without asking (default 0)
+  fsname=NAME           the device name to show
+  log=FILE              log of a mount in the background
+
+Examples:
+  fjord mount meta1:7440 /mnt/fjord
+  fjord mount meta1:7440 /mnt/fjord -o ro,memory=8GiB
+  mount -t fuse.fjord meta1:7440 /mnt/fjord          with deploy/install.sh
+  meta1:7440 /mnt/fjord fuse.fjord _netdev,nofail 0 0       a line of /etc/fstab";
+
+/// Everything that a mount can be told.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) fuse: MountOptions,
+    pub(crate) client: Options,
+    /// Log of a background mount.
+    pub(crate) log: Option<PathBuf>,
+}
+
+const OURS: [&str; 7] = ["memory", "timeout", "hedge", "readahead", "dirty_age", "engine_threads", "log"];
+
+/// Reads a comma separated list.
+///
+/// # Errors
+/// Names the option; `sloppy` lets unknown ones pass.
+pub(crate) fn parse(list: &str, meta: &str, dir: &Path, sloppy: bool) -> anyhow::Result<Settings> {
+    let description = format!("{} {} {}", data::hostname(), std::process::id(), dir.display());
+    let mut settings = Settings {
+        fuse: MountOptions::new(meta, dir),
+        client: Options { description, ..Options::default() },
+        log: None,
+    };
+    for option in list.split(',') {
+        match settings.fuse.apply(option, &OURS) {
+            Ok(ours) => ours.iter().try_for_each(|(key, value)| settings.ours(key, value.as_deref()))?,
+            Err(OptionError::Unknown(option)) if sloppy => {
+                tracing::debug!("unknown mount option '{option}' left out")
+            }
+            Err(e @ OptionError::Unknown(_)) => return Err(anyhow!("{e}: `fjord mount --help` lists them")),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(settings)
+}
+
+impl Settings {
+    fn ours(&mut self, key: &str, value: Option<&str>) -> anyhow::Result<()> {
+        let value = value
+            .filter(|value| !value.is_empty())
+            .with_context(|| format!("mount option `{key}` needs a value: {key}=VALUE"))?;
+        let wrong = |e: String| anyhow!("mount option `{key}`: {e}");
+        let size = || value.parse::<ByteSize>().map(|s| s.0).map_err(wrong);
+        let time = || value.parse::<Span>().map(|t| t.0).map_err(wrong);
+        match key {
+            "memory" => {
+                self.client.memory_max = size()?;
+                ensure!(
+                    self.client.memory_max >= Options::MEMORY_MIN,
+                    "mount option `memory`: {value} is too little, {} is the least",
+                    ByteSize(Options::MEMORY_MIN)
+                );
+            }
+            "timeout" => self.client.operation_timeout = time()?,
+            "hedge" => self.client.hedge_delay = time()?,
+            "readahead" => self.client.readahead = size()?,
+            "dirty_age" => self.client.dirty_age_max = time()?,
+            "engine_threads" => {
+                let threads: u8 =
+                    value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;
+                ensure!(
+                    (1..=64).contains(&threads),
+                    "mount option `engine_threads`: from 1 to 64 are possible"
+                );
+                self.client.threads = threads.into();
+            }
+            "log" => self.log = Some(value.into()),
+            _ => return Err(wrong("is not known".to_owned())),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn of(list: &str) -> anyhow::Result<Settings> {
+        parse(list, "m:1", Path::new("/mnt"), false)
+    }
+
+    #[test]
+    fn both_kinds_of_options() {
+        let s = of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4").unwrap();
+        assert!(s.fuse.read_only && s.fuse.nonempty);
+        assert_eq!((s.client.memory_max, s.client.operation_timeout), (256 << 20, Duration::from_secs(30)));
+        assert_eq!((s.client.threads, s.log), (4, Some("/tmp/x".into())));
+        assert_eq!(s.fuse.source, "m:1");
+        assert!(of("").is_ok());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (list, part) in [
+            ("frobnicate", "frobnicate"),
+            ("memory", "memory=VALUE"),
+            ("memory=1MiB", "128 MiB"),
+            ("memory=lots", "lots"),
+            ("timeout=soon", "soon"),
+            ("engine_threads=0", "from 1 to 64"),
+            ("log=", "log=VALUE"),
+        ] {
+            let error = format!("{:#}", of(list).unwrap_err());
+            assert!(error.contains(part), "{list}: {error}");
+        }
+        assert!(parse("frobnicate,ro", "m:1", Path::new("/mnt"), true).unwrap().fuse.read_only);
+    }
+
+    #[test]
+    fn the_help_names_every_option_of_ours() {
+        for option in OURS {
+            assert!(HELP.contains(&format!("  {option}=")), "{option}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The admin calls to the metaserver.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use fjordfs_proto::pb::meta::{StatusReply, StatusRequest, cluster_client::ClusterClient};
+use tonic::transport::Endpoint;
+
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
+
+/// A map of thousands of targets with tables of thousands of groups is some MiB.
+const STATUS_SIZE_MAX: usize = 256 << 20;
+
+/// What the metaserver knows of the cluster.
+///
+/// # Errors
+/// Names the address and what to try.
+pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
+    check_address(meta)?;
+    let endpoint = Endpoint::from_shared(format!("http://{meta}"))
+        .with_context(|| format!("'{meta}' is not an address: write HOST:PORT"))?
+        .connect_timeout(CONNECT_PATIENCE)
+        .timeout(ANSWER_PATIENCE)
+        .tcp_nodelay(true);
+    let channel = endpoint.connect().await.map_err(|e| {
+        anyhow::anyhow!(
+            "no metaserver answers at {meta} ({}). Is `fjord meta` or `fjord up` running? Another address is given \
+             with --meta HOST:PORT",
+            innermost(&e)
+        )
+    })?;
+    let mut client = ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX);
+    match client.status(StatusRequest {}).await {
+        Ok(reply) => Ok(reply.into_inner()),
+        Err(e) => {
+            bail!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
+        }
+    }
+}
+
+/// `HOST:PORT`, so that a typing error is not reported as a network failure.
+pub(crate) fn check_address(meta: &str) -> anyhow::Result<()> {
+    let port = meta
+        .rsplit_once(':')
+        .filter(|(host, _)| !host.is_empty())
+        .and_then(|(_, port)| port.parse::<u16>().ok());
+    match port {
+        Some(port) if port > 0 => Ok(()),
+        _ => {
+            bail!("'{meta}' is not the address of a metaserver: write HOST:PORT, for example 127.0.0.1:7440")
+        }
+    }
+}
+
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_checked() {
+        for good in ["127.0.0.1:7440", "[::1]:7440", "meta.example:1"] {
+            assert!(check_address(good).is_ok(), "{good}");
+        }
+        for bad in ["", "7440", "host", "host:", ":7440", "host:0", "host:99999", "host:abc"] {
+            assert!(check_address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_explained() {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let error = status(&free.to_string()).await.unwrap_err().to_string();
+        assert!(error.contains(&free.to_string()) && error.contains("fjord up"), "{error}");
+    }
+}

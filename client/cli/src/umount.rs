@@ -1,0 +1,107 @@
+//! `fjord umount`, and taking a mount down for the other verbs.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use fjordfs_fuse::MountError;
+
+use crate::{holders, mounts};
+
+/// Unmount a FjordFS mount. Waits until everything written is with the servers.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  fjord umount /mnt/fjord
+  fjord umount --lazy /mnt/fjord     detach now, finish when the last user is gone")]
+pub(crate) struct Args {
+    /// The mount point
+    dir: PathBuf,
+    /// Detach at once even if it is in use; it is gone for good when the last user is
+    #[arg(short, long)]
+    lazy: bool,
+}
+
+/// How long a mount process may take to hand its last data to the servers.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let dir =
+        mounts::absolute(&args.dir).with_context(|| format!("no such folder: {}", args.dir.display()))?;
+    let table = mounts::read().context("cannot read /proc/self/mountinfo")?;
+    match mounts::at(&table, &dir) {
+        None => bail!("nothing is mounted on {}", dir.display()),
+        Some(mount) if !mount.is_ours() => {
+            bail!("{} is not a FjordFS mount but {}: use umount(8)", dir.display(), mount.fstype)
+        }
+        Some(_) => {}
+    }
+    let servers = holders::servers_of(&dir);
+    match detach(&dir, args.lazy) {
+        Ok(()) => {}
+        Err(Refused::Busy) => bail!(
+            "{} is in use by {}: end that, or detach it with --lazy",
+            dir.display(),
+            holders::describe(&holders::of(&dir))
+        ),
+        Err(e) => return Err(e).with_context(|| format!("cannot unmount {}", dir.display())),
+    }
+    // A bind mount of the same filesystem, or lazy users, keep the process; that is no failure.
+    if !args.lazy && !still_mounted_elsewhere(&table, &dir) && !holders::wait_gone(&servers, FLUSH_PATIENCE) {
+        bail!(
+            "{} is unmounted, but its process {servers:?} still has data for the servers after {FLUSH_PATIENCE:?}: \
+             see its log and `fjord status`",
+            dir.display()
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn still_mounted_elsewhere(table: &[mounts::MountEntry], dir: &Path) -> bool {
+    let source = mounts::at(table, dir).map(|m| m.source.clone());
+    table.iter().any(|m| {
+        m.is_ours() && m.mountpoint != dir && Some(&m.source) == source.as_ref() && m.root != Path::new("/")
+    })
+}
+
+/// What umount2(2) says about a path that is no mount point.
+const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
+const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
+
+/// Why a mount could not be taken down.
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// Something uses it.
+    Busy,
+    /// It is not there any more.
+    NotMounted,
+    /// The system said no.
+    Other(MountError),
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Refused::Busy => f.write_str("it is in use"),
+            Refused::NotMounted => f.write_str("it is not mounted"),
+            Refused::Other(e) => write!(f, "{e}"),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Unmounts; `lazy` takes it out of sight at once even if it is in use.
+pub(crate) fn detach(dir: &Path, lazy: bool) -> Result<(), Refused> {
+    match fjordfs_fuse::unmount_path(dir, lazy) {
+        Ok(()) => Ok(()),
+        Err(MountError::Busy(_)) => Err(Refused::Busy),
+        Err(MountError::Unmount { source, .. }) if matches!(source.raw_os_error(), Some(ENOENT | EINVAL)) => {
+            Err(Refused::NotMounted)
+        }
+        Err(e) => Err(Refused::Other(e)),
+    }
+}
