@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use crate::abi::{self, opcode};
 use crate::directory::OpenDirectory;
 use crate::filesystem::Filesystem;
+use crate::fresh_attrs::FreshAttrs;
 use crate::handles::Handles;
 use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
@@ -37,6 +38,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
+    fresh_attrs: FreshAttrs,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
@@ -70,6 +72,7 @@ impl<F: Filesystem> Dispatcher<F> {
             files: Handles::new(),
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
+            fresh_attrs: FreshAttrs::new(),
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
@@ -84,7 +87,22 @@ impl<F: Filesystem> Dispatcher<F> {
     pub(crate) async fn serve(&self, request: Request) -> Answer {
         let Request { caller, node, operation } = request;
         let what = describe(&operation);
-        self.route(caller, node, operation).await.unwrap_or_else(|e| self.failed(what, node, &e).into())
+        let effect = effect(&operation, node);
+        let fresh = self.fresh_attrs.take(caller.pid, node);
+        let result = match (&operation, fresh) {
+            (Operation::Getattr, Some(attr)) => Ok(Reply::of(&reply::attr_out(&attr, self.validity)).into()),
+            (Operation::Statx, Some(attr)) => Ok(Reply::of(&reply::statx_out(&attr, self.validity)).into()),
+            _ => self.route(caller, node, operation).await,
+        };
+        // Also after a failure: a request that timed out may have taken effect.
+        match effect {
+            Effect::None => {}
+            Effect::Changes(inodes) => {
+                inodes.into_iter().flatten().for_each(|ino| self.fresh_attrs.inode_changed(ino))
+            }
+            Effect::RemovesName => self.fresh_attrs.name_removed(),
+        }
+        result.unwrap_or_else(|e| self.failed(what, node, &e).into())
     }
 
     async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
@@ -100,7 +118,12 @@ impl<F: Filesystem> Dispatcher<F> {
                 return Ok(Answer { reply, opened: Some(Opened::Directory(fh)) });
             }
 
-            Operation::Lookup { name } => self.entry(self.fs.lookup(node, &name).await?),
+            Operation::Lookup { name } => {
+                let asked = self.fresh_attrs.now();
+                let attr = self.fs.lookup(node, &name).await?;
+                self.fresh_attrs.told(caller.pid, &attr, asked);
+                self.entry(attr)
+            }
             Operation::Getattr => Reply::of(&reply::attr_out(&self.fs.getattr(node).await?, self.validity)),
             Operation::Statx => Reply::of(&reply::statx_out(&self.fs.getattr(node).await?, self.validity)),
             Operation::Setattr(input) => self.setattr(node, &input).await?,
@@ -225,6 +248,31 @@ fn not_served(code: u32) -> Reply {
         // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
         opcode::IOCTL => Reply::Error(libc::ENOTTY),
         _ => Reply::Error(libc::ENOSYS),
+    }
+}
+
+/// What a request changes, as far as attributes told before must not be believed any more.
+enum Effect {
+    None,
+    Changes([Option<InodeId>; 2]),
+    RemovesName,
+}
+
+fn effect(operation: &Operation, node: InodeId) -> Effect {
+    match operation {
+        Operation::Link { ino, .. } => Effect::Changes([Some(node), Some(*ino)]),
+        Operation::Open { flags } if !file::truncates(*flags) => Effect::None,
+        Operation::Open { .. }
+        | Operation::Setattr(_)
+        | Operation::Symlink { .. }
+        | Operation::Mknod { .. }
+        | Operation::Mkdir { .. }
+        | Operation::Create { .. }
+        | Operation::Write { .. }
+        | Operation::Flush { .. }
+        | Operation::Fsync { .. } => Effect::Changes([Some(node), None]),
+        Operation::Unlink { .. } | Operation::Rmdir { .. } | Operation::Rename { .. } => Effect::RemovesName,
+        _ => Effect::None,
     }
 }
 

@@ -193,6 +193,29 @@ fn a_growing_file_is_followed_without_opening_it_again() {
 }
 
 #[test]
+fn what_a_lookup_brought_is_not_asked_again_but_changes_are_seen() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let path = mounted.path("file");
+    fs::write(&path, b"x").unwrap();
+    let before = mounted.control.getattrs.load(Ordering::SeqCst);
+    for size in 2..102 {
+        mounted.control.overwrite("file", &vec![b'y'; size]);
+        assert_eq!(fs::metadata(&path).unwrap().len(), size as u64);
+    }
+    // One for the permission to enter the root directory; a few more where a thread had to wait for a core.
+    let asked = mounted.control.getattrs.load(Ordering::SeqCst) - before;
+    assert!((100..160).contains(&asked), "{asked}");
+    // An open descriptor is asked for each time.
+    let file = File::open(&path).unwrap();
+    for size in 2..102 {
+        mounted.control.overwrite("file", &vec![b'z'; size]);
+        assert_eq!(file.metadata().unwrap().len(), size as u64);
+    }
+    drop(file);
+    mounted.end();
+}
+
+#[test]
 fn invalidations_reach_the_kernel() {
     let Some(mounted) = Mounted::new("attr_timeout=3600,entry_timeout=3600") else { return };
     let path = mounted.path("file");

@@ -28,6 +28,10 @@ fn has(flags: u32, flag: libc::c_int) -> bool {
     flags & flag.cast_unsigned() == flag.cast_unsigned()
 }
 
+pub(super) fn truncates(flags: u32) -> bool {
+    has(flags, libc::O_TRUNC)
+}
+
 fn is_read_only(flags: u32) -> bool {
     flags & libc::O_ACCMODE.cast_unsigned() == libc::O_RDONLY.cast_unsigned()
 }
@@ -41,7 +45,7 @@ fn is_direct_append(flags: u32) -> bool {
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn open(&self, caller: Caller, ino: InodeId, flags: u32) -> FsResult<Answer> {
         let (mut attr, file) = self.fs.open(ino).await?;
-        if has(flags, libc::O_TRUNC) {
+        if truncates(flags) {
             attr = match self.truncate(caller, ino, attr.mode).await {
                 Ok(attr) => attr,
                 Err(e) => {
@@ -71,7 +75,7 @@ impl<F: Filesystem> Dispatcher<F> {
         let (mut attr, file) = self.fs.create(parent, name, new).await?;
         let ino = InodeId(attr.ino);
         // Somebody else made the file first, and wrote to it.
-        if has(flags, libc::O_TRUNC) && attr.size > 0 {
+        if truncates(flags) && attr.size > 0 {
             attr = match self.truncate(caller, ino, attr.mode).await {
                 Ok(attr) => attr,
                 Err(e) => {
@@ -99,7 +103,9 @@ impl<F: Filesystem> Dispatcher<F> {
             mode: drops.then_some(mode & PERMISSIONS & !SUID_SGID),
             ..AttrChange::default()
         };
-        self.fs.setattr(ino, change).await
+        let result = self.fs.setattr(ino, change).await;
+        self.fresh_attrs.inode_changed(ino);
+        result
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {

@@ -30,6 +30,7 @@ pub struct Control {
     next: AtomicU64,
     pub reads: AtomicU64,
     pub lookups: AtomicU64,
+    pub getattrs: AtomicU64,
     pub flushes: AtomicU64,
     pub fsyncs: AtomicU64,
     pub opens: AtomicU64,
@@ -193,10 +194,11 @@ impl Filesystem for MemFs {
             tokio::time::sleep(slow).await;
         }
         let ino = self.0.find(parent.0, name)?;
-        self.getattr(InodeId(ino)).await
+        self.with(InodeId(ino), |inode| inode.attr)
     }
 
     async fn getattr(&self, ino: InodeId) -> FsResult<Attr> {
+        self.0.getattrs.fetch_add(1, Ordering::SeqCst);
         self.with(ino, |inode| inode.attr)
     }
 
