@@ -9,6 +9,7 @@
 //! when its batch fails. After that the store takes no more writes until a restart; reads go on.
 
 mod attach;
+mod request;
 #[cfg(test)]
 mod tests;
 
@@ -17,27 +18,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, Policy, ROOT_INODE, SessionId,
-    error::Errno,
     pb::meta::{
-        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Request, Response, StatusReply,
-        Time, request::Op, response::Result as Reply,
+        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Response, StatusReply, Time,
     },
 };
-use prost::Message;
 
 use crate::{
-    Config, keys, leases, liveness,
+    Config, liveness,
     membership::Membership,
     opens::Opens,
-    ops::{self, Ctx},
-    orphans, records,
-    records::SlotRecord,
+    ops, orphans, records,
     refusal::Refusal,
-    session::{SLOTS, Sessions},
-    store::{Fence, MetaStore, Order, StoreError, Ticket},
+    session::Sessions,
+    store::{Fence, MetaStore, StoreError, Ticket},
     txn::Txn,
 };
 
@@ -52,6 +47,9 @@ const BLOCKS_PER_STEP: u64 = 512;
 /// How long orphans are kept after the last session of before a start came back: it may resend a create whose
 /// answer it never saw, and did not declare that handle.
 const RECOVERY_GRACE: Duration = Duration::from_secs(5);
+
+/// Ticks that are further apart than this mean that this process, or its disk, stood still.
+const STALL: Duration = Duration::from_secs(2);
 
 /// Both clocks, read once per burst.
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +89,7 @@ pub(crate) struct Core {
     failed: Option<FsError>,
     low_space: Option<String>,
     session_timeout: Duration,
+    last_tick: Instant,
     /// When the last missing session came back or timed out.
     complete_since: Option<Instant>,
     /// Orphans beyond this inode are still to be looked at.
@@ -149,6 +148,7 @@ impl Core {
             failed: None,
             low_space: None,
             session_timeout: config.session_timeout,
+            last_tick: now.mono,
             complete_since: None,
             reap: None,
         };
@@ -262,105 +262,6 @@ impl Core {
         }
     }
 
-    // ---- requests ----
-
-    /// Whether the session exists; it was heard of now.
-    pub(crate) fn hear(&mut self, session: SessionId, now: Moment) -> bool {
-        let Some(session) = self.sessions.get_mut(session) else { return false };
-        session.heard = now.mono;
-        true
-    }
-
-    /// Executes a request, or repeats the answer of its first execution.
-    pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Answer {
-        let Request { id, slot, sequence, op } = request;
-        let Some(op) = op else {
-            let e = FsError::new(Errno::ENOSYS, "this metaserver does not know that operation: upgrade it");
-            return Answer { response: error_response(id, e), sync: false };
-        };
-        let sync = ops::needs_sync(&op);
-        let result = if ops::is_mutation(&op) {
-            self.mutate(session, (slot, sequence), op, now)
-        } else {
-            self.read(session, op, now)
-        };
-        match result {
-            Ok(reply) => Answer { response: Response { id, result: Some(reply) }, sync },
-            Err(e) => Answer { response: error_response(id, e), sync: false },
-        }
-    }
-
-    fn read(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
-        if matches!(op, Op::Sync(_))
-            && let Some(e) = &self.failed
-        {
-            return Err(e.clone());
-        }
-        // Close is the one of these that may write: the last close of an orphan. A failed store keeps the orphan.
-        self.txn.begin();
-        let result = self.run(session, op, now);
-        match &result {
-            Ok(_) if self.failed.is_none() => self.txn.accept(),
-            _ => self.txn.reject(),
-        }
-        self.note_engine_error();
-        result
-    }
-
-    fn mutate(&mut self, session: SessionId, at: (u32, u64), op: Op, now: Moment) -> FsResult<Reply> {
-        let (slot, sequence) = at;
-        if slot >= SLOTS || sequence == 0 {
-            return Err(FsError::new(
-                Errno::EINVAL,
-                format!(
-                    "a mutation needs a slot below {SLOTS} and a sequence from 1, not slot {slot} sequence {sequence}"
-                ),
-            ));
-        }
-        let key = keys::slot(session, slot);
-        if let Some(last) = self.txn.record::<SlotRecord>(&key)? {
-            if last.sequence == sequence {
-                let reply = repeated(&last, session, slot)?;
-                ops::replay(&mut self.opens, session, &op, &reply);
-                return Ok(reply);
-            }
-            if last.sequence > sequence {
-                let last = last.sequence;
-                return Err(FsError::new(
-                    Errno::EINVAL,
-                    format!("slot {slot} of {session} is at sequence {last}, {sequence} is over"),
-                ));
-            }
-        }
-        if let Some(why) = self.low_space.as_ref().filter(|_| ops::needs_space(&op)) {
-            return Err(FsError::new(Errno::ENOSPC, why.clone()));
-        }
-        self.operation(|core| {
-            let reply = core.run(session, op, now)?;
-            let response = Response { id: 0, result: Some(reply) };
-            let record = SlotRecord { sequence, response: Bytes::from(response.encode_to_vec()) };
-            core.txn.put_record(key, &record);
-            response.result.ok_or_else(|| FsError::new(Errno::EIO, "an answer without a result"))
-        })
-    }
-
-    fn run(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
-        let mut ctx = Ctx {
-            facts: self.members.facts(),
-            txn: &mut self.txn,
-            opens: &mut self.opens,
-            session,
-            now: now.wall,
-            width_wanted: None,
-        };
-        let reply = ops::run(&mut ctx, op)?;
-        if let Some(width) = ctx.width_wanted {
-            self.save_members();
-            self.members.want_width(&mut self.txn, width);
-        }
-        Ok(reply)
-    }
-
     // ---- data servers ----
 
     fn save_members(&mut self) {
@@ -405,6 +306,17 @@ impl Core {
 
     /// Notices who has been silent for too long.
     pub(crate) fn tick(&mut self, now: Moment) {
+        let stalled = now.mono.duration_since(self.last_tick);
+        self.last_tick = now.mono;
+        if stalled > STALL {
+            // Whoever spoke meanwhile was not heard: the silence was ours.
+            tracing::warn!(
+                seconds = stalled.as_secs(),
+                "the metaserver stood still; timeouts are extended by that"
+            );
+            self.sessions.forgive(stalled);
+            self.members.forgive(stalled);
+        }
         if self.failed.is_some() {
             return;
         }
@@ -453,40 +365,6 @@ impl Core {
                 self.fail(e);
                 false
             }
-        }
-    }
-}
-
-fn error_response(id: u64, e: FsError) -> Response {
-    Response { id, result: Some(Reply::Error(e.into())) }
-}
-
-fn repeated(last: &SlotRecord, session: SessionId, slot: u32) -> FsResult<Reply> {
-    let what = || format!("slot {slot} of {session}");
-    let response: Response = records::decode(last.response.clone(), what)?;
-    response.result.ok_or_else(|| records::damaged(&what()))
-}
-
-impl Core {
-    /// The session is over: handles closed, unused block ids swept, slots forgotten.
-    pub(super) fn end_session(&mut self, session: SessionId, why: Refusal) {
-        let result = self.operation(|core| {
-            for ino in core.opens.end(session) {
-                orphans::closed(&mut core.txn, &core.opens, ino)?;
-            }
-            leases::sweep(&mut core.txn, session)?;
-            for (key, _) in core.txn.scan(&keys::slots(session), Order::Ascending, usize::MAX)? {
-                core.txn.remove(key);
-            }
-            core.txn.remove(keys::session(session));
-            Ok::<_, FsError>(())
-        });
-        match result {
-            Ok(()) => {
-                self.sessions.remove(session);
-                self.events.push(Event::SessionEnded(session, why));
-            }
-            Err(e) => tracing::error!(%session, error = %e, "session could not be ended"),
         }
     }
 }

@@ -174,12 +174,22 @@ impl Membership {
         self.publish(txn, map);
     }
 
+    /// Nobody could be heard for this long.
+    pub(crate) fn forgive(&mut self, stalled: Duration) {
+        for heard in self.heard.values_mut() {
+            *heard += stalled;
+        }
+    }
+
     /// Servers that have been silent for too long are down. Says which.
     pub(crate) fn tick(&mut self, txn: &mut Txn, now: Instant) -> Vec<ServerId> {
         let mut map = ClusterMap::clone(&self.map);
         let mut down = Vec::new();
         for (id, server) in &mut map.servers {
-            let silent = self.heard.get(id).is_none_or(|heard| now.duration_since(*heard) > self.down_after);
+            let silent = self
+                .heard
+                .get(id)
+                .is_none_or(|heard| now.saturating_duration_since(*heard) > self.down_after);
             if silent && server.state != ServerState::Down {
                 server.state = ServerState::Down;
                 down.push(*id);

@@ -62,8 +62,15 @@ impl Sessions {
 
     /// Sessions that have been silent for too long.
     pub(crate) fn expired(&self, timeout: Duration, now: Instant) -> Vec<SessionId> {
-        let silent = |session: &Session| now.duration_since(session.heard) > timeout;
+        let silent = |session: &Session| now.saturating_duration_since(session.heard) > timeout;
         self.sessions.iter().filter(|(_, session)| silent(session)).map(|(id, _)| *id).collect()
+    }
+
+    /// Nobody could be heard for this long.
+    pub(crate) fn forgive(&mut self, stalled: Duration) {
+        for session in self.sessions.values_mut() {
+            session.heard += stalled;
+        }
     }
 
     /// Whether some session of before the start has not been heard of.
@@ -79,7 +86,7 @@ impl Sessions {
                 client: session.client.clone(),
                 attached: session.attached,
                 handles: opens.handles(*id) as u32,
-                idle_ms: now.duration_since(session.heard).as_millis() as u64,
+                idle_ms: now.saturating_duration_since(session.heard).as_millis() as u64,
             })
             .collect()
     }

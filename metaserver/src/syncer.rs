@@ -139,3 +139,95 @@ fn run(shared: &Shared, store: &dyn MetaStore, interval: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        ops::Range,
+        sync::{
+            atomic::{AtomicBool, AtomicU64, Ordering},
+            mpsc,
+        },
+    };
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::store::{Batch, Fence, Order, Pair, StoreError, StoreResult};
+
+    /// Syncs slowly, counts, and fails when told to.
+    #[derive(Default)]
+    struct Slow {
+        syncs: AtomicU64,
+        fail: AtomicBool,
+    }
+
+    impl MetaStore for Slow {
+        fn get(&self, _: &[u8]) -> StoreResult<Option<Bytes>> {
+            Ok(None)
+        }
+        fn scan(&self, _: Range<&[u8]>, _: Order, _: usize) -> StoreResult<Vec<Pair>> {
+            Ok(Vec::new())
+        }
+        fn commit(&self, _: Batch, _: Fence) -> StoreResult<Ticket> {
+            Ok(Ticket(1))
+        }
+        fn sync(&self) -> StoreResult<Ticket> {
+            std::thread::sleep(Duration::from_millis(50));
+            self.syncs.fetch_add(1, Ordering::Relaxed);
+            match self.fail.load(Ordering::Relaxed) {
+                true => Err(StoreError::NoSpace { folder: "/disk".into() }),
+                false => Ok(Ticket(7)),
+            }
+        }
+        fn take_over(&self) -> StoreResult<Fence> {
+            Ok(Fence(1))
+        }
+        fn name(&self) -> &'static str {
+            "slow"
+        }
+    }
+
+    #[test]
+    fn one_sync_serves_all_who_wait() {
+        let store = Arc::new(Slow::default());
+        let syncer = Syncer::start(store.clone(), Duration::from_secs(60)).unwrap();
+        let (done, results) = mpsc::channel();
+        for i in 0..100 {
+            let done = done.clone();
+            syncer.after(Ticket(7), move |result| done.send((i, result.is_ok())).unwrap());
+        }
+        let order: Vec<(i32, bool)> = results.iter().take(100).collect();
+        assert_eq!(order, (0..100).map(|i| (i, true)).collect::<Vec<_>>(), "in their order");
+        assert!(store.syncs.load(Ordering::Relaxed) <= 2);
+        let syncs = store.syncs.load(Ordering::Relaxed);
+        syncer.after(Ticket(6), move |result| done.send((0, result.is_ok())).unwrap());
+        assert!(results.recv().unwrap().1);
+        assert_eq!(store.syncs.load(Ordering::Relaxed), syncs, "durable already");
+    }
+
+    #[test]
+    fn commits_are_synced_without_anybody_waiting() {
+        let store = Arc::new(Slow::default());
+        let syncer = Syncer::start(store.clone(), Duration::from_millis(20)).unwrap();
+        syncer.note();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(store.syncs.load(Ordering::Relaxed), 1);
+        syncer.stop().unwrap();
+    }
+
+    #[test]
+    fn a_failure_is_told_to_everybody_from_then_on() {
+        let store = Arc::new(Slow::default());
+        store.fail.store(true, Ordering::Relaxed);
+        let syncer = Syncer::start(store, Duration::from_secs(60)).unwrap();
+        let (done, results) = mpsc::channel();
+        for _ in 0..2 {
+            let done = done.clone();
+            syncer.after(Ticket(1), move |result| done.send(result.unwrap_err().errno).unwrap());
+            assert_eq!(results.recv().unwrap(), fjordfs_proto::error::Errno::ENOSPC);
+        }
+        assert!(syncer.failure().is_some());
+        assert!(syncer.stop().is_err());
+    }
+}

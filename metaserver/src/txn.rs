@@ -4,8 +4,7 @@
 //! [`Txn::accept`] or [`Txn::reject`]; rejected, it leaves no trace. [`Txn::take_batch`] hands out all accepted
 //! writes of a burst as one batch.
 //!
-//! The overlay must outlive the commit of its batch: it is cleared by `take_batch`'s caller through
-//! [`Txn::committed`], so that nothing reads the store in between.
+//! Between `take_batch` and [`Txn::committed`] or [`Txn::abandon`] nothing may be read.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -118,12 +117,11 @@ impl Txn {
         if self.overlay.is_empty() {
             return None;
         }
-        Some(Batch { writes: self.overlay.iter().map(|(k, v)| (k.clone(), v.clone())).collect() })
+        Some(Batch { writes: std::mem::take(&mut self.overlay).into_iter().collect() })
     }
 
-    /// The batch is in the store: the overlay has done its work.
+    /// The batch is in the store.
     pub(crate) fn committed(&mut self) {
-        self.overlay.clear();
         self.counters_stored = self.counters;
     }
 

@@ -5,8 +5,8 @@ use fjordfs_proto::{
     pb::meta::{Hello, Welcome},
 };
 
-use super::{Core, Moment};
-use crate::{keys, records::SessionRecord, refusal::Refusal, session::SLOTS};
+use super::{Core, Event, Moment};
+use crate::{keys, leases, orphans, records::SessionRecord, refusal::Refusal, session::SLOTS, store::Order};
 
 impl Core {
     /// A new session, or a known one with the handles it holds. The welcome must not leave before the log is synced: a
@@ -80,6 +80,28 @@ impl Core {
     pub(crate) fn goodbye(&mut self, session: SessionId) {
         if self.sessions.get_mut(session).is_some() {
             self.end_session(session, Refusal::Aborted("the session ended".into()));
+        }
+    }
+
+    /// The session is over: handles closed, unused block ids swept, slots forgotten.
+    pub(super) fn end_session(&mut self, session: SessionId, why: Refusal) {
+        let result = self.operation(|core| {
+            for ino in core.opens.end(session) {
+                orphans::closed(&mut core.txn, &core.opens, ino)?;
+            }
+            leases::sweep(&mut core.txn, session)?;
+            for (key, _) in core.txn.scan(&keys::slots(session), Order::Ascending, usize::MAX)? {
+                core.txn.remove(key);
+            }
+            core.txn.remove(keys::session(session));
+            Ok::<_, FsError>(())
+        });
+        match result {
+            Ok(()) => {
+                self.sessions.remove(session);
+                self.events.push(Event::SessionEnded(session, why));
+            }
+            Err(e) => tracing::error!(%session, error = %e, "session could not be ended"),
         }
     }
 }

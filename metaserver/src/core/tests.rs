@@ -269,3 +269,15 @@ fn a_failed_operation_in_a_burst_leaves_the_others_alone() {
     w.core.commit().unwrap();
     assert_eq!(w.check().inodes, 2);
 }
+
+#[test]
+fn a_stall_of_the_server_is_not_held_against_anybody() {
+    let mut w = World::new();
+    w.pass(Duration::from_secs(60));
+    w.tick();
+    let status = w.core.status(w.now);
+    assert_eq!(status.sessions.len(), 1);
+    assert!(w.core.members().facts().capacity > 0, "data servers are up");
+    w.idle(Duration::from_secs(31));
+    assert_eq!(w.core.members().facts().capacity, 0, "silence is silence again");
+}
