@@ -7,7 +7,10 @@ mod segment;
 mod view;
 mod write;
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    ops::RangeInclusive,
+    sync::{Arc, atomic::Ordering},
+};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -141,6 +144,12 @@ impl File {
     /// Attributes as last told by the server, with this client's uncommitted writes.
     pub fn attr(&self) -> Attr {
         self.handle.state.lock().view.attr()
+    }
+
+    /// Data versions between which nobody but this client changed the file: who cached its bytes as of the first, and
+    /// wrote through this client only, has them as of the last.
+    pub fn own_versions(&self) -> RangeInclusive<u64> {
+        self.handle.state.lock().view.own_versions()
     }
 
     /// Reads up to `len` bytes at `offset`, without copying: the parts are in file order. Shorter only at the end of

@@ -270,6 +270,12 @@ impl Client {
         failed.map_or(Ok(()), Err).and(data).and(log)
     }
 
+    /// Returns when every namespace operation that this client has been answered survives power failure: what `fsync`
+    /// of a directory promises.
+    pub async fn sync_namespace(&self) -> FsResult<()> {
+        self.inner.sync_log().await
+    }
+
     /// Committed extents of a file by offset.
     pub async fn extents(&self, ino: InodeId) -> FsResult<Vec<(u64, Extent)>> {
         self.inner.all_extents(ino).await

@@ -1,5 +1,7 @@
 //! FjordFS as a [`Filesystem`]: translation only, so that everything else is tested without FUSE.
 
+use std::ops::RangeInclusive;
+
 use bytes::Bytes;
 use fjordfs_client::{Client, File, SetTime};
 use fjordfs_proto::pb::meta::{Attr, ReadDirReply};
@@ -131,6 +133,10 @@ impl Filesystem for Adapter {
         file.clone().close().await
     }
 
+    fn own_versions(&self, file: &File) -> RangeInclusive<u64> {
+        file.own_versions()
+    }
+
     async fn read_dir(
         &self,
         ino: InodeId,
@@ -144,6 +150,10 @@ impl Filesystem for Adapter {
     async fn statfs(&self) -> FsResult<Space> {
         let space = self.client.statfs().await?;
         Ok(Space { capacity: space.capacity, free: space.free, files: space.files })
+    }
+
+    async fn sync_namespace(&self) -> FsResult<()> {
+        self.client.sync_namespace().await
     }
 
     async fn sync_all(&self) -> FsResult<()> {

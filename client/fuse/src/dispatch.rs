@@ -169,7 +169,11 @@ impl<F: Filesystem> Dispatcher<F> {
             }
 
             Operation::Statfs => Reply::of(&reply::statfs_out(&self.fs.statfs().await?)),
-            Operation::Fsyncdir | Operation::Syncfs => {
+            Operation::Fsyncdir => {
+                self.fs.sync_namespace().await?;
+                Reply::Empty
+            }
+            Operation::Syncfs => {
                 self.fs.sync_all().await?;
                 Reply::Empty
             }

@@ -7,6 +7,8 @@
 //! Futures run to completion on the thread that received the request and need not be `Send`. A future of a method that
 //! changes nothing (`lookup`, `getattr`, `readlink`, `read`, `read_dir`, `statfs`) is dropped when its caller dies.
 
+use std::ops::RangeInclusive;
+
 use bytes::Bytes;
 use fjordfs_proto::pb::meta::{Attr, FileKind, ReadDirReply, Time};
 use fjordfs_proto::{FsResult, InodeId};
@@ -147,6 +149,13 @@ pub trait Filesystem: Send + Sync + 'static {
     /// The last descriptor was closed.
     fn release(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
 
+    /// Data versions between which only this mount changed the file: pages cached as of the first are right as of the
+    /// last. An empty range when that is not known.
+    fn own_versions(&self, file: &Self::File) -> RangeInclusive<u64> {
+        let _ = file;
+        RangeInclusive::new(1, 0)
+    }
+
     /// Entries after `cookie` (0 begins), without "." and ".."; at most `limit`, with attributes if asked for. Cookies are
     /// at least 3 and stay valid while entries come and go.
     fn read_dir(
@@ -158,6 +167,8 @@ pub trait Filesystem: Send + Sync + 'static {
     ) -> impl Future<Output = FsResult<ReadDirReply>>;
     /// Space left.
     fn statfs(&self) -> impl Future<Output = FsResult<Space>>;
-    /// Everything this mount wrote and every name it changed survives power failure (`fsync` of a directory, `syncfs`).
+    /// Every name this mount changed survives power failure (`fsync` of a directory).
+    fn sync_namespace(&self) -> impl Future<Output = FsResult<()>>;
+    /// Everything this mount wrote and every name it changed survives power failure (`syncfs`).
     fn sync_all(&self) -> impl Future<Output = FsResult<()>>;
 }

@@ -9,6 +9,7 @@
 //! one needless drop per file.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 
 use fjordfs_proto::InodeId;
 use parking_lot::Mutex;
@@ -41,6 +42,15 @@ impl KernelCache {
         shard.insert(ino, data_version) == Some(data_version)
     }
 
+    /// Between these versions only this mount changed the bytes, and the kernel had every change in its pages first.
+    pub(crate) fn changed_here(&self, ino: InodeId, own: RangeInclusive<u64>) {
+        if let Some(version) = self.shard(ino).lock().get_mut(&ino)
+            && own.contains(version)
+        {
+            *version = *own.end();
+        }
+    }
+
     /// The pages are gone or not to be trusted.
     pub(crate) fn forget(&self, ino: InodeId) {
         self.shard(ino).lock().remove(&ino);
@@ -63,6 +73,18 @@ mod tests {
         assert!(!cache.keep_at_open(ino, 2));
         cache.forget(ino);
         assert!(!cache.keep_at_open(ino, 2));
+    }
+
+    #[test]
+    fn pages_stay_over_changes_made_here() {
+        let cache = KernelCache::new();
+        let ino = InodeId(7);
+        cache.keep_at_open(ino, 3);
+        cache.changed_here(ino, 2..=5);
+        assert!(cache.keep_at_open(ino, 5));
+        // Somebody else made version 6.
+        cache.changed_here(ino, 6..=8);
+        assert!(!cache.keep_at_open(ino, 8));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! - A segment belongs to at most one unit. What is overwritten while its unit is on its way leaves the unit, so an
 //!   older unit can never undo a newer write.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -65,6 +65,8 @@ pub(crate) enum ReadPlan {
 pub(crate) struct View {
     attr: Attr,
     extents_version: u64,
+    /// Every change after this version, up to `extents_version`, was this client's.
+    own_since: u64,
     committed: ExtentMap,
     known: IntervalMap<Known>,
     local: IntervalMap<Segment>,
@@ -81,6 +83,7 @@ impl View {
     pub(crate) fn new(attr: Attr) -> View {
         View {
             extents_version: attr.data_version,
+            own_since: attr.data_version,
             attr,
             committed: ExtentMap::default(),
             known: IntervalMap::default(),
@@ -182,12 +185,21 @@ impl View {
     pub(crate) fn forget_extents(&mut self, version: u64) {
         self.committed.clear();
         self.known.clear();
+        if version != self.extents_version {
+            self.own_since = version;
+        }
         self.extents_version = version;
     }
 
     /// Version that a page of extents has to have to be of use.
     pub(crate) fn extents_version(&self) -> u64 {
         self.extents_version
+    }
+
+    /// Versions between which nobody but this client changed the bytes: who cached them as of the first, and wrote
+    /// through this client only, has them as of the last.
+    pub(crate) fn own_versions(&self) -> RangeInclusive<u64> {
+        self.own_since..=self.extents_version
     }
 
     // ---- reading ----
@@ -449,6 +461,8 @@ impl View {
         if let Some(base) = sent.append_base {
             if shift != 0 {
                 self.shift_from(base, shift);
+                // Whoever cached the bytes has them where they were written, not where they are.
+                self.own_since = self.extents_version;
             }
             self.append_base = self.append_base.map(|_| sent.size.wrapping_add_signed(shift));
         }

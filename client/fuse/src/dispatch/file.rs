@@ -178,10 +178,11 @@ impl<F: Filesystem> Dispatcher<F> {
         self.stored(&open, result)
     }
 
-    /// After a commit that failed, the kernel caches what the file does not have.
+    /// After a commit that failed, the kernel caches what the file does not have; after others, what it has now.
     fn stored(&self, open: &OpenFile<F::File>, result: FsResult<()>) -> FsResult<Reply> {
-        if result.is_err() {
-            self.pages_are_stale(open.ino);
+        match result {
+            Ok(()) => self.kernel_cache.changed_here(open.ino, self.fs.own_versions(&open.file)),
+            Err(_) => self.pages_are_stale(open.ino),
         }
         result.map(|()| Reply::Empty)
     }

@@ -376,6 +376,11 @@ impl Filesystem for MemFs {
         Ok(Space { capacity: 1 << 40, free: 1 << 39, files: self.0.inodes.lock().len() as u64 })
     }
 
+    async fn sync_namespace(&self) -> FsResult<()> {
+        self.0.fsyncs.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
     async fn sync_all(&self) -> FsResult<()> {
         self.0.fsyncs.fetch_add(1, Ordering::SeqCst);
         Ok(())
