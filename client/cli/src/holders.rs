@@ -55,18 +55,15 @@ pub(crate) fn servers_of(mountpoint: &Path) -> Vec<u32> {
         .filter(|pid| *pid != std::process::id())
         .filter(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let mut words = line.split(|b| *b == 0);
-            let named_fjord = words.next().is_some_and(|word| {
-                Path::new(OsStr::from_bytes(word)).file_name() == Some(OsStr::new("fjord"))
-            });
-            named_fjord
-                && words.next() == Some(b"mount")
+            let mut words = line.split(|b| *b == 0).skip(1);
+            words.next() == Some(b"mount")
                 && words.any(|word| {
                     // As given on its command line, which may be relative to its folder.
                     let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
                     word == mountpoint.as_os_str().as_bytes()
                         || cwd.join(OsStr::from_bytes(word)) == mountpoint
                 })
+                && has_open(*pid, Path::new("/dev/fuse"))
         })
         .collect()
 }
@@ -99,6 +96,11 @@ fn pids() -> impl Iterator<Item = u32> {
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
+}
+
+fn has_open(pid: u32, file: &Path) -> bool {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|path| path == file)
 }
 
 fn program(pid: u32) -> String {

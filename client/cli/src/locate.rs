@@ -131,6 +131,7 @@ mod tests {
 
     fn mount(mountpoint: &str, root: &str, fstype: &str, source: &str) -> MountEntry {
         MountEntry {
+            device: "0:1".into(),
             root: root.into(),
             mountpoint: mountpoint.into(),
             fstype: fstype.into(),

@@ -72,7 +72,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             tokio::time::sleep(daemon::ORPHAN_GRACE).await;
         }
         tracing::info!("stopping");
-        tokio::task::spawn_blocking(move || server.stop()).await?.context("the metaserver did not stop cleanly")?;
+        tokio::task::spawn_blocking(move || server.stop())
+            .await?
+            .context("the metaserver did not stop cleanly")?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -59,7 +59,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             rustix::process::setsid().context("cannot leave the terminal's session")?;
             std::env::set_current_dir("/").context("cannot change to /")?;
         }
-        return daemon::runtime()?.block_on(serve(&args.meta, &dir, settings));
+        let runtime = daemon::runtime()?;
+        let served = runtime.block_on(serve(&args.meta, &dir, settings));
+        // After a lazy unmount a thread still waits for the last user; the end of the process ends that.
+        runtime.shutdown_background();
+        return served;
     }
     let log = settings.log.unwrap_or_else(|| background::default_log(&dir));
     let mut again: Vec<OsString> = vec![args.meta.into(), dir.into()];
@@ -115,7 +119,6 @@ async fn serve(meta: &str, dir: &Path, settings: options::Settings) -> anyhow::R
     let mut mount = tokio::task::spawn_blocking(move || fjordfs_fuse::mount(handle, settings.fuse))
         .await?
         .with_context(|| format!("cannot mount on {}", dir.display()))?;
-    tracing::info!("{meta} is mounted on {}", dir.display());
     daemon::announce(&format!("{}{}", background::READY, dir.display()));
 
     let mut gone = tokio::task::spawn_blocking(move || {

@@ -13,6 +13,8 @@ pub(crate) const FSTYPE: &str = "fuse.fjord";
 /// One line of mountinfo.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct MountEntry {
+    /// `major:minor` of the filesystem: the same for all its bind mounts.
+    pub(crate) device: String,
     /// Folder of the filesystem that is mounted: `/` unless it is a bind mount.
     pub(crate) root: PathBuf,
     /// Where.
@@ -68,11 +70,12 @@ fn parse(text: &[u8]) -> Vec<MountEntry> {
 
 /// `36 35 98:0 /root /mountpoint options [tags…] - fstype source superoptions`
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
-    let mut fields = line.split(|b| *b == b' ').skip(3);
-    let (root, mountpoint) = (fields.next()?, fields.next()?);
+    let mut fields = line.split(|b| *b == b' ').skip(2);
+    let (device, root, mountpoint) = (fields.next()?, fields.next()?, fields.next()?);
     let mut rest = fields.skip_while(|f| *f != b"-").skip(1);
     let (fstype, source) = (rest.next()?, rest.next()?);
     Some(MountEntry {
+        device: String::from_utf8_lossy(device).into_owned(),
         root: PathBuf::from(OsString::from_vec(unescape(root))),
         mountpoint: PathBuf::from(OsString::from_vec(unescape(mountpoint))),
         fstype: String::from_utf8_lossy(&unescape(fstype)).into_owned(),
@@ -118,7 +121,7 @@ garbage
         let mounts = parse(SAMPLE);
         assert_eq!(mounts.len(), 6);
         assert_eq!(mounts[2].mountpoint, Path::new("/mnt/with blank"));
-        assert_eq!(mounts[1].source, "10.0.0.1:7440");
+        assert_eq!((mounts[1].device.as_str(), mounts[1].source.as_str()), ("0:45", "10.0.0.1:7440"));
         assert!(mounts[1].is_ours() && !mounts[3].is_ours());
         assert_eq!(mounts[4].root, Path::new("/datasets"));
     }

@@ -32,13 +32,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let dir =
         mounts::absolute(&args.dir).with_context(|| format!("no such folder: {}", args.dir.display()))?;
     let table = mounts::read().context("cannot read /proc/self/mountinfo")?;
-    match mounts::at(&table, &dir) {
+    let mount = match mounts::at(&table, &dir) {
         None => bail!("nothing is mounted on {}", dir.display()),
         Some(mount) if !mount.is_ours() => {
             bail!("{} is not a FjordFS mount but {}: use umount(8)", dir.display(), mount.fstype)
         }
-        Some(_) => {}
-    }
+        Some(mount) => mount,
+    };
     let servers = holders::servers_of(&dir);
     match detach(&dir, args.lazy) {
         Ok(()) => {}
@@ -49,8 +49,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ),
         Err(e) => return Err(e).with_context(|| format!("cannot unmount {}", dir.display())),
     }
-    // A bind mount of the same filesystem, or lazy users, keep the process; that is no failure.
-    if !args.lazy && !still_mounted_elsewhere(&table, &dir) && !holders::wait_gone(&servers, FLUSH_PATIENCE) {
+    // A bind mount of it keeps the process, and so do the users of a lazily detached one: that is no failure.
+    let left = mounts::read().context("cannot read /proc/self/mountinfo")?;
+    let shown_elsewhere = left.iter().any(|m| m.device == mount.device);
+    if !args.lazy && !shown_elsewhere && !holders::wait_gone(&servers, FLUSH_PATIENCE) {
         bail!(
             "{} is unmounted, but its process {servers:?} still has data for the servers after {FLUSH_PATIENCE:?}: \
              see its log and `fjord status`",
@@ -58,13 +60,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         );
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn still_mounted_elsewhere(table: &[mounts::MountEntry], dir: &Path) -> bool {
-    let source = mounts::at(table, dir).map(|m| m.source.clone());
-    table.iter().any(|m| {
-        m.is_ours() && m.mountpoint != dir && Some(&m.source) == source.as_ref() && m.root != Path::new("/")
-    })
 }
 
 /// What umount2(2) says about a path that is no mount point.

@@ -171,22 +171,20 @@ fn welcome(dir: &Path, folder: &Folder, plan: &Plan, status: &Status) -> String 
         1 => "one copy of everything".to_owned(),
         n => format!("{n} copies of everything"),
     };
+    let usable = ByteSize(usable);
+    let next = [
+        (format!("cp -r ~/dataset {dir}/"), "it is a folder like any other"),
+        (format!("fjord import ~/dataset {dir}/dataset"), "parallel, resumable copy"),
+        (format!("fjord status{meta}"), "servers, targets, capacity"),
+        (format!("fjord mount {} /mnt/second", status.meta), "a second mount"),
+        ("Ctrl-C".to_owned(), "unmount and stop; the same command goes on with the data"),
+    ];
+    let width = next.iter().map(|(command, _)| command.chars().count()).max().unwrap_or_default();
+    let next: String = next.iter().map(|(command, what)| format!("  {command:<width$}  {what}\n")).collect();
+    let (servers, data) = (plan.servers, folder.path().display());
     format!(
-        "
-FjordFS is mounted on {dir}: {servers} data servers, {redundancy}, {usable} usable.
-Data and logs are in {data}.
-
-  cp -r ~/dataset {dir}/                       it is a folder like any other
-  fjord import ~/dataset {dir}/dataset         parallel, resumable copy
-  fjord status{meta}                                 servers, targets, capacity
-  fjord mount {address} /mnt/second         a second mount
-  Ctrl-C                                       unmount and stop; the same command goes on with the data
-
-",
-        servers = plan.servers,
-        usable = ByteSize(usable),
-        data = folder.path().display(),
-        address = status.meta,
+        "\nFjordFS is mounted on {dir}: {servers} data servers, {redundancy}, {usable} usable.\n\
+         Data and logs are in {data}.\n\n{next}\n"
     )
 }
 

@@ -75,28 +75,25 @@ impl Export {
                 };
                 for entry in page.into_iter().filter(|e| !local::is_partial(&e.name)) {
                     let Some(item) = self.noted(&folder, item_of(&folder, entry)) else { continue };
-                    match item.attr.kind() {
-                        FileKind::Directory => {
-                            self.ledger.other();
-                            let path = item.path.clone();
-                            let made = spawn_blocking(move || local::make_dir(&path)).await;
-                            if self.noted(&item.path, made.map_err(Into::into).and_then(|m| m)).is_some() {
-                                todo.push((InodeId(item.attr.ino), item.path.clone()));
-                                dirs.push((item.path, item.attr));
-                            }
-                            continue;
+                    if item.attr.kind() == FileKind::Directory {
+                        self.ledger.other();
+                        let path = item.path.clone();
+                        let made = spawn_blocking(move || local::make_dir(&path)).await;
+                        if self.noted(&item.path, made.map_err(Into::into).and_then(|m| m)).is_some() {
+                            todo.push((InodeId(item.attr.ino), item.path.clone()));
+                            dirs.push((item.path, item.attr));
                         }
-                        FileKind::Regular => {
-                            self.ledger.found.file();
-                            self.ledger.found.bytes(item.attr.size);
-                        }
-                        _ => self.ledger.other(),
+                        continue;
                     }
                     if item.attr.nlink > 1 && !seen.insert(item.attr.ino) {
                         later.push(item);
-                    } else {
-                        workers.give(item).await;
+                        continue;
                     }
+                    if item.attr.kind() == FileKind::Regular {
+                        self.ledger.found.file();
+                        self.ledger.found.bytes(item.attr.size);
+                    }
+                    workers.give(item).await;
                 }
             }
         }
@@ -254,6 +251,7 @@ impl Export {
     }
 
     async fn special(&self, item: &Item) -> anyhow::Result<()> {
+        self.ledger.other();
         let target = match item.attr.kind() {
             FileKind::Symlink => self.client.readlink(InodeId(item.attr.ino)).await?,
             _ => Vec::new(),
@@ -285,10 +283,8 @@ impl Export {
             spawn_blocking(move || local::link(&first, &path)).await?
         };
         let result = linked.await;
-        if self.noted(&item.path, result).is_some() && item.attr.kind() == FileKind::Regular {
-            self.ledger.skipped.file();
-            self.ledger.skipped.bytes(item.attr.size);
-        }
+        self.noted(&item.path, result);
+        self.ledger.other();
     }
 }
 

@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use fjordfs_client::{AttrChange, Client, InodeId, NewNode};
+use fjordfs_client::{AttrChange, Client, InodeId, NewNode, ROOT_INODE};
 use fjordfs_proto::pb::meta::{Attr, FileKind};
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
@@ -94,7 +94,10 @@ impl Import {
             if depth == 0 {
                 let level = Listing::read(&self.client, root).await;
                 levels.push(self.noted(&path, level.map(|l| (root, l)).map_err(Into::into)));
-                dirs.push((root, path, local));
+                // The root of the filesystem belongs to all: its owner and mode are not a source's to set.
+                if root != ROOT_INODE {
+                    dirs.push((root, path, local));
+                }
                 continue;
             }
             let Some(Some((parent, listing))) = levels.last_mut() else {
@@ -119,14 +122,15 @@ impl Import {
                 levels.push(level);
                 continue;
             }
+            if item.link_key().is_some_and(|key| !seen.insert(key)) {
+                later.push(item);
+                continue;
+            }
             if item.local.is_file() {
                 self.ledger.found.file();
                 self.ledger.found.bytes(item.local.len());
             }
-            match item.link_key() {
-                Some(key) if !seen.insert(key) => later.push(item),
-                _ => workers.give(item).await,
-            }
+            workers.give(item).await;
         }
         self.ledger.walked.store(true, Relaxed);
         workers.finish().await;
@@ -404,11 +408,8 @@ impl Import {
             anyhow::Ok(())
         };
         let result = linked.await;
-        if self.noted(&item.path, result).is_some() && item.local.is_file() {
-            // One file with several names: its bytes are counted once as copied, here as there already.
-            self.ledger.skipped.file();
-            self.ledger.skipped.bytes(item.local.len());
-        }
+        self.noted(&item.path, result);
+        self.ledger.other();
     }
 }
 

@@ -108,12 +108,18 @@ impl Ledger {
     pub(crate) fn summary(&self, verb: &str, took: Duration) -> String {
         let (files, bytes) = self.copied.get();
         let mut text = format!(
-            "{verb} {} ({}) in {}, {}",
+            "{verb} {} ({}) in {}",
             units::count(files, "file"),
             ByteSize(bytes),
-            units::seconds(took),
-            units::rate(bytes, took)
+            units::seconds(took)
         );
+        if bytes > 0 {
+            text.push_str(&format!(", {}", units::rate(bytes, took)));
+        }
+        let others = self.others.load(Relaxed);
+        if others > 0 {
+            text.push_str(&format!("; {} directories, links and special files", units::grouped(others)));
+        }
         let (skipped, skipped_bytes) = self.skipped.get();
         if skipped > 0 {
             text.push_str(&format!(

@@ -204,7 +204,7 @@ async fn unmount(dir: &Path, signals: &mut Signals) {
         }
         tokio::select! {
             _ = signals.next() => lazy = true,
-            () = time::sleep(Duration::from_millis(300)) => {}
+            () = time::sleep(Duration::from_millis(500)) => {}
         }
     }
 }

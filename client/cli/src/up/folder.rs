@@ -70,7 +70,7 @@ impl Folder {
             let owner = read_pid(&mut lock);
             if let Some(pid) = owner.filter(|pid| holders::alive(*pid)) {
                 bail!(
-                    "`fjord up` runs already with the data folder {} (process {pid}): stop that, or give another --data",
+                    "the data folder {} is in use by another `fjord up` (process {pid}): stop that, or give another --data",
                     path.display()
                 );
             }
@@ -155,7 +155,7 @@ mod tests {
         let path = dir.path().join("new/folder");
         let first = Folder::claim(&path).unwrap();
         let error = Folder::claim(&path).unwrap_err().to_string();
-        assert!(error.contains("runs already") && error.contains(&std::process::id().to_string()), "{error}");
+        assert!(error.contains("in use") && error.contains(&std::process::id().to_string()), "{error}");
         drop(first);
         let again = Folder::claim(&path).unwrap();
         assert!(again.room().unwrap() > 0);
