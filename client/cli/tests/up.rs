@@ -149,6 +149,7 @@ fn a_mount_in_use_is_waited_for_and_then_detached() {
     up.process.signal(Signal::INT);
     let status = up.process.wait();
     assert!(status.success(), "{status}: {}", up.process.log());
+    assert!(!up.process.log().contains("killing"), "{}", up.process.log());
     assert!(!is_mounted(&up.dir));
     assert!(fjords_with(&up.meta).is_empty());
     drop(open);
