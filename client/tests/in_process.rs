@@ -1,4 +1,5 @@
 //! The library against real servers in this process: what one client promises itself and others.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{path::Path, time::Duration};
 
@@ -12,7 +13,8 @@ struct Cluster {
     meta: Option<MetaServer>,
     data: Vec<Option<DataServer>>,
     address: String,
-    dir: tempfile::TempDir,
+    /// Goes away with the cluster.
+    _dir: tempfile::TempDir,
 }
 
 fn data_server(dir: &Path, meta: &str, i: usize) -> DataServer {
@@ -46,7 +48,7 @@ impl Cluster {
         })
         .await
         .unwrap();
-        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, dir };
+        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, _dir: dir };
         let client = cluster.client().await;
         wait_until("all targets are up", || {
             let map = client.map();
