@@ -68,10 +68,10 @@ fn fills_and_recovers(mut cluster: Cluster, copies: u64, capacity: u64) {
 
 #[test]
 fn the_configured_capacity_is_a_limit() {
-    let max = 96 << 20;
+    let max = 128 << 20;
     let setup = Setup {
         capacity_max: Some(max),
-        volume_size: 32 << 20,
+        volume_size: 64 << 20,
         policy: "replica:1".into(),
         ..Setup::default()
     };
@@ -81,20 +81,20 @@ fn the_configured_capacity_is_a_limit() {
 #[test]
 fn a_disk_that_is_really_full() {
     let scratch = Scratch::new("disks");
-    let disks: Vec<SmallDisk> = (0..2).map(|i| SmallDisk::new(&scratch, &format!("disk{i}"), 160)).collect();
+    let disks: Vec<SmallDisk> = (0..2).map(|i| SmallDisk::new(&scratch, &format!("disk{i}"), 200)).collect();
     let roots = disks.iter().map(|d| d.path().to_owned()).collect();
-    let setup = Setup { servers: 2, roots, volume_size: 32 << 20, ..Setup::default() };
-    fills_and_recovers(Cluster::start("real-disk", setup), 2, 2 * (120 << 20));
+    let setup = Setup { servers: 2, roots, volume_size: 64 << 20, ..Setup::default() };
+    fills_and_recovers(Cluster::start("real-disk", setup), 2, 2 * (150 << 20));
 }
 
 /// One full target is no reason to refuse while others have room.
 #[test]
 fn writes_go_to_targets_with_room() {
     let scratch = Scratch::new("uneven");
-    let disk = SmallDisk::new(&scratch, "disk", 100);
+    let disk = SmallDisk::new(&scratch, "disk", 140);
     let roots =
         vec![disk.path().to_owned(), scratch.dir("roomy1"), scratch.dir("roomy2"), scratch.dir("roomy3")];
-    let setup = Setup { servers: 4, roots, volume_size: 32 << 20, ..Setup::default() };
+    let setup = Setup { servers: 4, roots, volume_size: 64 << 20, ..Setup::default() };
     let mut cluster = Cluster::start("uneven", setup);
     let mount = cluster.mount();
     let files = 400 / 3;
