@@ -13,13 +13,15 @@ Begin here:
   fjord import ~/dataset /mnt/fjord/data   parallel, resumable copy
 
 Which cluster: verbs that take a PATH find the cluster from the mount it lies in. Others take
---meta HOST:PORT (or FJORD_META), else the mount of the current folder, else the only FjordFS mounted
-here, else 127.0.0.1:7440.
+--meta HOST:PORT (or FJORD_META), else the mount of the current folder, else the only FjordFS
+mounted here, else 127.0.0.1:7440.
 
 Exit status: 0 done; 1 failed (the reason is on standard error); 2 wrong usage.
-Environment: FJORD_LOG sets the log filter, for example FJORD_LOG=debug or FJORD_LOG=fjordfs_client=trace.";
+Environment: FJORD_LOG filters the log, for example debug or fjordfs_client=trace.";
 
 /// FjordFS, a parallel filesystem for AI training storage.
+///
+/// One metadata service, any number of data servers, and this program for all of it.
 #[derive(Parser)]
 #[command(name = "fjord", version, after_help = AFTER_HELP, max_term_width = 110)]
 pub(crate) struct Cli {
@@ -81,6 +83,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_a_terminal() {
+        let mut cli = Cli::command();
+        cli.build();
+        for verb in cli.get_subcommands_mut() {
+            let after = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in after.lines().chain(AFTER_HELP.lines()) {
+                assert!(line.chars().count() < 100, "{}: '{line}' would be wrapped", verb.get_name());
+            }
+        }
     }
 
     #[test]

@@ -19,7 +19,8 @@ use crate::{
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  fjord data --meta meta1:7440 --listen 0.0.0.0:7441 --advertise storage1:7441 --target /mnt/nvme0 --target /mnt/nvme1
+  fjord data --meta meta1:7440 --target /mnt/nvme0 --target /mnt/nvme1
+  fjord data --meta meta1:7440 --advertise storage1:7441 --target /mnt/nvme0@rack7
   fjord data --config /etc/fjord/data.toml")]
 pub(crate) struct Args {
     /// Read settings from a TOML file (keys as the flags below, with _ for -; `targets` is a list); flags win

@@ -48,7 +48,7 @@ use plan::{Plan, Wish};
 Examples:
   fjord up /mnt/fjord
   fjord up ~/fjord --data /nvme/fjord --servers 4 --policy replica:3
-  fjord up /mnt/scratch --data /nvme/scratch --meta-listen 127.0.0.1:0      a second one beside the first")]
+  fjord up /mnt/scratch --data /nvme/scratch --meta-listen 127.0.0.1:0   a second one beside it")]
 pub(crate) struct Args {
     /// The mount point; made when missing
     dir: PathBuf,
