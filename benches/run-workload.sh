@@ -71,17 +71,20 @@ fi
 work=$(mktemp -d "$base/fjord-workload.XXXXXX")
 up_pid=''
 loops=()
+stop_fjord() {
+    [ -n "$up_pid" ] || return 0
+    "$fjord" umount --lazy "$work/fjord" 2>/dev/null || true
+    kill -TERM "$up_pid" 2>/dev/null || true
+    for _ in $(seq 300); do kill -0 "$up_pid" 2>/dev/null || break; sleep 0.1; done
+    kill -KILL "$up_pid" 2>/dev/null || true
+    wait "$up_pid" 2>/dev/null || true
+    up_pid=''
+}
 cleanup() {
     code=$?
     trap - EXIT INT TERM
     set +e
-    if [ -n "$up_pid" ]; then
-        "$fjord" umount --lazy "$work/fjord" 2>/dev/null
-        kill -TERM "$up_pid" 2>/dev/null
-        for _ in $(seq 100); do kill -0 "$up_pid" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL "$up_pid" 2>/dev/null
-        wait "$up_pid" 2>/dev/null
-    fi
+    stop_fjord
     for side in backing local; do mountpoint -q "$work/$side" && umount "$work/$side"; done
     for loop in "${loops[@]}"; do losetup -d "$loop"; done
     [ "$code" = 0 ] || { echo "run-workload: failed; the end of the log of fjord up:" >&2; tail -n 30 "$work/up.log" >&2; }
@@ -138,12 +141,14 @@ cp "$bench_dir"/{measure.sh,measure.py,fsb.c} "$work/bench/"
 chmod +x "$work/bench/fjord.sh"
 "$work/bench/fjord.sh" cold
 
-export PEERS_WORK=$work/peers PEER_PROCS='^fjord' ONLY=$only
+export PEERS_WORK=$work/peers ONLY=$only
 run() { # run NAME DIR
     echo "run-workload: measuring $1" >&2
     bash "$work/bench/measure.sh" "$2" "$1" >"$work/$1.json" || die "measuring $1 failed: $(cat "$work/$1.json")"
 }
-run fjord "$work/fjord"
+PEER_PROCS='^fjord' run fjord "$work/fjord"
+# Nothing of FjordFS, not even its heartbeats, runs beside the local figures; what still does counts as foreign.
+stop_fjord
 run local "$work/local"
 
 mkdir -p "$results"
