@@ -59,9 +59,9 @@ impl Client {
     /// `ETIMEDOUT` when nobody answers there, `EPROTO` when the metaserver refuses this client.
     pub async fn connect(meta: &str, options: Options) -> FsResult<Client> {
         let engine = Arc::new(Engine::start(options.threads)?);
-        // The session's connection is driven by the engine, not by the caller's runtime.
         let (address, session_options) = (meta.to_owned(), options.clone());
-        let session = engine.spawn(async move { MetaClient::connect(&address, &session_options).await });
+        let session =
+            engine.spawn_session(async move { MetaClient::connect(&address, &session_options).await });
         let (meta, _) = session.await.map_err(|e| {
             fjordfs_proto::FsError::new(
                 fjordfs_proto::error::Errno::EIO,

@@ -1,7 +1,9 @@
 //! Where the client's work runs.
 //!
-//! Background work (the session stream, uploads, read-ahead) and the data connections of callers without a lane run
-//! on a small runtime of the client's own, so that the library works from any runtime and outlives it. A thread that
+//! Background work (uploads, read-ahead) and the data connections of callers without a lane run on a small runtime of
+//! the client's own, so that the library works from any runtime and outlives it. The session stream has a thread to
+//! itself: its tasks hand each message from one to the next, which on several threads would be as many wake-ups of
+//! other cores. A thread that
 //! enters a **lane** ([`enter_lane`]: the FUSE workers do) gets data connections of its own, driven by its own
 //! runtime: its requests go to the wire and come back without changing threads.
 
@@ -10,6 +12,7 @@ use std::cell::Cell;
 use fjordfs_proto::{FsError, FsResult, error::Errno};
 use tokio::{
     runtime::{Handle, Runtime},
+    sync::oneshot,
     task::JoinHandle,
 };
 
@@ -35,18 +38,42 @@ pub(crate) fn lane() -> LaneId {
 pub(crate) struct Engine {
     runtime: Option<Runtime>,
     handle: Handle,
+    session: Handle,
+    /// Dropped, it ends the session's thread.
+    _session_alive: oneshot::Sender<()>,
 }
 
 impl Engine {
     pub(crate) fn start(threads: usize) -> FsResult<Engine> {
+        let failed = |e| FsError::new(Errno::EAGAIN, format!("cannot start the client's threads: {e}"));
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads.max(1))
             .thread_name("fjord-engine")
             .enable_all()
             .build()
-            .map_err(|e| FsError::new(Errno::EAGAIN, format!("cannot start the client's threads: {e}")))?;
+            .map_err(failed)?;
         let handle = runtime.handle().clone();
-        Ok(Engine { runtime: Some(runtime), handle })
+        let session_runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        let session = session_runtime.handle().clone();
+        let (alive, ended) = oneshot::channel::<()>();
+        let thread = std::thread::Builder::new().name("fjord-session".into());
+        thread
+            .spawn(move || {
+                // Nothing is ever sent: the error says that the engine is gone.
+                let _ = session_runtime.block_on(ended);
+            })
+            .map_err(failed)?;
+        Ok(Engine { runtime: Some(runtime), handle, session, _session_alive: alive })
+    }
+
+    /// Runs a task on the session's thread.
+    pub(crate) fn spawn_session<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.session.spawn(task)
     }
 
     /// Runs a task on the engine.

@@ -22,8 +22,6 @@ use crate::{
     syncer::Syncer,
 };
 
-/// Threads that decode and encode messages; the executor is what bounds throughput.
-const WORKERS: usize = 2;
 /// Connections get this long to end when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -189,9 +187,10 @@ fn start_serving(
     Ok((stop, serving))
 }
 
+/// One thread: a request passes from its connection's task to its stream's and back, and with more threads each of these
+/// steps could be a wake-up of another core, which costs more than the work itself.
 fn runtime() -> io::Result<Runtime> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(WORKERS).thread_name("meta-rpc").enable_all().build()
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 fn serve(runtime: Runtime, listener: tokio::net::TcpListener, jobs: Jobs, stopped: oneshot::Receiver<()>) {

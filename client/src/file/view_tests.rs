@@ -284,3 +284,27 @@ fn small_sequential_writes_become_one_run_and_full_blocks_are_found() {
     assert_eq!(view.dirty_bytes(), 100_000 + (1 << 20));
     assert!(view.take_run(UnitId::unused(), block).is_none());
 }
+
+#[test]
+fn versions_made_here_are_told_from_those_of_others() {
+    let mut w = World::new();
+    w.write(0, b"mine", false);
+    w.flush();
+    w.write(2, b"more", false);
+    w.flush();
+    assert_eq!(w.view.own_versions(), 0..=2);
+    w.server.append_by_another(b"theirs");
+    w.view.learn_attr(w.server.attr());
+    assert_eq!(w.view.own_versions(), 3..=3);
+    w.expected.extend(b"theirs");
+    w.write(0, b"again", false);
+    w.server.append_by_another(b"!");
+    w.flush();
+    assert_eq!(w.view.own_versions(), 5..=5);
+    // Appended bytes that moved are not where whoever cached them has them.
+    let at = w.view.append_offset().unwrap();
+    w.write(at, b"tail", true);
+    w.server.append_by_another(b"?");
+    w.flush();
+    assert_eq!(w.view.own_versions(), 7..=7);
+}
