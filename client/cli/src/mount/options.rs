@@ -28,7 +28,7 @@ Options (-o, separated by commas):
   request_size_max=N    largest request of the kernel, bytes (default 1048576)
   read_ahead_kb=N       the kernel's own readahead (default 4096, needs root)
   entry_timeout=SECONDS, attr_timeout=SECONDS
-                        how long the kernel believes names and attributes without asking (default 0)
+                        how long the kernel trusts names and attributes (default 0)
   fsname=NAME           the device name to show
   log=FILE              log of a mount in the background
 
