@@ -121,12 +121,20 @@ impl Config {
     }
 }
 
-/// Creates the folder if needed; its path without links, so that one folder has one name.
+/// Creates the folder if needed; its path without links, so that one folder has one name. Folders above it are not made:
+/// where they are missing, a device is not mounted, and its shards must not land on the disk below.
 fn absolute(path: &Path) -> io::Result<PathBuf> {
     if path.exists() && !path.is_dir() {
         return Err(io::Error::new(io::ErrorKind::NotADirectory, "not a directory"));
     }
-    std::fs::create_dir_all(path)?;
+    match std::fs::create_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let why = "the folder above it is missing: mount the device or make the folder";
+            return Err(io::Error::new(e.kind(), why));
+        }
+        made => made?,
+    }
     path.canonicalize()
 }
 
@@ -148,6 +156,7 @@ mod tests {
             (Config::new(meta, [a.clone(), inside]), "one inside the other"),
             (Config::new(meta, [file.clone()]), "not a directory"),
             (Config::new(meta, [file.join("x")]), "file/x"),
+            (Config::new(meta, [dir.path().join("missing/x")]), "above it is missing"),
             (Config::new("localhost", [a.clone()]), "host:port"),
             (Config { volume_size: 1 << 20, ..Config::new(meta, [a.clone()]) }, "volume size"),
             (Config { advertise: Some(":1".into()), ..Config::new(meta, [a.clone()]) }, "advertised"),
