@@ -236,8 +236,7 @@ impl Inner {
             return Ok(());
         }
         self.start_full_units(state);
-        let rest = state.lock().view.dirty_bytes();
-        if rest > 0 {
+        if !self.start_inline_unit(state) && state.lock().view.dirty_bytes() > 0 {
             packer::pack(self, state).await?;
         }
         state.settle().await;

@@ -2,8 +2,8 @@
 //!
 //! # How it works
 //! Dirty bytes leave a file in **units**. A unit is one block of at most 16 MiB: a full run of one large file, or the
-//! scattered and small runs of many files packed together; or it is a set of small files whose bytes travel inside
-//! the commit. A unit is stored ([`unit`]), then committed in one transaction that names all its files.
+//! scattered and small runs of many files packed together; or it is one tiny file whose bytes travel inside the
+//! commit. A unit is stored ([`unit`]), then committed in one transaction that names all its files.
 //!
 //! # Order
 //! A file's units are committed in the order in which they were taken, so that what others see of a file is a prefix
@@ -65,5 +65,21 @@ impl Inner {
         if taken > 0 {
             unit.start(self);
         }
+    }
+
+    /// Starts a unit whose bytes travel inside the commit, if the file is small enough for that; whether it is.
+    pub(crate) fn start_inline_unit(self: &Arc<Self>, state: &Arc<FileState>) -> bool {
+        let mut inner = state.lock();
+        if inner.view.size() > INLINE_FILE_MAX {
+            return false;
+        }
+        let Ok(policy) = inner.view.policy() else { return false };
+        let mut unit = Unit::inline(policy);
+        let taken = unit.take(state, &mut inner);
+        drop(inner);
+        if taken > 0 {
+            unit.start(self);
+        }
+        true
     }
 }

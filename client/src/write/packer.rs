@@ -8,7 +8,7 @@ use std::sync::Arc;
 use fjordfs_proto::{FsError, FsResult, Policy, error::Errno};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use super::{INLINE_FILE_MAX, Unit};
+use super::Unit;
 use crate::{client::Inner, file::FileState};
 
 /// Batches on their way at a time: one is being stored while the next gathers.
@@ -51,7 +51,7 @@ pub(crate) async fn run(client: std::sync::Weak<Inner>, mut queue: mpsc::Unbound
 }
 
 fn start_batch(client: &Arc<Inner>, requests: impl Iterator<Item = Request>, permit: OwnedSemaphorePermit) {
-    let mut batch = Batch { client, inline: None, block: None, full: Vec::new() };
+    let mut batch = Batch { client, block: None, full: Vec::new() };
     let mut files = Vec::new();
     for request in requests {
         let outcome = batch.add(&request.state);
@@ -70,7 +70,6 @@ fn start_batch(client: &Arc<Inner>, requests: impl Iterator<Item = Request>, per
 
 struct Batch<'a> {
     client: &'a Arc<Inner>,
-    inline: Option<Unit>,
     block: Option<Unit>,
     full: Vec<Unit>,
 }
@@ -80,10 +79,6 @@ impl Batch<'_> {
     fn add(&mut self, state: &Arc<FileState>) -> FsResult<()> {
         let mut inner = state.lock();
         let policy = inner.view.policy()?;
-        if inner.view.size() <= INLINE_FILE_MAX {
-            self.inline.get_or_insert_with(|| Unit::inline(policy)).take(state, &mut inner);
-            return Ok(());
-        }
         while inner.view.dirty_bytes() > 0 {
             self.unit_with_room(policy).take(state, &mut inner);
         }
@@ -100,8 +95,7 @@ impl Batch<'_> {
     }
 
     fn start(self) {
-        for unit in self.full.into_iter().chain(self.block).chain(self.inline).filter(|unit| !unit.is_empty())
-        {
+        for unit in self.full.into_iter().chain(self.block).filter(|unit| !unit.is_empty()) {
             unit.start(self.client);
         }
     }

@@ -108,7 +108,8 @@ impl Unit {
         taken
     }
 
-    /// Sends it on its way, on the engine.
+    /// Sends it on its way: a block on the engine, which computes its checksums; one that is but a message to the
+    /// metaserver on the calling thread's lane, where its caller waits for it.
     pub(crate) fn start(mut self, client: &Arc<Inner>) {
         // Locks are taken in inode order wherever several files are locked.
         self.files.sort_by_key(|f| f.ino);
@@ -116,7 +117,13 @@ impl Unit {
         let block = if self.inline { None } else { client.blocks.take_now(self.policy) };
         let running = Running { unit: self, block, abandoned: Vec::new() };
         let task_client = client.clone();
-        client.engine.spawn(async move { running.run(&task_client).await });
+        let inline = running.unit.inline;
+        let task = async move { running.run(&task_client).await };
+        if inline {
+            client.engine.spawn_here(task);
+        } else {
+            client.engine.spawn(task);
+        }
     }
 }
 
