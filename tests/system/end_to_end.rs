@@ -154,7 +154,7 @@ fn up_stops_cleanly_and_refuses_to_run_twice() {
     second(&up.dir, &meta).fails_saying(&[&up.dir.to_string_lossy()]);
     let other = format!("127.0.0.1:{}", free_port());
     second(&scratch.dir("elsewhere"), &other)
-        .fails_saying(&["runs already", &scratch.path().join("data").to_string_lossy()]);
+        .fails_saying(&["in use by another", &scratch.path().join("data").to_string_lossy()]);
     let file = scratch.path().join("file");
     fs::write(&file, b"x").unwrap();
     second(&file, &other).fails_saying(&[&file.to_string_lossy()]);
