@@ -432,6 +432,15 @@ impl View {
         })
     }
 
+    /// Whether everything local can move by `shift` and still lie within a file: what a sane server answers.
+    pub(crate) fn can_shift(&self, sent: &FileCommit, shift: i64) -> bool {
+        let Some(base) = sent.append_base else { return shift == 0 };
+        let end = sent.size.max(self.local.end());
+        let inside =
+            |at: u64| at.checked_add_signed(shift).is_some_and(|at| at <= fjordfs_proto::FILE_SIZE_MAX);
+        inside(base) && inside(end)
+    }
+
     /// The commit of a unit was answered. Returns the memory freed and whether appended bytes moved.
     pub(crate) fn unit_committed(
         &mut self,

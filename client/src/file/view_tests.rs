@@ -308,3 +308,20 @@ fn versions_made_here_are_told_from_those_of_others() {
     w.flush();
     assert_eq!(w.view.own_versions(), 7..=7);
 }
+
+#[test]
+fn an_absurd_shift_is_recognised() {
+    let mut w = World::new();
+    let at = w.view.append_offset().unwrap();
+    w.write(at, b"tail", true);
+    w.take(u64::MAX);
+    let sent = w.view.commit_of(w.units[0].0).unwrap();
+    assert!(w.view.can_shift(&sent, 0) && w.view.can_shift(&sent, 1 << 40));
+    assert!(
+        !w.view.can_shift(&sent, i64::MAX)
+            && !w.view.can_shift(&sent, i64::MIN)
+            && !w.view.can_shift(&sent, -1)
+    );
+    let plain = FileCommit { append_base: None, ..sent };
+    assert!(w.view.can_shift(&plain, 0) && !w.view.can_shift(&plain, 5));
+}

@@ -241,6 +241,10 @@ impl Running {
                 continue;
             };
             match reply.errno {
+                0 if !inner.view.can_shift(&sent, reply.appended_shift) => {
+                    freed += inner.view.unit_failed(self.unit.id);
+                    inner.error.get_or_insert_with(|| unexpected("an append"));
+                }
                 0 => {
                     let (free, shifted) = inner.view.unit_committed(self.unit.id, &sent, reply);
                     freed += free;
