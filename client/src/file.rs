@@ -152,6 +152,12 @@ impl File {
         self.handle.state.lock().view.own_versions()
     }
 
+    /// What is written from now on is written by somebody who may not keep the file's suid and sgid: they go with the
+    /// next commit, and are not shown from now on. Says whether there were any.
+    pub fn drop_suid(&self) -> bool {
+        self.handle.state.lock().view.drop_suid()
+    }
+
     /// Reads up to `len` bytes at `offset`, without copying: the parts are in file order. Shorter only at the end of
     /// the file.
     ///

@@ -17,7 +17,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`client`](Client) | begin and end of a session |
-//! | `namespace` | operations on inodes and directories |
+//! | `namespace`, `xattr` | operations on inodes and directories |
 //! | [`path`](OpenOptions) | the same by path, and the batch read |
 //! | [`file`](File) | open files: read, write, append, flush, fsync |
 //! | `write` | dirty bytes → blocks → commits |
@@ -38,6 +38,7 @@ mod namespace;
 mod options;
 mod path;
 mod write;
+mod xattr;
 
 pub use client::Client;
 pub use engine::enter_lane;
@@ -50,3 +51,4 @@ pub use fjordfs_proto::{
 pub use namespace::{AttrChange, NewNode, SetTime, StatFs};
 pub use options::Options;
 pub use path::{OpenOptions, ReadRequest};
+pub use xattr::SetXattrMode;

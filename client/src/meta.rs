@@ -28,7 +28,7 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, SessionId,
     error::Errno,
-    pb::meta::{Commit, Request, Response, request::Op, response},
+    pb::meta::{Request, Response, request::Op, response},
 };
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -177,10 +177,15 @@ fn result_of(response: Response) -> (u64, FsResult<response::Result>) {
 /// Whether an operation changes durable state, so that it needs a slot.
 fn is_mutation(op: &Op) -> bool {
     match op {
-        Op::SetAttr(_) | Op::Make(_) | Op::Link(_) | Op::Remove(_) | Op::Rename(_) | Op::LeaseBlocks(_) => {
-            true
-        }
-        Op::Commit(Commit { .. }) => true,
+        Op::SetAttr(_)
+        | Op::Make(_)
+        | Op::Link(_)
+        | Op::Remove(_)
+        | Op::Rename(_)
+        | Op::LeaseBlocks(_)
+        | Op::SetXattr(_)
+        | Op::RemoveXattr(_)
+        | Op::Commit(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)
         | Op::ReadLink(_)
@@ -190,6 +195,8 @@ fn is_mutation(op: &Op) -> bool {
         | Op::ReadDir(_)
         | Op::StatFs(_)
         | Op::Sync(_)
+        | Op::GetXattr(_)
+        | Op::ListXattrs(_)
         | Op::GetParent(_) => false,
     }
 }

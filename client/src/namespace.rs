@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fjordfs_proto::{
     Extent, FsError, FsResult, InodeId, NAME_MAX, Policy,
     error::Errno,
+    mode::{SETGID, SETUID},
     pb::meta::{
         Attr, Entry, FileKind, GetAttr, GetParent, Link, Lookup, Make, ReadDir, ReadDirReply, ReadLink,
         Remove, Rename, SetAttr, StatFs as StatFsOp, Time, request::Op, response,
@@ -38,6 +39,8 @@ pub struct AttrChange {
     pub atime: Option<SetTime>,
     pub mtime: Option<SetTime>,
     pub ctime: Option<Time>,
+    /// Whoever changes the file may not keep its suid and sgid.
+    pub clear_suid: bool,
     /// Directories only: redundancy of what is made in it from now on.
     pub policy: Option<Policy>,
 }
@@ -94,8 +97,9 @@ impl Client {
         }
         let known = self.inner.known_file(ino);
         let sets_times = change.mtime.is_some() || change.atime.is_some();
-        if let Some(state) = known.as_ref().filter(|_| sets_times && change.size.is_none()) {
-            // A commit that comes later would put the time of the last write in place of the one set now.
+        let sets_suid = change.mode.is_some_and(|mode| mode & (SETUID | SETGID) != 0);
+        if let Some(state) = known.as_ref().filter(|_| (sets_times || sets_suid) && change.size.is_none()) {
+            // A commit that comes later would put the time of the last write in place of the one set now, and drop suid.
             self.inner.flush(state).await?;
         }
         let size = change.size;
@@ -303,12 +307,13 @@ impl AttrChange {
             atime_now,
             mtime_now,
             policy: self.policy.map(|p| p.code().into()),
+            clear_suid: self.clear_suid,
         }
     }
 }
 
 impl Inner {
-    async fn entry(&self, op: Op) -> FsResult<Attr> {
+    pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {
         entry_of(self.meta.call(op).await?)
     }
 
@@ -320,7 +325,7 @@ impl Inner {
     }
 
     /// Attributes from the server with what this client has written on top.
-    fn with_local(self: &Arc<Self>, attr: Attr) -> Attr {
+    pub(crate) fn with_local(self: &Arc<Self>, attr: Attr) -> Attr {
         match self.known_file(InodeId(attr.ino)) {
             None => attr,
             Some(state) => {

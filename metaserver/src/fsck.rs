@@ -7,12 +7,14 @@
 //! | every directory | reached from the root |
 //! | extents | an inode or a 'destroy' record, no overlap, below the file's size, joined where they agree |
 //! | allocated bytes | the sum of the extents |
+//! | extended attributes | an inode, and the length of its list |
 //! | live bytes of blocks | the pieces of extents; without a record there is exactly one |
 //! | every block | only one of: leased and unused, reached, queued for deletion |
 //! | counters | above every id in use; totals agree |
 
 mod blocks;
 mod tree;
+mod xattrs;
 
 use std::path::Path;
 
@@ -108,6 +110,7 @@ pub fn check(store: &dyn MetaStore) -> Result<Report, StoreError> {
     };
     let inodes = tree::check(store, &counters, &mut report)?;
     blocks::check(store, &counters, &inodes, &mut report)?;
+    xattrs::check(store, &inodes, &mut report)?;
     Ok(report)
 }
 

@@ -8,6 +8,7 @@
 //! 'A'     inode u64                            Inode                attributes, parent and name of a directory, symlink target
 //! 'D'     parent u64 | cookie u64 | name       Dirent               an entry of a directory, in the order of its listing
 //! 'E'     inode u64 | file offset u64          ExtentRecord         a run of file bytes
+//! 'Y'     inode u64 | name                     the value        an extended attribute
 //! 'B'     block u64                            LiveBlock            live bytes of a block that is more than one extent piece
 //! 'R'     session u64 | first block u64        LeasedRange          block ids leased to a session, and which are used up
 //! 'X'     first block u64                      DeadRun              blocks that nothing reaches, not yet queued per target
@@ -79,6 +80,7 @@ pub(crate) fn second_id(key: &[u8]) -> Option<u64> {
 pub(crate) const INODE: u8 = b'A';
 pub(crate) const DIRENT: u8 = b'D';
 pub(crate) const EXTENT: u8 = b'E';
+pub(crate) const XATTR: u8 = b'Y';
 pub(crate) const LIVE: u8 = b'B';
 pub(crate) const RANGE: u8 = b'R';
 pub(crate) const DEAD: u8 = b'X';
@@ -129,6 +131,22 @@ pub(crate) fn extent(ino: InodeId, offset: u64) -> Key {
 /// Extents of a file whose offset lies in the range.
 pub(crate) fn extents(ino: InodeId, offsets: Range<u64>) -> Range<Key> {
     extent(ino, offsets.start)..extent(ino, offsets.end)
+}
+
+pub(crate) fn xattr(ino: InodeId, name: &[u8]) -> Key {
+    let mut key = key(XATTR, &[ino.0]);
+    key.extend(name);
+    key
+}
+
+/// All extended attributes of an inode.
+pub(crate) fn xattrs(ino: InodeId) -> Range<Key> {
+    under(key(XATTR, &[ino.0]))
+}
+
+/// Name in an extended attribute's key.
+pub(crate) fn split_xattr(key: &[u8]) -> Option<&[u8]> {
+    key.get(9..)
 }
 
 pub(crate) fn live(block: BlockId) -> Key {

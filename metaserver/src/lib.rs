@@ -15,7 +15,7 @@
 //! | [`store`] | the engine trait, fjall, and an engine in memory |
 //! | `keys`, `records` | layout of keys and values |
 //! | `txn` | the view that operations work on |
-//! | `ops`, `extents`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
+//! | `ops`, `extents`, `xattrs`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
 //! | `core` | the owner's state; pure |
 //! | `executor`, `syncer` | its two threads |
 //! | `membership` | data servers, targets, eras |
@@ -46,6 +46,7 @@ mod syncer;
 #[cfg(test)]
 mod testing;
 mod txn;
+mod xattrs;
 
 pub use config::{Config, PORT_DEFAULT};
 pub use label::FolderError;

@@ -18,6 +18,7 @@ mod rename;
 mod setattr;
 mod statfs;
 mod sync;
+mod xattr;
 
 #[cfg(test)]
 mod tests;
@@ -65,6 +66,8 @@ pub(crate) fn is_mutation(op: &Op) -> bool {
         | Op::Remove(_)
         | Op::Rename(_)
         | Op::Commit(_)
+        | Op::SetXattr(_)
+        | Op::RemoveXattr(_)
         | Op::LeaseBlocks(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)
@@ -75,13 +78,18 @@ pub(crate) fn is_mutation(op: &Op) -> bool {
         | Op::ReadDir(_)
         | Op::StatFs(_)
         | Op::Sync(_)
+        | Op::GetXattr(_)
+        | Op::ListXattrs(_)
         | Op::GetParent(_) => false,
     }
 }
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.
 pub(crate) fn needs_space(op: &Op) -> bool {
-    matches!(op, Op::Make(_) | Op::Link(_) | Op::Commit(_) | Op::LeaseBlocks(_) | Op::Rename(_))
+    matches!(
+        op,
+        Op::Make(_) | Op::Link(_) | Op::Commit(_) | Op::LeaseBlocks(_) | Op::Rename(_) | Op::SetXattr(_)
+    )
 }
 
 /// Answers that wait for the log: the client builds on them where a power failure here must not undo them.
@@ -114,6 +122,10 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::LeaseBlocks(op) => Reply::LeaseBlocks(lease_blocks::run(ctx, &op)?),
         Op::Sync(_) => Reply::Empty(sync::run()),
         Op::GetParent(op) => Reply::GetParent(get_parent::run(ctx, &op)?),
+        Op::GetXattr(op) => Reply::Xattr(xattr::get(ctx, &op)?),
+        Op::SetXattr(op) => Reply::Entry(xattr::set(ctx, &op)?),
+        Op::ListXattrs(op) => Reply::XattrNames(xattr::list(ctx, &op)?),
+        Op::RemoveXattr(op) => Reply::Entry(xattr::remove(ctx, &op)?),
     })
 }
 

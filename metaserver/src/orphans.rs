@@ -3,7 +3,7 @@
 //! ```text
 //! linked ── last name removed ──┬─ perhaps open ─▶ orphan record 'O' ── last close ──┐
 //!                               └─ not open ─────────────────────────────────────────┴─▶ destroyed
-//! destroyed: inode record gone; few extents go with it, many leave a record 'Z' and go in steps
+//! destroyed: inode record and extended attributes gone; few extents go with it, many leave a record 'Z' and go in steps
 //! ```
 
 use fjordfs_proto::{FsResult, InodeId, pb::meta::Time};
@@ -14,6 +14,7 @@ use crate::{
     records::{self, Inode},
     store::Order,
     txn::Txn,
+    xattrs,
 };
 
 /// Extents removed in the batch that destroys their file.
@@ -63,6 +64,7 @@ pub(crate) fn closed(txn: &mut Txn, opens: &Opens, ino: InodeId) -> FsResult<()>
 
 fn destroy(txn: &mut Txn, ino: InodeId, inode: &Inode) -> FsResult<()> {
     txn.remove(keys::inode(ino));
+    xattrs::destroy(txn, ino, inode)?;
     let inodes = &mut txn.counters().inodes;
     *inodes = inodes.saturating_sub(1);
     if inode.allocated > 0 && extents::destroy_step(txn, ino, EXTENTS_AT_ONCE)? {

@@ -55,6 +55,9 @@ pub(crate) struct Inode {
     /// Symbolic links: where they point.
     #[prost(bytes = "bytes", tag = "17")]
     pub(crate) target: Bytes,
+    /// Bytes that the names of its extended attributes take in a list, each with a zero byte at its end.
+    #[prost(uint32, tag = "18")]
+    pub(crate) xattr_list: u32,
 }
 
 impl Inode {
@@ -89,6 +92,7 @@ impl Inode {
             btime: self.btime,
             policy: self.policy,
             data_version: self.data_version,
+            xattrs: self.xattr_list > 0,
         }
     }
 }

@@ -200,6 +200,31 @@ impl World {
         self.setattr(SetAttr { ino: ino.0, size: Some(size), ..SetAttr::default() })
     }
 
+    pub(crate) fn set_xattr(&mut self, ino: InodeId, name: &str, value: &[u8], flags: u32) -> FsResult<Attr> {
+        let (name, value) = (name.to_owned().into(), Bytes::copy_from_slice(value));
+        self.attr(Op::SetXattr(SetXattr { ino: ino.0, name, value, flags }))
+    }
+
+    pub(crate) fn get_xattr(&mut self, ino: InodeId, name: &str) -> FsResult<Bytes> {
+        match self.call(Op::GetXattr(GetXattr { ino: ino.0, name: name.to_owned().into() }))? {
+            Reply::Xattr(reply) => Ok(reply.value),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) fn remove_xattr(&mut self, ino: InodeId, name: &str) -> FsResult<Attr> {
+        self.attr(Op::RemoveXattr(RemoveXattr { ino: ino.0, name: name.to_owned().into() }))
+    }
+
+    pub(crate) fn list_xattrs(&mut self, ino: InodeId) -> Vec<String> {
+        match self.call(Op::ListXattrs(ListXattrs { ino: ino.0 })).unwrap() {
+            Reply::XattrNames(reply) => {
+                reply.names.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect()
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub(crate) fn link(&mut self, ino: InodeId, parent: InodeId, name: &str) -> FsResult<Attr> {
         self.attr(Op::Link(Link { ino: ino.0, parent: parent.0, name: name.to_owned().into() }))
     }

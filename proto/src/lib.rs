@@ -10,6 +10,7 @@
 //! | [`block`] | sizes, and the CRC32C of each 4 KiB page |
 //! | [`interval`] | non-overlapping runs over file offsets, the base of extent maps and dirty maps |
 //! | [`extent`] | file bytes → block bytes |
+//! | [`mode`] | suid and sgid |
 //! | [`cluster`] | the cluster map: who holds which block |
 //! | [`placement`] | the function that fills placement groups |
 //! | [`frame`] | the framed data protocol |
@@ -23,6 +24,7 @@ pub mod extent;
 pub mod frame;
 pub mod ids;
 pub mod interval;
+pub mod mode;
 pub mod placement;
 pub mod policy;
 
@@ -48,6 +50,15 @@ pub const NAME_MAX: usize = 255;
 
 /// Longest target of a symbolic link, bytes.
 pub const SYMLINK_MAX: usize = 4095;
+
+/// Longest name of an extended attribute, its namespace included, bytes.
+pub const XATTR_NAME_MAX: usize = 255;
+
+/// Longest value of an extended attribute, bytes.
+pub const XATTR_VALUE_MAX: usize = 64 << 10;
+
+/// Longest list of the names of an inode's extended attributes, each with the zero byte that ends it, bytes.
+pub const XATTR_LIST_MAX: usize = 64 << 10;
 
 /// Largest file, bytes: what a signed 64-bit offset can address.
 pub const FILE_SIZE_MAX: u64 = i64::MAX as u64;

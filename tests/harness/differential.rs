@@ -7,6 +7,7 @@
 pub mod op;
 pub mod shrink;
 pub mod world;
+pub mod xattr;
 
 use std::{
     fs,

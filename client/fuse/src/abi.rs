@@ -9,8 +9,8 @@ use std::mem::size_of;
 pub(crate) const KERNEL_VERSION: u32 = 7;
 /// Newest minor version this file describes.
 pub(crate) const KERNEL_MINOR_VERSION: u32 = 45;
-/// Oldest minor version served (Linux 5.4): older kernels lack requests over 128 KiB and explicit write flags.
-pub(crate) const KERNEL_MINOR_VERSION_MIN: u32 = 31;
+/// Oldest minor version served (Linux 5.14): older kernels may send a SETXATTR that is shorter than this file's.
+pub(crate) const KERNEL_MINOR_VERSION_MIN: u32 = 34;
 
 /// Plain old data: any bytes are a value, and a value has no padding.
 ///
@@ -129,6 +129,7 @@ pub(crate) mod init_flag {
     pub(crate) const CACHE_SYMLINKS: u64 = 1 << 23;
     pub(crate) const EXPLICIT_INVAL_DATA: u64 = 1 << 25;
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
+    pub(crate) const SETXATTR_EXT: u64 = 1 << 29;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     pub(crate) const OVER_IO_URING: u64 = 1 << 41;
@@ -145,6 +146,8 @@ pub(crate) mod fattr {
     pub(crate) const ATIME_NOW: u32 = 1 << 7;
     pub(crate) const MTIME_NOW: u32 = 1 << 8;
     pub(crate) const CTIME: u32 = 1 << 10;
+    /// Truncated by a process without CAP_FSETID.
+    pub(crate) const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// `OpenOut::open_flags`.
@@ -157,6 +160,10 @@ pub(crate) mod fopen {
     pub(crate) const NOFLUSH: u32 = 1 << 5;
 }
 
+/// `OpenIn::open_flags` and `CreateIn::open_flags`: truncated by a process without CAP_FSETID.
+pub(crate) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+/// `WriteIn::write_flags`: written by a process without CAP_FSETID.
+pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// `WriteIn::write_flags`: written back from the page cache (mmap); the handle is any that was open for writing.
 pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 
@@ -198,6 +205,10 @@ abi_struct! {
     struct MkdirIn: 8 { mode: u32, umask: u32, }
     struct RenameIn: 8 { newdir: u64, }
     struct Rename2In: 16 { newdir: u64, flags: u32, padding: u32, }
+    struct SetxattrIn: 16 { size: u32, flags: u32, setxattr_flags: u32, padding: u32, }
+    /// Of GETXATTR and LISTXATTR.
+    struct GetxattrIn: 8 { size: u32, padding: u32, }
+    struct GetxattrOut: 8 { size: u32, padding: u32, }
     struct LinkIn: 8 { oldnodeid: u64, }
     struct SetattrIn: 88 {
         valid: u32, padding: u32, fh: u64, size: u64, lock_owner: u64, atime: u64, mtime: u64, ctime: u64,
@@ -255,6 +266,8 @@ pub(crate) fn fixed_size(code: u32) -> usize {
         opcode::RENAME => size_of::<RenameIn>(),
         opcode::RENAME2 => size_of::<Rename2In>(),
         opcode::LINK => size_of::<LinkIn>(),
+        opcode::SETXATTR => size_of::<SetxattrIn>(),
+        opcode::GETXATTR | opcode::LISTXATTR => size_of::<GetxattrIn>(),
         opcode::OPEN | opcode::OPENDIR => size_of::<OpenIn>(),
         opcode::CREATE => size_of::<CreateIn>(),
         opcode::READ | opcode::READDIR | opcode::READDIRPLUS => size_of::<ReadIn>(),

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use bytes::Bytes;
-use fjordfs_client::{Client, File, SetTime};
+use fjordfs_client::{Client, File, SetTime, SetXattrMode};
 use fjordfs_proto::pb::meta::{Attr, ReadDirReply};
 use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
@@ -50,7 +50,7 @@ impl Filesystem for Adapter {
     }
 
     async fn setattr(&self, ino: InodeId, change: AttrChange) -> FsResult<Attr> {
-        let AttrChange { mode, uid, gid, size, atime, mtime, ctime } = change;
+        let AttrChange { mode, uid, gid, size, atime, mtime, ctime, clear_suid } = change;
         let time = |time: TimeChange| match time {
             TimeChange::Now => SetTime::Now,
             TimeChange::At(time) => SetTime::To(time),
@@ -63,6 +63,7 @@ impl Filesystem for Adapter {
             atime: atime.map(time),
             mtime: mtime.map(time),
             ctime,
+            clear_suid,
             policy: None,
         };
         self.client.setattr(ino, change).await
@@ -105,12 +106,32 @@ impl Filesystem for Adapter {
         self.client.rename(parent, name, new_parent, new_name, flags).await
     }
 
+    async fn get_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<Bytes> {
+        self.client.get_xattr(ino, name).await
+    }
+
+    async fn set_xattr(&self, ino: InodeId, name: &[u8], value: Bytes, flags: u32) -> FsResult<()> {
+        self.client.set_xattr(ino, name, value, SetXattrMode::from_flags(flags)?).await.map(drop)
+    }
+
+    async fn list_xattrs(&self, ino: InodeId) -> FsResult<Vec<Bytes>> {
+        self.client.list_xattrs(ino).await
+    }
+
+    async fn remove_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<()> {
+        self.client.remove_xattr(ino, name).await.map(drop)
+    }
+
     async fn open(&self, ino: InodeId) -> FsResult<(Attr, File)> {
         self.client.open(ino).await
     }
 
     async fn read(&self, file: &File, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
         file.read_at(offset, len).await
+    }
+
+    fn drop_suid(&self, file: &File) -> bool {
+        file.drop_suid()
     }
 
     async fn write(&self, file: &File, offset: u64, data: Bytes) -> FsResult<()> {

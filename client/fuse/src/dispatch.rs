@@ -23,6 +23,7 @@ use crate::request::{Caller, Operation, Request};
 
 mod file;
 mod namespace;
+mod xattr;
 
 use file::OpenFile;
 
@@ -108,9 +109,9 @@ impl<F: Filesystem> Dispatcher<F> {
     async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
         let reply = match operation {
             // The two that give out handles.
-            Operation::Open { flags } => return self.open(caller, node, flags).await,
-            Operation::Create { name, flags, mode } => {
-                return self.create(caller, node, &name, flags, mode).await;
+            Operation::Open { flags, open_flags } => return self.open(node, flags, open_flags).await,
+            Operation::Create { name, flags, mode, open_flags } => {
+                return self.create(caller, node, &name, flags, mode, open_flags).await;
             }
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
@@ -148,6 +149,17 @@ impl<F: Filesystem> Dispatcher<F> {
                     ));
                 }
                 self.fs.rename(node, &name, new_parent, &new_name, flags).await?;
+                Reply::Empty
+            }
+
+            Operation::Getxattr { name, size } => self.getxattr(node, &name, size).await?,
+            Operation::Setxattr { name, value, flags } => {
+                self.fs.set_xattr(node, &name, value, flags).await?;
+                Reply::Empty
+            }
+            Operation::Listxattr { size } => self.listxattr(caller, node, size).await?,
+            Operation::Removexattr { name } => {
+                self.fs.remove_xattr(node, &name).await?;
                 Reply::Empty
             }
 
@@ -244,8 +256,7 @@ fn unknown_handle(fh: u64) -> FsError {
     FsError::new(Errno::EBADF, format!("handle {fh} is not open"))
 }
 
-/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: extended
-/// attributes become `EOPNOTSUPP`, `access` is decided from the mode, `lseek(SEEK_HOLE)` and `copy_file_range` are done by the
+/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: `access` is decided from the mode, `lseek(SEEK_HOLE)` and `copy_file_range` are done by the
 /// kernel, `fallocate` becomes `EOPNOTSUPP` and glibc writes zeros.
 fn not_served(code: u32) -> Reply {
     match code {
@@ -265,9 +276,11 @@ enum Effect {
 fn effect(operation: &Operation, node: InodeId) -> Effect {
     match operation {
         Operation::Link { ino, .. } => Effect::Changes([Some(node), Some(*ino)]),
-        Operation::Open { flags } if !file::truncates(*flags) => Effect::None,
+        Operation::Open { flags, .. } if !file::truncates(*flags) => Effect::None,
         Operation::Open { .. }
         | Operation::Setattr(_)
+        | Operation::Setxattr { .. }
+        | Operation::Removexattr { .. }
         | Operation::Symlink { .. }
         | Operation::Mknod { .. }
         | Operation::Mkdir { .. }
@@ -295,6 +308,10 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Link { .. } => "link",
         Operation::Open { .. } => "open",
         Operation::Create { .. } => "create",
+        Operation::Getxattr { .. } => "getxattr",
+        Operation::Setxattr { .. } => "setxattr",
+        Operation::Listxattr { .. } => "listxattr",
+        Operation::Removexattr { .. } => "removexattr",
         Operation::Read { .. } => "read",
         Operation::Write { .. } => "write",
         Operation::Flush { .. } | Operation::Release { .. } => "close",

@@ -10,8 +10,9 @@
 use std::ops::RangeInclusive;
 
 use bytes::Bytes;
+use fjordfs_proto::error::Errno;
 use fjordfs_proto::pb::meta::{Attr, FileKind, ReadDirReply, Time};
-use fjordfs_proto::{FsResult, InodeId};
+use fjordfs_proto::{FsError, FsResult, InodeId};
 
 use crate::notify::Notifier;
 
@@ -32,6 +33,8 @@ pub struct AttrChange {
     pub mtime: Option<TimeChange>,
     /// Change time; `None` is the moment of the change.
     pub ctime: Option<Time>,
+    /// Whoever changes the file may not keep its suid and sgid.
+    pub clear_suid: bool,
 }
 
 /// A time to set.
@@ -84,6 +87,11 @@ pub struct Space {
     pub files: u64,
 }
 
+/// What the kernel takes as "do not ask again": it then goes its own way.
+fn not_served() -> FsError {
+    FsError::new(Errno::ENOSYS, "not an operation of this filesystem")
+}
+
 /// A filesystem that can be mounted; see the module's text for how its futures are run.
 pub trait Filesystem: Send + Sync + 'static {
     /// An open regular file. Dropping it must release it; [`Filesystem::release`] is the orderly way.
@@ -133,11 +141,43 @@ pub trait Filesystem: Send + Sync + 'static {
         flags: u32,
     ) -> impl Future<Output = FsResult<()>>;
 
+    /// Value of an extended attribute; `ENODATA` when there is none.
+    fn get_xattr(&self, ino: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Bytes>> {
+        let _ = (ino, name);
+        async { Err(not_served()) }
+    }
+    /// Sets an extended attribute; `flags` are `XATTR_CREATE` (1) or `XATTR_REPLACE` (2) or none.
+    fn set_xattr(
+        &self,
+        ino: InodeId,
+        name: &[u8],
+        value: Bytes,
+        flags: u32,
+    ) -> impl Future<Output = FsResult<()>> {
+        let _ = (ino, name, value, flags);
+        async { Err(not_served()) }
+    }
+    /// Names of all extended attributes.
+    fn list_xattrs(&self, ino: InodeId) -> impl Future<Output = FsResult<Vec<Bytes>>> {
+        let _ = ino;
+        async { Err(not_served()) }
+    }
+    /// Removes an extended attribute; `ENODATA` when there is none.
+    fn remove_xattr(&self, ino: InodeId, name: &[u8]) -> impl Future<Output = FsResult<()>> {
+        let _ = (ino, name);
+        async { Err(not_served()) }
+    }
+
     /// Opens a regular file for reading and writing; permissions were checked by the kernel. The attributes are at
     /// least as new as the last change that another client committed before.
     fn open(&self, ino: InodeId) -> impl Future<Output = FsResult<(Attr, Self::File)>>;
     /// Bytes at `offset`, in order, at most `len`; fewer only at the end of the file.
     fn read(&self, file: &Self::File, offset: u64, len: usize) -> impl Future<Output = FsResult<Vec<Bytes>>>;
+    /// Whoever writes next may not keep the file's suid and sgid: they go with the write. Says whether there were any.
+    fn drop_suid(&self, file: &Self::File) -> bool {
+        let _ = file;
+        false
+    }
     /// Writes all of `data` at `offset`.
     fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;
     /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went.

@@ -73,13 +73,30 @@ pub(crate) enum Operation {
         ino: InodeId,
         name: Bytes,
     },
+    Getxattr {
+        name: Bytes,
+        size: u32,
+    },
+    Setxattr {
+        name: Bytes,
+        value: Bytes,
+        flags: u32,
+    },
+    Listxattr {
+        size: u32,
+    },
+    Removexattr {
+        name: Bytes,
+    },
     Open {
         flags: u32,
+        open_flags: u32,
     },
     Create {
         name: Bytes,
         flags: u32,
         mode: u32,
+        open_flags: u32,
     },
     Read {
         fh: u64,
@@ -161,7 +178,15 @@ impl Request {
         use Operation::*;
         matches!(
             self.operation,
-            Lookup { .. } | Getattr | Statx | Readlink | Read { .. } | Readdir { .. } | Statfs
+            Lookup { .. }
+                | Getattr
+                | Statx
+                | Readlink
+                | Getxattr { .. }
+                | Listxattr { .. }
+                | Read { .. }
+                | Readdir { .. }
+                | Statfs
         )
     }
 }
@@ -222,10 +247,26 @@ impl Arguments<'_> {
                 let input: abi::LinkIn = self.fixed()?;
                 Operation::Link { ino: InodeId(input.oldnodeid), name: self.name()? }
             }
-            opcode::OPEN => Operation::Open { flags: self.fixed::<abi::OpenIn>()?.flags },
+            opcode::GETXATTR => {
+                let size = self.fixed::<abi::GetxattrIn>()?.size;
+                Operation::Getxattr { name: self.string()?, size }
+            }
+            opcode::SETXATTR => {
+                let input: abi::SetxattrIn = self.fixed()?;
+                let name = self.string()?;
+                let value = self.data(input.size)?;
+                Operation::Setxattr { name, value, flags: input.flags }
+            }
+            opcode::LISTXATTR => Operation::Listxattr { size: self.fixed::<abi::GetxattrIn>()?.size },
+            opcode::REMOVEXATTR => Operation::Removexattr { name: self.string()? },
+            opcode::OPEN => {
+                let input: abi::OpenIn = self.fixed()?;
+                Operation::Open { flags: input.flags, open_flags: input.open_flags }
+            }
             opcode::CREATE => {
                 let input: abi::CreateIn = self.fixed()?;
-                Operation::Create { name: self.name()?, flags: input.flags, mode: input.mode }
+                let abi::CreateIn { flags, mode, open_flags, .. } = input;
+                Operation::Create { name: self.name()?, flags, mode, open_flags }
             }
             opcode::READ => {
                 let input: abi::ReadIn = self.fixed()?;
@@ -233,11 +274,7 @@ impl Arguments<'_> {
             }
             opcode::WRITE => {
                 let input: abi::WriteIn = self.fixed()?;
-                let size = input.size as usize;
-                if self.rest.len() < size {
-                    return Err(self.truncated());
-                }
-                let data = self.rest.split_to(size);
+                let data = self.data(input.size)?;
                 Operation::Write {
                     fh: input.fh,
                     offset: input.offset,
@@ -272,6 +309,15 @@ impl Arguments<'_> {
 
     fn fixed<T: Pod>(&self) -> Result<T, ParseError> {
         T::from_bytes(self.fixed).ok_or_else(|| self.truncated())
+    }
+
+    /// The next `size` bytes.
+    fn data(&mut self, size: u32) -> Result<Bytes, ParseError> {
+        let size = size as usize;
+        if self.rest.len() < size {
+            return Err(self.truncated());
+        }
+        Ok(self.rest.split_to(size))
     }
 
     /// The next NUL-terminated string.

@@ -6,12 +6,13 @@
 //! | `ASYNC_READ`, `ASYNC_DIO`, `PARALLEL_DIROPS` | many requests at once; the filesystem orders nothing by arrival |
 //! | `BIG_WRITES`, `MAX_PAGES` | requests of up to 1 MiB |
 //! | `ATOMIC_O_TRUNC` | `open(O_TRUNC)` is one request, and the truncation cannot be lost between two |
+//! | `SETXATTR_EXT` | the longer form of SETXATTR, which the parser expects |
+//! | `HANDLE_KILLPRIV_V2` | suid and sgid are dropped here, on the word of the kernel which caller may not keep them. Without it the kernel asks for `security.capability` before every single write |
 //! | `DIRECT_IO_ALLOW_MMAP` | files opened with `O_DIRECT|O_APPEND` can still be mapped |
 //! | `DO_READDIRPLUS`, `READDIRPLUS_AUTO` | only while attributes may be cached: with timeouts of 0 the kernel would throw away what a listing brought, and ask for each name again |
 //! | not `AUTO_INVAL_DATA` | it asks for attributes before *every* cached read, and drops a file's pages after this mount's own writes. Changes by others are seen without it: at `open`, because pages are kept only while the version of the bytes stands, and while open whenever the kernel learns of another size (a growing log) |
 //! | not `EXPLICIT_INVAL_DATA` | it would also switch off the last of these: the last page of a file that another client extends would end in zeros |
 //! | not `WRITEBACK_CACHE` | the client library buffers dirty data under its own memory limit and packs it into blocks; a second dirty cache in the kernel would hide appends, sizes and times of other clients, and double the memory |
-//! | not `HANDLE_KILLPRIV*` | without it the kernel itself drops suid and sgid, with a SETATTR before the write |
 //! | not `EXPORT_SUPPORT`, `CACHE_SYMLINKS`, `DONT_MASK` | lookups of ".." are not served; a symbolic link replaced by another client must be seen; the kernel applies the umask |
 //! | not `POSIX_LOCKS`, `FLOCK_LOCKS` | locks hold among the processes of one mount, kept by the kernel |
 
@@ -52,7 +53,7 @@ const PAGE: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The kernel's protocol is too old.
-    #[error("the kernel speaks FUSE {major}.{minor}; FjordFS needs 7.31 (Linux 5.4) or later")]
+    #[error("the kernel speaks FUSE {major}.{minor}; FjordFS needs 7.34 (Linux 5.14) or later")]
     KernelTooOld {
         /// The kernel's major version.
         major: u32,
@@ -252,6 +253,8 @@ fn negotiate(init: &InitIn, size_max: usize, validity: Validity) -> InitOut {
         | init_flag::ASYNC_DIO
         | init_flag::PARALLEL_DIROPS
         | init_flag::MAX_PAGES
+        | init_flag::SETXATTR_EXT
+        | init_flag::HANDLE_KILLPRIV_V2
         | init_flag::INIT_EXT
         | init_flag::DIRECT_IO_ALLOW_MMAP;
     if !validity.attr.is_zero() {
@@ -300,13 +303,13 @@ mod tests {
             init_flag::POSIX_LOCKS,
             init_flag::FLOCK_LOCKS,
             init_flag::OVER_IO_URING,
-            init_flag::HANDLE_KILLPRIV | init_flag::HANDLE_KILLPRIV_V2,
+            init_flag::HANDLE_KILLPRIV,
             init_flag::EXPORT_SUPPORT | init_flag::CACHE_SYMLINKS | init_flag::DONT_MASK,
         ] {
             assert_eq!(flags & refused, 0, "{refused:#x}");
         }
-        let none = negotiate(&InitIn { flags: 0, flags2: 0, minor: 31, ..all }, 1 << 20, Validity::default());
-        assert_eq!((none.flags, none.flags2, none.minor), (0, 0, 31));
+        let none = negotiate(&InitIn { flags: 0, flags2: 0, minor: 34, ..all }, 1 << 20, Validity::default());
+        assert_eq!((none.flags, none.flags2, none.minor), (0, 0, 34));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use fjordfs_proto::{
     error::Errno,
     extent::BlockPiece,
     interval::{IntervalMap, Run},
+    mode::without_suid,
     pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
 };
 
@@ -73,6 +74,8 @@ pub(crate) struct View {
     dirty_bytes: u64,
     /// Of the last local write that is not committed.
     mtime: Option<Time>,
+    /// What is local was written without the right to keep suid and sgid.
+    clear_suid: bool,
     /// Everything local from here on was appended while this was the end of the file.
     append_base: Option<u64>,
     /// Truncates on their way: sizes in other answers may be from before.
@@ -90,6 +93,7 @@ impl View {
             local: IntervalMap::default(),
             dirty_bytes: 0,
             mtime: None,
+            clear_suid: false,
             append_base: None,
             truncating: 0,
         }
@@ -126,6 +130,9 @@ impl View {
         if let Some(mtime) = self.mtime {
             attr.mtime = Some(mtime);
             attr.ctime = Some(mtime);
+        }
+        if self.clear_suid {
+            attr.mode = without_suid(attr.mode);
         }
         attr
     }
@@ -275,6 +282,13 @@ impl View {
         self.mtime = Some(now);
         let replaced = self.local.insert(offset, Segment::dirty(data));
         self.dropped(&replaced)
+    }
+
+    /// Suid and sgid go with the next commit; says whether there are any.
+    pub(crate) fn drop_suid(&mut self) -> bool {
+        let had = without_suid(self.attr.mode) != self.attr.mode;
+        self.clear_suid |= had;
+        had
     }
 
     /// Accounts for segments that are gone; the bytes of memory they held.
@@ -428,7 +442,7 @@ impl View {
             extents: extents.iter().map(|(offset, e)| e.to_pb(offset)).collect(),
             mtime: self.mtime,
             append_base,
-            clear_suid: false,
+            clear_suid: self.clear_suid,
         })
     }
 
@@ -475,10 +489,7 @@ impl View {
             }
             self.append_base = self.append_base.map(|_| sent.size.wrapping_add_signed(shift));
         }
-        if self.local.is_empty() {
-            self.mtime = None;
-            self.append_base = None;
-        }
+        self.settle();
         (freed, shift != 0)
     }
 
@@ -492,11 +503,17 @@ impl View {
     /// The unit will never be committed: its bytes are lost. Returns the memory freed.
     pub(crate) fn unit_failed(&mut self, unit: UnitId) -> u64 {
         let freed = self.drop_unit(unit);
+        self.settle();
+        freed
+    }
+
+    /// Once nothing is local, the attributes are the server's.
+    fn settle(&mut self) {
         if self.local.is_empty() {
             self.mtime = None;
+            self.clear_suid = false;
             self.append_base = None;
         }
-        freed
     }
 
     fn drop_unit(&mut self, unit: UnitId) -> u64 {

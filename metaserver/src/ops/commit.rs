@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use fjordfs_proto::{
     BlockId, Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Source,
     error::Errno,
+    mode::without_suid,
     pb::meta::{Commit, CommitReply, FileCommit, FileCommitReply},
 };
 
@@ -21,9 +22,6 @@ use crate::{
 
 /// Most blocks of one Commit: 1 TiB of data.
 const BLOCKS_MAX: usize = 1 << 16;
-const SETUID: u32 = 0o4000;
-const SETGID: u32 = 0o2000;
-const GROUP_EXECUTE: u32 = 0o010;
 const NANOSECONDS: u32 = 1_000_000_000;
 
 type Runs = Vec<(u64, Extent)>;
@@ -113,11 +111,7 @@ fn commit_file(ctx: &mut Ctx<'_>, file: &FileCommit, mut runs: Runs) -> FsResult
     }
     inode.size = inode.size.max(size);
     if file.clear_suid {
-        inode.mode &= !SETUID;
-        // Without group execute the bit marks mandatory locking, not a privilege.
-        if inode.mode & GROUP_EXECUTE != 0 {
-            inode.mode &= !SETGID;
-        }
+        inode.mode = without_suid(inode.mode);
     }
     ctx.txn.put_inode(ino, &inode);
     Ok(FileCommitReply { errno: 0, attr: Some(inode.attr(ino)), appended_shift: shift })

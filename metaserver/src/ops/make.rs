@@ -3,6 +3,7 @@
 use fjordfs_proto::{
     FsResult, HandleId, InodeId, Policy, ROOT_INODE, SYMLINK_MAX,
     error::Errno,
+    mode::{PERMISSIONS, SETGID},
     pb::meta::{Entry, FileKind, Make, Time},
 };
 
@@ -12,9 +13,6 @@ use crate::{
     records::{Dirent, Inode},
     txn::Txn,
 };
-
-const PERMISSIONS: u32 = 0o7777;
-const SETGID: u32 = 0o2000;
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
     let (parent_ino, kind) = (InodeId(op.parent), op.kind());

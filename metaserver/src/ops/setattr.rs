@@ -3,13 +3,13 @@
 use fjordfs_proto::{
     FILE_SIZE_MAX, FsResult, InodeId, Policy,
     error::Errno,
+    mode::{PERMISSIONS, without_suid},
     pb::meta::{Entry, SetAttr, Time},
 };
 
 use super::{Ctx, entry, fail};
 use crate::{extents, records::Inode};
 
-const PERMISSIONS: u32 = 0o7777;
 const NANOSECONDS: u32 = 1_000_000_000;
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
@@ -20,6 +20,11 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
     }
     if let Some(code) = op.policy {
         set_policy(ctx, ino, &mut inode, code)?;
+    }
+    let changes_owner = op.uid.is_some() || op.gid.is_some();
+    if !inode.is_dir() && (changes_owner || op.clear_suid) {
+        // A new owner's privileges are never taken over from the old one, whoever asks.
+        inode.mode = without_suid(inode.mode);
     }
     if let Some(mode) = op.mode {
         inode.mode = mode & PERMISSIONS;

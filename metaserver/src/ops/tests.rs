@@ -4,3 +4,4 @@ mod commits;
 mod model;
 mod names;
 mod renames;
+mod xattrs;

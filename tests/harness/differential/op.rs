@@ -3,6 +3,7 @@
 use rand::{Rng, seq::IndexedRandom};
 use rustix::fs::{OFlags, RenameFlags};
 
+use super::xattr::XattrOp;
 use crate::rng::TestRng;
 
 /// One operation. Paths are indices into [`PATHS`], `slot` names one of [`SLOTS`] file descriptors.
@@ -34,6 +35,7 @@ pub enum Op {
     Chmod { path: Name, mode: u32 },
     Chown { path: Name, uid: u32, gid: u32 },
     Utimens { path: Name, sec: i64, nsec: i64 },
+    Xattr(XattrOp),
 }
 
 /// A path of the small world in which operations meet each other.
@@ -85,7 +87,7 @@ pub fn sequence(rng: &mut TestRng, len: usize) -> Vec<Op> {
 fn any(rng: &mut TestRng) -> Op {
     let slot = rng.random_range(0..SLOTS);
     let path = name(rng);
-    match rng.random_range(0..100) {
+    match rng.random_range(0..108) {
         0..14 => Op::Open { slot, path, flags: flags(rng), mode: mode(rng) },
         14..18 => Op::Close { slot },
         18..27 => Op::Write { slot, len: length(rng), fill: rng.random() },
@@ -110,6 +112,7 @@ fn any(rng: &mut TestRng) -> Op {
         92..94 => Op::List { path },
         94..96 => Op::Chmod { path, mode: mode(rng) },
         96..98 => Op::Chown { path, uid: rng.random_range(0..3), gid: rng.random_range(0..3) },
+        98..106 => Op::Xattr(XattrOp::any(rng, path)),
         _ => Op::Utimens {
             path,
             sec: rng.random_range(0..1_000_000_000),

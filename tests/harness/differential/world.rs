@@ -31,13 +31,15 @@ pub enum Outcome {
     Attr(Attr),
     /// Names in a directory, sorted.
     Names(Vec<(Vec<u8>, FileType)>),
+    /// Names of extended attributes, sorted.
+    Attributes(Vec<String>),
     /// Target of a symbolic link.
     Target(Vec<u8>),
 }
 
 /// Bytes that print short.
 #[derive(PartialEq, Eq)]
-pub struct Bytes(Vec<u8>);
+pub struct Bytes(pub(super) Vec<u8>);
 
 impl fmt::Debug for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,6 +133,7 @@ impl World {
             Op::Utimens { path, sec, nsec } => {
                 return self.utimens(path, Timespec { tv_sec: sec, tv_nsec: nsec });
             }
+            Op::Xattr(ref op) => return op.apply(&self.root),
             ref op => return self.with_descriptor(op),
         }
         Ok(Outcome::Done)

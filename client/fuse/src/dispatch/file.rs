@@ -7,16 +7,15 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use fjordfs_proto::mode::PERMISSIONS;
+use fjordfs_proto::pb::meta::Attr;
 use fjordfs_proto::{FsResult, InodeId};
 
-use super::namespace::PERMISSIONS;
 use super::{Answer, Dispatcher, Opened, unknown_handle};
-use crate::abi::{OpenOut, WRITE_CACHE, WriteOut, fopen};
+use crate::abi::{OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
 use crate::filesystem::{AttrChange, Filesystem, NewFile};
 use crate::reply::{self, Reply};
 use crate::request::Caller;
-
-const SUID_SGID: u32 = libc::S_ISUID | libc::S_ISGID;
 
 /// An open regular file.
 pub(super) struct OpenFile<T> {
@@ -43,10 +42,10 @@ fn is_direct_append(flags: u32) -> bool {
 }
 
 impl<F: Filesystem> Dispatcher<F> {
-    pub(super) async fn open(&self, caller: Caller, ino: InodeId, flags: u32) -> FsResult<Answer> {
+    pub(super) async fn open(&self, ino: InodeId, flags: u32, open_flags: u32) -> FsResult<Answer> {
         let (mut attr, file) = self.fs.open(ino).await?;
         if truncates(flags) {
-            attr = match self.truncate(caller, ino, attr.mode).await {
+            attr = match self.truncate(ino, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
                     self.release(&OpenFile { file, ino }).await;
@@ -65,6 +64,7 @@ impl<F: Filesystem> Dispatcher<F> {
         name: &[u8],
         flags: u32,
         mode: u32,
+        open_flags: u32,
     ) -> FsResult<Answer> {
         let new = NewFile {
             mode: mode & PERMISSIONS,
@@ -76,7 +76,7 @@ impl<F: Filesystem> Dispatcher<F> {
         let ino = InodeId(attr.ino);
         // Somebody else made the file first, and wrote to it.
         if truncates(flags) && attr.size > 0 {
-            attr = match self.truncate(caller, ino, attr.mode).await {
+            attr = match self.truncate(ino, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
                     self.release(&OpenFile { file, ino }).await;
@@ -89,20 +89,10 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(Answer { reply, opened: Some(Opened::File(fh)) })
     }
 
-    /// `O_TRUNC`. On every other way to change bytes the kernel itself drops suid and sgid (with a SETATTR); on this one,
-    /// which is ours because of `ATOMIC_O_TRUNC`, we do.
-    async fn truncate(
-        &self,
-        caller: Caller,
-        ino: InodeId,
-        mode: u32,
-    ) -> FsResult<fjordfs_proto::pb::meta::Attr> {
-        let drops = caller.uid != 0 && mode & SUID_SGID != 0;
-        let change = AttrChange {
-            size: Some(0),
-            mode: drops.then_some(mode & PERMISSIONS & !SUID_SGID),
-            ..AttrChange::default()
-        };
+    /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`.
+    async fn truncate(&self, ino: InodeId, open_flags: u32) -> FsResult<Attr> {
+        let clear_suid = open_flags & OPEN_KILL_SUIDGID != 0;
+        let change = AttrChange { size: Some(0), clear_suid, ..AttrChange::default() };
         let result = self.fs.setattr(ino, change).await;
         self.fresh_attrs.inode_changed(ino);
         result
@@ -146,6 +136,10 @@ impl<F: Filesystem> Dispatcher<F> {
     ) -> FsResult<Reply> {
         let open = self.file(fh)?;
         let size = data.len();
+        if write_flags & WRITE_KILL_SUIDGID != 0 && self.fs.drop_suid(&open.file) {
+            // The kernel leaves that to us, and keeps the mode it has cached.
+            self.pages_are_stale(open.ino);
+        }
         // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
         let is_write_back = write_flags & WRITE_CACHE != 0;
         if has(flags, libc::O_APPEND) && !is_write_back {

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
+use fjordfs_proto::mode::PERMISSIONS;
 use fjordfs_proto::pb::meta::{FileKind, Time};
 use fjordfs_proto::{FILE_SIZE_MAX, FsError, FsResult, InodeId};
 
@@ -10,9 +11,6 @@ use crate::abi::{SetattrIn, fattr};
 use crate::filesystem::{AttrChange, Filesystem, NewNode, TimeChange};
 use crate::reply::{self, Reply};
 use crate::request::Caller;
-
-/// Permission bits with suid, sgid and sticky.
-pub(super) const PERMISSIONS: u32 = 0o7777;
 
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn symlink(
@@ -94,6 +92,7 @@ fn attr_change(input: &SetattrIn) -> FsResult<AttrChange> {
         atime: time(fattr::ATIME, fattr::ATIME_NOW, input.atime, input.atimensec),
         mtime: time(fattr::MTIME, fattr::MTIME_NOW, input.mtime, input.mtimensec),
         ctime: given(fattr::CTIME).then_some(Time { sec: input.ctime.cast_signed(), nsec: input.ctimensec }),
+        clear_suid: given(fattr::KILL_SUIDGID),
     })
 }
 

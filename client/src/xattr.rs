@@ -1,0 +1,98 @@
+//! Extended attributes.
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    FsError, FsResult, InodeId,
+    error::Errno,
+    pb::meta::{Attr, GetXattr, ListXattrs, RemoveXattr, SetXattr, request::Op, response},
+};
+
+use crate::{Client, meta::unexpected};
+
+/// The kernel asks for it before it lets anybody write.
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// Whether an attribute may, or must, exist when it is set: the flags of `setxattr(2)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SetXattrMode {
+    /// Either.
+    #[default]
+    Any,
+    /// It must not exist: `XATTR_CREATE`.
+    Create,
+    /// It must exist: `XATTR_REPLACE`.
+    Replace,
+}
+
+impl SetXattrMode {
+    /// From the flags of `setxattr(2)`.
+    ///
+    /// # Errors
+    /// `EINVAL` for others than `XATTR_CREATE` and `XATTR_REPLACE`.
+    pub fn from_flags(flags: u32) -> FsResult<SetXattrMode> {
+        match flags {
+            0 => Ok(SetXattrMode::Any),
+            1 => Ok(SetXattrMode::Create),
+            2 => Ok(SetXattrMode::Replace),
+            _ => Err(FsError::new(Errno::EINVAL, format!("setxattr with flags {flags:#x}"))),
+        }
+    }
+}
+
+impl Client {
+    /// The value of an extended attribute; `name` with its namespace, as `user.comment`.
+    ///
+    /// # Errors
+    /// `ENODATA` when the inode does not have it, `EOPNOTSUPP` for other namespaces than `user`, `trusted` and `security`.
+    pub async fn get_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<Bytes> {
+        let has_none = |file: &crate::file::FileState| !file.lock().view.attr().xattrs;
+        // As up to date as the attributes by which the kernel came to ask, and it saves a round trip for each file written.
+        if name == CAPABILITY && self.inner.known_file(ino).is_some_and(|file| has_none(&file)) {
+            return Err(FsError::new(Errno::ENODATA, format!("inode {ino} has no capabilities")));
+        }
+        let name = Bytes::copy_from_slice(name);
+        match self.inner.meta.call(Op::GetXattr(GetXattr { ino: ino.0, name })).await? {
+            response::Result::Xattr(reply) => Ok(reply.value),
+            _ => Err(unexpected("a getxattr")),
+        }
+    }
+
+    /// Sets an extended attribute.
+    ///
+    /// # Errors
+    /// `EEXIST` and `ENODATA` as `mode` demands, `E2BIG` for a value over 64 KiB, `ENOSPC` when the inode has too many.
+    pub async fn set_xattr(
+        &self,
+        ino: InodeId,
+        name: &[u8],
+        value: Bytes,
+        mode: SetXattrMode,
+    ) -> FsResult<Attr> {
+        let flags = match mode {
+            SetXattrMode::Any => 0,
+            SetXattrMode::Create => 1,
+            SetXattrMode::Replace => 2,
+        };
+        let op = SetXattr { ino: ino.0, name: Bytes::copy_from_slice(name), value, flags };
+        let attr = self.inner.entry(Op::SetXattr(op)).await?;
+        Ok(self.inner.with_local(attr))
+    }
+
+    /// Names of all extended attributes of an inode.
+    pub async fn list_xattrs(&self, ino: InodeId) -> FsResult<Vec<Bytes>> {
+        match self.inner.meta.call(Op::ListXattrs(ListXattrs { ino: ino.0 })).await? {
+            response::Result::XattrNames(reply) => Ok(reply.names),
+            _ => Err(unexpected("a listxattr")),
+        }
+    }
+
+    /// Removes an extended attribute.
+    ///
+    /// # Errors
+    /// `ENODATA` when the inode does not have it.
+    pub async fn remove_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<Attr> {
+        let op = RemoveXattr { ino: ino.0, name: Bytes::copy_from_slice(name) };
+        let attr = self.inner.entry(Op::RemoveXattr(op)).await?;
+        Ok(self.inner.with_local(attr))
+    }
+}

@@ -1,0 +1,34 @@
+//! Extended attributes against their inodes.
+
+use std::collections::HashMap;
+
+use super::{Report, each, tree::Seen};
+use crate::{
+    keys,
+    store::{MetaStore, StoreError},
+};
+
+pub(super) fn check(
+    store: &dyn MetaStore,
+    inodes: &HashMap<u64, Seen>,
+    report: &mut Report,
+) -> Result<(), StoreError> {
+    let mut lists: HashMap<u64, u64> = HashMap::new();
+    each(store, keys::XATTR, |key, _| match (keys::first_id(key), keys::split_xattr(key)) {
+        (Some(ino), Some(name)) => *lists.entry(ino).or_default() += name.len() as u64 + 1,
+        _ => report.problem(format!("extended attribute {} has a short key", key.escape_ascii())),
+    })?;
+    for ino in lists.keys().filter(|ino| !inodes.contains_key(ino)) {
+        report.problem(format!("i{ino} has extended attributes and does not exist"));
+    }
+    for (ino, seen) in inodes {
+        let list = lists.get(ino).copied().unwrap_or(0);
+        if u64::from(seen.inode.xattr_list) != list {
+            report.problem(format!(
+                "i{ino} counts {} bytes of names of extended attributes and has {list}",
+                seen.inode.xattr_list
+            ));
+        }
+    }
+    Ok(())
+}
