@@ -48,7 +48,7 @@ pub use fjordfs_proto::{
     error::Errno,
     pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time},
 };
-pub use namespace::{AttrChange, NewNode, SetTime, StatFs};
+pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use options::Options;
 pub use path::{OpenOptions, ReadRequest};
 pub use xattr::SetXattrMode;

@@ -52,6 +52,8 @@ pub struct NewNode {
     pub kind: FileKind,
     /// Permission bits, suid, sgid, sticky.
     pub mode: u32,
+    /// Bits to take from the mode, unless the directory has a default access control list.
+    pub umask: u32,
     /// Owner.
     pub uid: u32,
     /// Group; replaced by the parent's when the parent is setgid.
@@ -60,6 +62,21 @@ pub struct NewNode {
     pub rdev: u32,
     /// Target, for symbolic links.
     pub target: Vec<u8>,
+}
+
+/// A regular file to be made and opened.
+#[derive(Clone, Copy, Debug)]
+pub struct NewFile {
+    /// Permission bits, suid, sgid, sticky.
+    pub mode: u32,
+    /// Bits to take from the mode, unless the directory has a default access control list.
+    pub umask: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group; replaced by the parent's when the parent is setgid.
+    pub gid: u32,
+    /// An existing name is `EEXIST`; otherwise an existing regular file is opened.
+    pub exclusive: bool,
 }
 
 /// Space and inodes.
@@ -133,30 +150,24 @@ impl Client {
             target: node.target.into(),
             handle: 0,
             exclusive: true,
+            umask: node.umask,
         };
         self.inner.entry(Op::Make(op)).await
     }
 
-    /// Makes and opens a regular file. Unless `exclusive`, one that exists is opened.
-    pub async fn create(
-        &self,
-        parent: InodeId,
-        name: &[u8],
-        mode: u32,
-        uid: u32,
-        gid: u32,
-        exclusive: bool,
-    ) -> FsResult<(Attr, File)> {
+    /// Makes and opens a regular file.
+    pub async fn create(&self, parent: InodeId, name: &[u8], new: NewFile) -> FsResult<(Attr, File)> {
         let handle = self.inner.meta.new_handle();
         let op = Make {
             parent: parent.0,
             name: name_of(name)?,
             kind: FileKind::Regular.into(),
-            mode,
-            uid,
-            gid,
+            mode: new.mode,
+            umask: new.umask,
+            uid: new.uid,
+            gid: new.gid,
             handle: handle.0,
-            exclusive,
+            exclusive: new.exclusive,
             ..Make::default()
         };
         let attr = self.inner.entry(Op::Make(op)).await?;

@@ -11,7 +11,7 @@ use futures_util::stream::{self, StreamExt};
 use crate::{
     client::Client,
     file::File,
-    namespace::{AttrChange, NewNode},
+    namespace::{AttrChange, NewFile, NewNode},
 };
 
 /// Symbolic links followed in one resolution, as Linux does.
@@ -148,10 +148,8 @@ impl Client {
             None => {
                 let (parent, name) = self.parent_of(path).await?;
                 let (uid, gid) = options.owner;
-                self.create(parent, name.as_bytes(), options.mode, uid, gid, options.create_new)
-                    .await
-                    .map_err(|e| at(path, e))?
-                    .1
+                let new = NewFile { mode: options.mode, umask: 0, uid, gid, exclusive: options.create_new };
+                self.create(parent, name.as_bytes(), new).await.map_err(|e| at(path, e))?.1
             }
         };
         if options.truncate && file.attr().size > 0 {
@@ -173,6 +171,7 @@ impl Client {
                     let node = NewNode {
                         kind: FileKind::Directory,
                         mode: 0o755,
+                        umask: 0,
                         uid,
                         gid,
                         rdev: 0,

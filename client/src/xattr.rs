@@ -12,6 +12,8 @@ use crate::{Client, meta::unexpected};
 /// The kernel asks for it before it lets anybody write.
 const CAPABILITY: &[u8] = b"security.capability";
 
+const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
+
 /// Whether an attribute may, or must, exist when it is set: the flags of `setxattr(2)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SetXattrMode {
@@ -43,7 +45,8 @@ impl Client {
     /// The value of an extended attribute; `name` with its namespace, as `user.comment`.
     ///
     /// # Errors
-    /// `ENODATA` when the inode does not have it, `EOPNOTSUPP` for other namespaces than `user`, `trusted` and `security`.
+    /// `ENODATA` when the inode does not have it, `EOPNOTSUPP` for other namespaces than `user`, `trusted` and `security`,
+    /// of which `system` has the access control lists.
     pub async fn get_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<Bytes> {
         let has_none = |file: &crate::file::FileState| !file.lock().view.attr().xattrs;
         // As up to date as the attributes by which the kernel came to ask, and it saves a round trip for each file written.
@@ -73,7 +76,27 @@ impl Client {
             SetXattrMode::Create => 1,
             SetXattrMode::Replace => 2,
         };
-        let op = SetXattr { ino: ino.0, name: Bytes::copy_from_slice(name), value, flags };
+        self.submit_set(SetXattr {
+            ino: ino.0,
+            name: Bytes::copy_from_slice(name),
+            value,
+            flags,
+            clear_sgid: false,
+        })
+        .await
+    }
+
+    /// Sets the access control list (`system.posix_acl_access`), for somebody who may not give the group's rights away:
+    /// sgid is dropped.
+    ///
+    /// # Errors
+    /// `EINVAL` when the value is not a list.
+    pub async fn set_access_list(&self, ino: InodeId, value: Bytes) -> FsResult<Attr> {
+        let name = Bytes::from_static(ACCESS_LIST);
+        self.submit_set(SetXattr { ino: ino.0, name, value, flags: 0, clear_sgid: true }).await
+    }
+
+    async fn submit_set(&self, op: SetXattr) -> FsResult<Attr> {
         let attr = self.inner.entry(Op::SetXattr(op)).await?;
         Ok(self.inner.with_local(attr))
     }

@@ -299,6 +299,7 @@ async fn paths_follow_links_and_errors_name_the_path() {
     let link = |target: &str| fjordfs_client::NewNode {
         kind: fjordfs_client::FileKind::Symlink,
         mode: 0o777,
+        umask: 0,
         uid: 0,
         gid: 0,
         rdev: 0,

@@ -15,13 +15,14 @@
 //! | [`store`] | the engine trait, fjall, and an engine in memory |
 //! | `keys`, `records` | layout of keys and values |
 //! | `txn` | the view that operations work on |
-//! | `ops`, `extents`, `xattrs`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
+//! | `ops`, `extents`, `xattrs`, `acl`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
 //! | `core` | the owner's state; pure |
 //! | `executor`, `syncer` | its two threads |
 //! | `membership` | data servers, targets, eras |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |
 
+mod acl;
 mod config;
 mod core;
 mod executor;

@@ -1,6 +1,7 @@
 //! The namespace operations, one file each. All are pure: they read and write a [`Txn`], are told the time, and do no
 //! I/O of their own. An operation that returns an error is undone by its caller.
 
+mod acl;
 mod close;
 mod commit;
 mod get_extents;

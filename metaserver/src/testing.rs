@@ -202,7 +202,7 @@ impl World {
 
     pub(crate) fn set_xattr(&mut self, ino: InodeId, name: &str, value: &[u8], flags: u32) -> FsResult<Attr> {
         let (name, value) = (name.to_owned().into(), Bytes::copy_from_slice(value));
-        self.attr(Op::SetXattr(SetXattr { ino: ino.0, name, value, flags }))
+        self.attr(Op::SetXattr(SetXattr { ino: ino.0, name, value, flags, clear_sgid: false }))
     }
 
     pub(crate) fn get_xattr(&mut self, ino: InodeId, name: &str) -> FsResult<Bytes> {

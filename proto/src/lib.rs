@@ -36,8 +36,8 @@ pub use ids::{BlockAddr, BlockId, Epoch, HandleId, InodeId, PgId, ServerId, Sess
 pub use policy::Policy;
 
 /// Version of both protocols; bumped when an older peer could misread a message.
-/// 1: first.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// 1: first. 2: `Make.umask`, which an older metaserver would not take from the mode.
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The root directory's inode.
 pub const ROOT_INODE: InodeId = InodeId(1);

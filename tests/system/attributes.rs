@@ -2,11 +2,16 @@
 //! reach.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs::{self, File},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+    process::Command,
+};
 
 use fjordfs_tests::{Cluster, Setup, process::Run, run};
 use rustix::{
-    fs::{XattrFlags, getxattr, listxattr, lsetxattr, setxattr},
+    fs::{CWD, FileType, Mode, XattrFlags, getxattr, listxattr, lsetxattr, mknodat, removexattr, setxattr},
     io::Errno,
 };
 
@@ -14,7 +19,9 @@ fn names(path: &Path) -> Vec<String> {
     let mut list = vec![0; 64 << 10];
     let length = listxattr(path, &mut list[..]).unwrap();
     let names = list[..length].split(|b| *b == 0).filter(|name| !name.is_empty());
-    names.map(|name| String::from_utf8_lossy(name).into_owned()).collect()
+    let mut names: Vec<String> = names.map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+    names.sort();
+    names
 }
 
 fn as_user(dir: &Path, uid: u32, line: &str) -> Run {
@@ -27,7 +34,7 @@ fn as_user(dir: &Path, uid: u32, line: &str) -> Run {
 #[test]
 fn extended_attributes_up_to_the_limits() {
     let cluster = Cluster::start("xattrs", Setup::default());
-    fs::set_permissions(cluster.folder(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(cluster.folder(), fs::Permissions::from_mode(0o755)).unwrap();
     let mount = cluster.mount_with("allow_other");
     let path = mount.join("f");
     fs::write(&path, b"content").unwrap();
@@ -63,5 +70,112 @@ fn extended_attributes_up_to_the_limits() {
     mount.unmount();
     let mount = cluster.mount();
     assert_eq!(names(&mount.join("f")).len(), room + 2);
+    mount.unmount();
+}
+
+const ACCESS: &str = "system.posix_acl_access";
+const DEFAULT: &str = "system.posix_acl_default";
+
+/// An access control list: tag, permissions, id of each entry.
+fn list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut bytes = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(permissions.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
+/// User 1000 and group 50 are named, with a mask.
+fn named(owner: u16, user: u16, group: u16, mask: u16, other: u16) -> Vec<u8> {
+    let nobody = u32::MAX;
+    list(&[
+        (1, owner, nobody),
+        (2, user, 1000),
+        (4, group, nobody),
+        (8, 4, 50),
+        (0x10, mask, nobody),
+        (0x20, other, nobody),
+    ])
+}
+
+/// Everything that lists do in a directory, told in lines.
+fn story(dir: &Path) -> Vec<String> {
+    let mut told = Vec::new();
+    let state = |name: &str| {
+        let path = dir.join(name);
+        let mode = fs::symlink_metadata(&path).unwrap().mode() & 0o7777;
+        let get = |list: &str| {
+            let mut value = vec![0; 4096];
+            getxattr(&path, list, &mut value[..]).map(|length| value[..length].to_vec())
+        };
+        format!("{name}: {mode:o} {:?} {:?} {:?}", get(ACCESS), get(DEFAULT), names(&path))
+    };
+    let set = |name: &str, which: &str, value: &[u8]| {
+        let outcome = setxattr(dir.join(name), which, value, XattrFlags::empty());
+        format!("{outcome:?} {}", state(name))
+    };
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    rustix::process::umask(Mode::from_raw_mode(0o027));
+    fs::write(dir.join("f"), b"").unwrap();
+    fs::create_dir(dir.join("d")).unwrap();
+    told.push(state("f"));
+    told.push(state("d"));
+    // The list and the mode keep in step.
+    told.push(set("f", ACCESS, &named(6, 7, 5, 3, 0)));
+    fs::set_permissions(dir.join("f"), fs::Permissions::from_mode(0o4751)).unwrap();
+    told.push(state("f"));
+    told.push(set("f", ACCESS, &list(&[(1, 6, 0), (4, 2, 0), (0x20, 1, 0)])));
+    told.push(set("f", ACCESS, b"nonsense"));
+    told.push(set("f", DEFAULT, &named(7, 7, 7, 7, 7)));
+    told.push(set("f", ACCESS, &named(7, 7, 7, 7, 7)));
+    told.push(format!("{:?}", removexattr(dir.join("f"), ACCESS)));
+    told.push(format!("{:?} {}", removexattr(dir.join("f"), ACCESS), state("f")));
+    // What a directory passes on; the umask then counts for nothing.
+    told.push(set("d", DEFAULT, &named(7, 6, 5, 7, 1)));
+    fs::set_permissions(dir.join("d"), fs::Permissions::from_mode(0o2777)).unwrap();
+    drop(File::create(dir.join("d/file")).unwrap());
+    fs::create_dir(dir.join("d/dir")).unwrap();
+    mknodat(CWD, dir.join("d/fifo"), FileType::Fifo, Mode::from_raw_mode(0o666), 0).unwrap();
+    std::os::unix::fs::symlink("file", dir.join("d/link")).unwrap();
+    drop(File::create(dir.join("d/dir/below")).unwrap());
+    for made in ["d/file", "d/dir", "d/fifo", "d/link", "d/dir/below"] {
+        told.push(state(made));
+    }
+    told.push(set("d", DEFAULT, &list(&[(1, 7, 0), (4, 4, 0), (0x20, 4, 0)])));
+    drop(File::create(dir.join("d/minimal")).unwrap());
+    told.push(state("d/minimal"));
+    told.push(format!("{:?}", removexattr(dir.join("d"), DEFAULT)));
+    drop(File::create(dir.join("d/plain")).unwrap());
+    told.push(state("d/plain"));
+    // They are enforced.
+    fs::write(dir.join("secret"), b"secret").unwrap();
+    told.push(set("secret", ACCESS, &named(6, 4, 0, 6, 0)));
+    told.push(format!("{}", as_user(dir, 1000, "cat secret").code()));
+    told.push(format!("{}", as_user(dir, 1000, "echo more >>secret").code()));
+    told.push(format!("{}", as_user(dir, 50, "cat secret").code()));
+    told.push(format!("{}", as_user(dir, 77, "cat secret").code()));
+    fs::set_permissions(dir.join("secret"), fs::Permissions::from_mode(0o600)).unwrap();
+    told.push(format!("{}", as_user(dir, 1000, "cat secret").code()));
+    // Whoever is outside the group loses its privilege with the list.
+    fs::write(dir.join("sgid"), b"").unwrap();
+    std::os::unix::fs::chown(dir.join("sgid"), Some(1000), Some(50)).unwrap();
+    fs::set_permissions(dir.join("sgid"), fs::Permissions::from_mode(0o2775)).unwrap();
+    let own = "setfattr -n system.posix_acl_access -v 0x02000000010007000000000004000700000000002000050000000000 sgid";
+    told.push(format!("{} {}", as_user(dir, 1000, own).code(), state("sgid")));
+    told
+}
+
+#[test]
+fn access_lists_do_what_they_do_locally() {
+    let cluster = Cluster::start("acls", Setup::default());
+    fs::set_permissions(cluster.folder(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mount = cluster.mount_with("allow_other");
+    let (expected, found) = (story(&cluster.dir("local")), story(mount.path()));
+    for (expected, found) in expected.iter().zip(&found) {
+        assert_eq!(found, expected);
+    }
+    assert_eq!(expected.len(), found.len());
     mount.unmount();
 }

@@ -125,6 +125,7 @@ pub(crate) mod init_flag {
     pub(crate) const WRITEBACK_CACHE: u64 = 1 << 16;
     pub(crate) const PARALLEL_DIROPS: u64 = 1 << 18;
     pub(crate) const HANDLE_KILLPRIV: u64 = 1 << 19;
+    pub(crate) const POSIX_ACL: u64 = 1 << 20;
     pub(crate) const MAX_PAGES: u64 = 1 << 22;
     pub(crate) const CACHE_SYMLINKS: u64 = 1 << 23;
     pub(crate) const EXPLICIT_INVAL_DATA: u64 = 1 << 25;
@@ -162,6 +163,8 @@ pub(crate) mod fopen {
 
 /// `OpenIn::open_flags` and `CreateIn::open_flags`: truncated by a process without CAP_FSETID.
 pub(crate) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+/// `SetxattrIn::setxattr_flags`: an access control list set by a process outside the group and without CAP_FSETID.
+pub(crate) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 /// `WriteIn::write_flags`: written by a process without CAP_FSETID.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// `WriteIn::write_flags`: written back from the page cache (mmap); the handle is any that was open for writing.

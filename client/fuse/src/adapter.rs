@@ -74,13 +74,14 @@ impl Filesystem for Adapter {
     }
 
     async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Attr> {
-        let NewNode { kind, mode, uid, gid, rdev, target } = node;
-        let node = fjordfs_client::NewNode { kind, mode, uid, gid, rdev, target: target.into() };
+        let NewNode { kind, mode, umask, uid, gid, rdev, target } = node;
+        let node = fjordfs_client::NewNode { kind, mode, umask, uid, gid, rdev, target: target.into() };
         self.client.make(parent, name, node).await
     }
 
     async fn create(&self, parent: InodeId, name: &[u8], file: NewFile) -> FsResult<(Attr, File)> {
-        self.client.create(parent, name, file.mode, file.uid, file.gid, file.exclusive).await
+        let NewFile { mode, umask, uid, gid, exclusive } = file;
+        self.client.create(parent, name, fjordfs_client::NewFile { mode, umask, uid, gid, exclusive }).await
     }
 
     async fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
@@ -112,6 +113,10 @@ impl Filesystem for Adapter {
 
     async fn set_xattr(&self, ino: InodeId, name: &[u8], value: Bytes, flags: u32) -> FsResult<()> {
         self.client.set_xattr(ino, name, value, SetXattrMode::from_flags(flags)?).await.map(drop)
+    }
+
+    async fn set_access_list(&self, ino: InodeId, value: Bytes) -> FsResult<()> {
+        self.client.set_access_list(ino, value).await.map(drop)
     }
 
     async fn list_xattrs(&self, ino: InodeId) -> FsResult<Vec<Bytes>> {

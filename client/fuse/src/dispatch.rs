@@ -110,8 +110,9 @@ impl<F: Filesystem> Dispatcher<F> {
         let reply = match operation {
             // The two that give out handles.
             Operation::Open { flags, open_flags } => return self.open(node, flags, open_flags).await,
-            Operation::Create { name, flags, mode, open_flags } => {
-                return self.create(caller, node, &name, flags, mode, open_flags).await;
+            Operation::Create { name, flags, mode, umask, open_flags } => {
+                let new = file::new_file(caller, mode, umask, flags);
+                return self.create(node, &name, new, flags, open_flags).await;
             }
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
@@ -129,9 +130,15 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Statx => Reply::of(&reply::statx_out(&self.fs.getattr(node).await?, self.validity)),
             Operation::Setattr(input) => self.setattr(node, &input).await?,
             Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
-            Operation::Symlink { name, target } => self.symlink(caller, node, &name, target).await?,
-            Operation::Mknod { name, mode, rdev } => self.mknod(caller, node, &name, mode, rdev).await?,
-            Operation::Mkdir { name, mode } => self.mkdir(caller, node, &name, mode).await?,
+            Operation::Symlink { name, target } => {
+                self.make(node, &name, namespace::symlink(caller, target)).await?
+            }
+            Operation::Mknod { name, mode, umask, rdev } => {
+                self.make(node, &name, namespace::special(caller, mode, umask, rdev)?).await?
+            }
+            Operation::Mkdir { name, mode, umask } => {
+                self.make(node, &name, namespace::directory(caller, mode, umask)).await?
+            }
             Operation::Link { ino, name } => self.entry(self.fs.link(ino, node, &name).await?),
             Operation::Unlink { name } => {
                 self.fs.unlink(node, &name).await?;
@@ -153,9 +160,8 @@ impl<F: Filesystem> Dispatcher<F> {
             }
 
             Operation::Getxattr { name, size } => self.getxattr(node, &name, size).await?,
-            Operation::Setxattr { name, value, flags } => {
-                self.fs.set_xattr(node, &name, value, flags).await?;
-                Reply::Empty
+            Operation::Setxattr { name, value, flags, setxattr_flags } => {
+                self.setxattr(node, &name, value, flags, setxattr_flags).await?
             }
             Operation::Listxattr { size } => self.listxattr(caller, node, size).await?,
             Operation::Removexattr { name } => {

@@ -51,8 +51,10 @@ pub enum TimeChange {
 pub struct NewNode {
     /// What it is.
     pub kind: FileKind,
-    /// Permission bits with suid, sgid and sticky, the umask applied.
+    /// Permission bits with suid, sgid and sticky.
     pub mode: u32,
+    /// Bits to take from the mode, unless the directory has a default access control list.
+    pub umask: u32,
     /// Owner.
     pub uid: u32,
     /// Group, unless the parent directory is setgid.
@@ -66,8 +68,10 @@ pub struct NewNode {
 /// Who asks for a new file, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewFile {
-    /// Permission bits, the umask applied.
+    /// Permission bits.
     pub mode: u32,
+    /// Bits to take from the mode, unless the directory has a default access control list.
+    pub umask: u32,
     /// Owner.
     pub uid: u32,
     /// Group, unless the parent directory is setgid.
@@ -155,6 +159,11 @@ pub trait Filesystem: Send + Sync + 'static {
         flags: u32,
     ) -> impl Future<Output = FsResult<()>> {
         let _ = (ino, name, value, flags);
+        async { Err(not_served()) }
+    }
+    /// Sets the access control list, for somebody who may not give the group's rights away: sgid is dropped.
+    fn set_access_list(&self, ino: InodeId, value: Bytes) -> impl Future<Output = FsResult<()>> {
+        let _ = (ino, value);
         async { Err(not_served()) }
     }
     /// Names of all extended attributes.

@@ -51,11 +51,13 @@ pub(crate) enum Operation {
     Mknod {
         name: Bytes,
         mode: u32,
+        umask: u32,
         rdev: u32,
     },
     Mkdir {
         name: Bytes,
         mode: u32,
+        umask: u32,
     },
     Unlink {
         name: Bytes,
@@ -81,6 +83,7 @@ pub(crate) enum Operation {
         name: Bytes,
         value: Bytes,
         flags: u32,
+        setxattr_flags: u32,
     },
     Listxattr {
         size: u32,
@@ -96,6 +99,7 @@ pub(crate) enum Operation {
         name: Bytes,
         flags: u32,
         mode: u32,
+        umask: u32,
         open_flags: u32,
     },
     Read {
@@ -227,11 +231,12 @@ impl Arguments<'_> {
             }
             opcode::MKNOD => {
                 let input: abi::MknodIn = self.fixed()?;
-                Operation::Mknod { name: self.name()?, mode: input.mode, rdev: input.rdev }
+                let abi::MknodIn { mode, umask, rdev, .. } = input;
+                Operation::Mknod { name: self.name()?, mode, umask, rdev }
             }
             opcode::MKDIR => {
                 let input: abi::MkdirIn = self.fixed()?;
-                Operation::Mkdir { name: self.name()?, mode: input.mode }
+                Operation::Mkdir { name: self.name()?, mode: input.mode, umask: input.umask }
             }
             opcode::UNLINK => Operation::Unlink { name: self.name()? },
             opcode::RMDIR => Operation::Rmdir { name: self.name()? },
@@ -255,7 +260,8 @@ impl Arguments<'_> {
                 let input: abi::SetxattrIn = self.fixed()?;
                 let name = self.string()?;
                 let value = self.data(input.size)?;
-                Operation::Setxattr { name, value, flags: input.flags }
+                let abi::SetxattrIn { flags, setxattr_flags, .. } = input;
+                Operation::Setxattr { name, value, flags, setxattr_flags }
             }
             opcode::LISTXATTR => Operation::Listxattr { size: self.fixed::<abi::GetxattrIn>()?.size },
             opcode::REMOVEXATTR => Operation::Removexattr { name: self.string()? },
@@ -265,8 +271,8 @@ impl Arguments<'_> {
             }
             opcode::CREATE => {
                 let input: abi::CreateIn = self.fixed()?;
-                let abi::CreateIn { flags, mode, open_flags, .. } = input;
-                Operation::Create { name: self.name()?, flags, mode, open_flags }
+                let abi::CreateIn { flags, mode, umask, open_flags } = input;
+                Operation::Create { name: self.name()?, flags, mode, umask, open_flags }
             }
             opcode::READ => {
                 let input: abi::ReadIn = self.fixed()?;

@@ -6,6 +6,7 @@
 //! | `ASYNC_READ`, `ASYNC_DIO`, `PARALLEL_DIROPS` | many requests at once; the filesystem orders nothing by arrival |
 //! | `BIG_WRITES`, `MAX_PAGES` | requests of up to 1 MiB |
 //! | `ATOMIC_O_TRUNC` | `open(O_TRUNC)` is one request, and the truncation cannot be lost between two |
+//! | `POSIX_ACL`, `DONT_MASK` | the kernel enforces access control lists, and sends the umask along instead of applying it: a directory's default list takes its place |
 //! | `SETXATTR_EXT` | the longer form of SETXATTR, which the parser expects |
 //! | `HANDLE_KILLPRIV_V2` | suid and sgid are dropped here, on the word of the kernel which caller may not keep them. Without it the kernel asks for `security.capability` before every single write |
 //! | `DIRECT_IO_ALLOW_MMAP` | files opened with `O_DIRECT|O_APPEND` can still be mapped |
@@ -13,7 +14,7 @@
 //! | not `AUTO_INVAL_DATA` | it asks for attributes before *every* cached read, and drops a file's pages after this mount's own writes. Changes by others are seen without it: at `open`, because pages are kept only while the version of the bytes stands, and while open whenever the kernel learns of another size (a growing log) |
 //! | not `EXPLICIT_INVAL_DATA` | it would also switch off the last of these: the last page of a file that another client extends would end in zeros |
 //! | not `WRITEBACK_CACHE` | the client library buffers dirty data under its own memory limit and packs it into blocks; a second dirty cache in the kernel would hide appends, sizes and times of other clients, and double the memory |
-//! | not `EXPORT_SUPPORT`, `CACHE_SYMLINKS`, `DONT_MASK` | lookups of ".." are not served; a symbolic link replaced by another client must be seen; the kernel applies the umask |
+//! | not `EXPORT_SUPPORT`, `CACHE_SYMLINKS` | lookups of ".." are not served; a symbolic link replaced by another client must be seen |
 //! | not `POSIX_LOCKS`, `FLOCK_LOCKS` | locks hold among the processes of one mount, kept by the kernel |
 
 use std::io;
@@ -253,6 +254,8 @@ fn negotiate(init: &InitIn, size_max: usize, validity: Validity) -> InitOut {
         | init_flag::ASYNC_DIO
         | init_flag::PARALLEL_DIROPS
         | init_flag::MAX_PAGES
+        | init_flag::POSIX_ACL
+        | init_flag::DONT_MASK
         | init_flag::SETXATTR_EXT
         | init_flag::HANDLE_KILLPRIV_V2
         | init_flag::INIT_EXT
@@ -304,7 +307,7 @@ mod tests {
             init_flag::FLOCK_LOCKS,
             init_flag::OVER_IO_URING,
             init_flag::HANDLE_KILLPRIV,
-            init_flag::EXPORT_SUPPORT | init_flag::CACHE_SYMLINKS | init_flag::DONT_MASK,
+            init_flag::EXPORT_SUPPORT | init_flag::CACHE_SYMLINKS,
         ] {
             assert_eq!(flags & refused, 0, "{refused:#x}");
         }

@@ -7,7 +7,7 @@ use fjordfs_proto::{
     pb::meta::{Entry, FileKind, Make, Time},
 };
 
-use super::{Ctx, entry, fail, touch_directory};
+use super::{Ctx, acl, entry, fail, touch_directory};
 use crate::{
     names,
     records::{Dirent, Inode},
@@ -31,7 +31,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
     ctx.txn.counters().inodes += 1;
     let is_dir = kind == FileKind::Directory;
     let inherits_group = parent.mode & SETGID != 0;
-    let inode = Inode {
+    let mut inode = Inode {
         kind: kind.into(),
         mode: op.mode & PERMISSIONS | if inherits_group && is_dir { SETGID } else { 0 },
         uid: op.uid,
@@ -48,6 +48,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
         target: op.target.clone(),
         ..Inode::default()
     };
+    acl::inherit(ctx, (parent_ino, &parent), ino, &mut inode, op.umask)?;
     ctx.txn.put_inode(ino, &inode);
     ctx.txn.put_dirent(parent_ino, &op.name, ino, inode.kind);
     touch_directory(ctx.txn, parent_ino, i64::from(is_dir), ctx.now)?;

@@ -7,7 +7,7 @@ use fjordfs_proto::{
     pb::meta::{Entry, SetAttr, Time},
 };
 
-use super::{Ctx, entry, fail};
+use super::{Ctx, acl, entry, fail};
 use crate::{extents, records::Inode};
 
 const NANOSECONDS: u32 = 1_000_000_000;
@@ -28,6 +28,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
     }
     if let Some(mode) = op.mode {
         inode.mode = mode & PERMISSIONS;
+        acl::chmod(ctx, ino, &mut inode)?;
     }
     inode.uid = op.uid.unwrap_or(inode.uid);
     inode.gid = op.gid.unwrap_or(inode.gid);

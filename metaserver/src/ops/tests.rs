@@ -1,5 +1,6 @@
 //! Operations on the engine in memory; after each test the checker scans everything.
 
+mod acls;
 mod commits;
 mod model;
 mod names;

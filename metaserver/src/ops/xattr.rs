@@ -1,4 +1,5 @@
 //! getxattr, setxattr, listxattr, removexattr. Who may read and write which namespace is decided by the caller's kernel.
+//! Of the namespace `system` there are the two access control lists.
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -7,7 +8,7 @@ use fjordfs_proto::{
     pb::meta::{Entry, GetXattr, ListXattrs, RemoveXattr, SetXattr, XattrNamesReply, XattrReply},
 };
 
-use super::{Ctx, entry, fail};
+use super::{Ctx, acl, entry, fail};
 use crate::{names, xattrs};
 
 const CREATE: u32 = 1;
@@ -46,7 +47,11 @@ pub(super) fn set(ctx: &mut Ctx<'_>, op: &SetXattr) -> FsResult<Entry> {
     if !exists && op.flags & REPLACE != 0 {
         return absent(ino, &op.name);
     }
-    xattrs::put(ctx.txn, ino, &mut inode, &op.name, op.value.clone())?;
+    if acl::is_list(&op.name) {
+        acl::set(ctx, ino, &mut inode, &op.name, &op.value, op.clear_sgid)?;
+    } else {
+        xattrs::put(ctx.txn, ino, &mut inode, &op.name, op.value.clone())?;
+    }
     inode.ctime = Some(ctx.now);
     ctx.txn.put_inode(ino, &inode);
     Ok(entry(ino, &inode))
@@ -62,7 +67,8 @@ pub(super) fn remove(ctx: &mut Ctx<'_>, op: &RemoveXattr) -> FsResult<Entry> {
     let ino = InodeId(op.ino);
     check_name(&op.name)?;
     let mut inode = ctx.txn.inode(ino)?;
-    if !xattrs::take(ctx.txn, ino, &mut inode, &op.name)? {
+    // An inode without a list is as one whose list was removed.
+    if !xattrs::take(ctx.txn, ino, &mut inode, &op.name)? && !acl::is_list(&op.name) {
         return absent(ino, &op.name);
     }
     inode.ctime = Some(ctx.now);
@@ -80,7 +86,7 @@ fn check_name(name: &Bytes) -> FsResult<()> {
     if NAMESPACES.contains(&&name[..]) || name.contains(&0) {
         return fail(Errno::EINVAL, format!("'{}' is not a name", names::show(name)));
     }
-    if !NAMESPACES.iter().any(|namespace| name.starts_with(namespace)) {
+    if !NAMESPACES.iter().any(|namespace| name.starts_with(namespace)) && !acl::is_list(name) {
         return fail(
             Errno::EOPNOTSUPP,
             format!("'{}' is in no namespace that is kept: user, trusted, security", names::show(name)),

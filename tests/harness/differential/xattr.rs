@@ -24,8 +24,21 @@ pub enum XattrOp {
     Remove { path: Name, name: &'static str },
 }
 
-const NAMES: &[&str] =
-    &["user.a", "user.b", "user.ü ö", "trusted.t", "security.s", "user.", "nowhere.x", "system.bogus"];
+const NAMES: &[&str] = &[
+    "user.a",
+    "user.b",
+    "user.ü ö",
+    "trusted.t",
+    "security.s",
+    "user.",
+    "nowhere.x",
+    "system.bogus",
+    ACCESS,
+    DEFAULT,
+];
+
+const ACCESS: &str = "system.posix_acl_access";
+const DEFAULT: &str = "system.posix_acl_default";
 
 /// Every attribute of a file fits the block that ext4 has for them.
 const VALUE_MAX: usize = 300;
@@ -33,7 +46,11 @@ const VALUE_MAX: usize = 300;
 impl XattrOp {
     pub(super) fn any(rng: &mut TestRng, path: Name) -> XattrOp {
         let name = NAMES.choose(rng).unwrap_or(&NAMES[0]);
-        match rng.random_range(0..8) {
+        match rng.random_range(0..11) {
+            8.. => {
+                let name = if rng.random_bool(0.5) { ACCESS } else { DEFAULT };
+                XattrOp::Set { path, name, value: access_list(rng), flags: XattrFlags::empty() }
+            }
             0..4 => {
                 let value = vec![rng.random(); rng.random_range(0..VALUE_MAX)];
                 let some = [XattrFlags::empty(), XattrFlags::CREATE, XattrFlags::REPLACE, XattrFlags::all()];
@@ -80,4 +97,25 @@ impl XattrOp {
             }
         }
     }
+}
+
+/// A valid access control list: with somebody named or without.
+fn access_list(rng: &mut TestRng) -> Vec<u8> {
+    let named = rng.random_bool(0.7);
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, id, wanted) in [
+        (0x01u16, u32::MAX, true),
+        (0x02, 1000, named),
+        (0x04, u32::MAX, true),
+        (0x08, 50, named),
+        (0x10, u32::MAX, named),
+        (0x20, u32::MAX, true),
+    ] {
+        if wanted {
+            list.extend(tag.to_le_bytes());
+            list.extend(rng.random_range(0..8u16).to_le_bytes());
+            list.extend(id.to_le_bytes());
+        }
+    }
+    list
 }

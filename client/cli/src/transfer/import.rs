@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use fjordfs_client::{AttrChange, Client, InodeId, NewNode, ROOT_INODE};
+use fjordfs_client::{AttrChange, Client, InodeId, NewFile, NewNode, ROOT_INODE};
 use fjordfs_proto::pb::meta::{Attr, FileKind};
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
@@ -182,6 +182,7 @@ impl Import {
         NewNode {
             kind: attrs::kind_of(item.local.file_type()),
             mode: attrs::mode_of(&item.local),
+            umask: 0,
             uid: item.local.uid(),
             gid: item.local.gid(),
             rdev: attrs::encode_device(item.local.rdev()),
@@ -208,9 +209,14 @@ impl Import {
         let small = item.local.len() <= SMALL_MAX;
         let partial = !small || item.existing.is_some();
         let name = if partial { local::partial_name(&item.name) } else { item.name.clone() };
-        let (uid, gid) = (item.local.uid(), item.local.gid());
-        let mode = attrs::mode_of(&item.local);
-        let (attr, file) = self.client.create(item.parent, &name, mode, uid, gid, false).await?;
+        let new = NewFile {
+            mode: attrs::mode_of(&item.local),
+            umask: 0,
+            uid: item.local.uid(),
+            gid: item.local.gid(),
+            exclusive: false,
+        };
+        let (attr, file) = self.client.create(item.parent, &name, new).await?;
         let ino = InodeId(attr.ino);
         if attr.size > 0 {
             // Left by an interrupted run.

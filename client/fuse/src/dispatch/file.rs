@@ -41,6 +41,11 @@ fn is_direct_append(flags: u32) -> bool {
     has(flags, libc::O_DIRECT) && has(flags, libc::O_APPEND)
 }
 
+pub(super) fn new_file(caller: Caller, mode: u32, umask: u32, flags: u32) -> NewFile {
+    let Caller { uid, gid, .. } = caller;
+    NewFile { mode: mode & PERMISSIONS, umask, uid, gid, exclusive: has(flags, libc::O_EXCL) }
+}
+
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn open(&self, ino: InodeId, flags: u32, open_flags: u32) -> FsResult<Answer> {
         let (mut attr, file) = self.fs.open(ino).await?;
@@ -59,19 +64,12 @@ impl<F: Filesystem> Dispatcher<F> {
 
     pub(super) async fn create(
         &self,
-        caller: Caller,
         parent: InodeId,
         name: &[u8],
+        new: NewFile,
         flags: u32,
-        mode: u32,
         open_flags: u32,
     ) -> FsResult<Answer> {
-        let new = NewFile {
-            mode: mode & PERMISSIONS,
-            uid: caller.uid,
-            gid: caller.gid,
-            exclusive: has(flags, libc::O_EXCL),
-        };
         let (mut attr, file) = self.fs.create(parent, name, new).await?;
         let ino = InodeId(attr.ino);
         // Somebody else made the file first, and wrote to it.

@@ -13,55 +13,7 @@ use crate::reply::{self, Reply};
 use crate::request::Caller;
 
 impl<F: Filesystem> Dispatcher<F> {
-    pub(super) async fn symlink(
-        &self,
-        caller: Caller,
-        parent: InodeId,
-        name: &[u8],
-        target: Bytes,
-    ) -> FsResult<Reply> {
-        self.make(caller, parent, name, FileKind::Symlink, 0o777, 0, target).await
-    }
-
-    pub(super) async fn mkdir(
-        &self,
-        caller: Caller,
-        parent: InodeId,
-        name: &[u8],
-        mode: u32,
-    ) -> FsResult<Reply> {
-        self.make(caller, parent, name, FileKind::Directory, mode, 0, Bytes::new()).await
-    }
-
-    pub(super) async fn mknod(
-        &self,
-        caller: Caller,
-        parent: InodeId,
-        name: &[u8],
-        mode: u32,
-        rdev: u32,
-    ) -> FsResult<Reply> {
-        let kind = reply::kind_of_mode(mode)
-            .filter(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink))
-            .ok_or_else(|| {
-                FsError::new(Errno::EINVAL, format!("mknod with file type {:#o}", mode & libc::S_IFMT))
-            })?;
-        let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
-        self.make(caller, parent, name, kind, mode, if is_device { rdev } else { 0 }, Bytes::new()).await
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "the parts of one new inode")]
-    async fn make(
-        &self,
-        caller: Caller,
-        parent: InodeId,
-        name: &[u8],
-        kind: FileKind,
-        mode: u32,
-        rdev: u32,
-        target: Bytes,
-    ) -> FsResult<Reply> {
-        let node = NewNode { kind, mode: mode & PERMISSIONS, uid: caller.uid, gid: caller.gid, rdev, target };
+    pub(super) async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Reply> {
         Ok(self.entry(self.fs.make(parent, name, node).await?))
     }
 
@@ -70,6 +22,30 @@ impl<F: Filesystem> Dispatcher<F> {
         let attr = self.fs.setattr(ino, change).await?;
         Ok(Reply::of(&reply::attr_out(&attr, self.validity)))
     }
+}
+
+pub(super) fn symlink(caller: Caller, target: Bytes) -> NewNode {
+    NewNode { target, ..node(caller, FileKind::Symlink, 0o777, 0) }
+}
+
+pub(super) fn directory(caller: Caller, mode: u32, umask: u32) -> NewNode {
+    node(caller, FileKind::Directory, mode, umask)
+}
+
+/// What `mknod` makes.
+pub(super) fn special(caller: Caller, mode: u32, umask: u32, rdev: u32) -> FsResult<NewNode> {
+    let kind = reply::kind_of_mode(mode)
+        .filter(|kind| !matches!(kind, FileKind::Directory | FileKind::Symlink))
+        .ok_or_else(|| {
+            FsError::new(Errno::EINVAL, format!("mknod with file type {:#o}", mode & libc::S_IFMT))
+        })?;
+    let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
+    Ok(NewNode { rdev: if is_device { rdev } else { 0 }, ..node(caller, kind, mode, umask) })
+}
+
+fn node(caller: Caller, kind: FileKind, mode: u32, umask: u32) -> NewNode {
+    let Caller { uid, gid, .. } = caller;
+    NewNode { kind, mode: mode & PERMISSIONS, umask, uid, gid, rdev: 0, target: Bytes::new() }
 }
 
 fn attr_change(input: &SetattrIn) -> FsResult<AttrChange> {

@@ -5,17 +5,34 @@ use fjordfs_proto::error::Errno;
 use fjordfs_proto::{FsError, FsResult, InodeId};
 
 use super::Dispatcher;
-use crate::abi::GetxattrOut;
+use crate::abi::{GetxattrOut, SETXATTR_ACL_KILL_SGID};
 use crate::filesystem::Filesystem;
 use crate::reply::Reply;
 use crate::request::Caller;
 
 /// Only the superuser sees these in a list; reading and writing them is checked by the kernel.
 const TRUSTED: &[u8] = b"trusted.";
+const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
 
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn getxattr(&self, ino: InodeId, name: &[u8], size: u32) -> FsResult<Reply> {
         sized(self.fs.get_xattr(ino, name).await?, size)
+    }
+
+    pub(super) async fn setxattr(
+        &self,
+        ino: InodeId,
+        name: &[u8],
+        value: Bytes,
+        flags: u32,
+        setxattr_flags: u32,
+    ) -> FsResult<Reply> {
+        if setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 && name == ACCESS_LIST {
+            self.fs.set_access_list(ino, value).await?;
+        } else {
+            self.fs.set_xattr(ino, name, value, flags).await?;
+        }
+        Ok(Reply::Empty)
     }
 
     pub(super) async fn listxattr(&self, caller: Caller, ino: InodeId, size: u32) -> FsResult<Reply> {

@@ -19,6 +19,7 @@ use fjordfs_fuse::filesystem::{AttrChange, Filesystem, NewFile, NewNode, Space, 
 use fjordfs_fuse::notify::Notifier;
 use fjordfs_fuse::{Mount, MountOptions, mount_filesystem};
 use fjordfs_proto::error::Errno;
+use fjordfs_proto::mode::without_suid;
 use fjordfs_proto::pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time};
 use fjordfs_proto::{FsError, FsResult, InodeId};
 use parking_lot::Mutex;
@@ -209,6 +210,9 @@ impl Filesystem for MemFs {
                 changed(inode);
             }
             let attr = &mut inode.attr;
+            if change.clear_suid || change.uid.is_some() || change.gid.is_some() {
+                attr.mode = without_suid(attr.mode);
+            }
             attr.mode = change.mode.unwrap_or(attr.mode);
             attr.uid = change.uid.unwrap_or(attr.uid);
             attr.gid = change.gid.unwrap_or(attr.gid);
@@ -228,13 +232,14 @@ impl Filesystem for MemFs {
     }
 
     async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Attr> {
-        let NewNode { kind, mode, uid, gid, rdev, target } = node;
+        let NewNode { kind, mode, umask, uid, gid, rdev, target } = node;
+        let mode = mode & !umask;
         self.0.insert(parent.0, name, kind, Attr { mode, uid, gid, rdev, ..new_attr(kind) }, &target)
     }
 
     async fn create(&self, parent: InodeId, name: &[u8], file: NewFile) -> FsResult<(Attr, MemFile)> {
-        let NewFile { mode, uid, gid, exclusive } = file;
-        let attr = Attr { mode, uid, gid, ..new_attr(FileKind::Regular) };
+        let NewFile { mode, umask, uid, gid, exclusive } = file;
+        let attr = Attr { mode: mode & !umask, uid, gid, ..new_attr(FileKind::Regular) };
         match self.0.insert(parent.0, name, FileKind::Regular, attr, b"") {
             Err(e) if e.errno == Errno::EEXIST && !exclusive => {
                 self.open(InodeId(self.0.find(parent.0, name)?)).await
@@ -316,6 +321,14 @@ impl Filesystem for MemFs {
             inode.data[offset as usize..end].copy_from_slice(&data);
             changed(inode);
         })
+    }
+
+    fn drop_suid(&self, file: &MemFile) -> bool {
+        let drop = |inode: &mut Inode| {
+            let kept = without_suid(inode.attr.mode);
+            std::mem::replace(&mut inode.attr.mode, kept) != kept
+        };
+        self.with(InodeId(file.0), drop).unwrap_or_default()
     }
 
     async fn append(&self, file: &MemFile, data: Bytes) -> FsResult<u64> {
