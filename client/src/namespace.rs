@@ -151,29 +151,20 @@ impl Client {
             handle: 0,
             exclusive: true,
             umask: node.umask,
+            unnamed: false,
         };
         self.inner.entry(Op::Make(op)).await
     }
 
     /// Makes and opens a regular file.
     pub async fn create(&self, parent: InodeId, name: &[u8], new: NewFile) -> FsResult<(Attr, File)> {
-        let handle = self.inner.meta.new_handle();
-        let op = Make {
-            parent: parent.0,
-            name: name_of(name)?,
-            kind: FileKind::Regular.into(),
-            mode: new.mode,
-            umask: new.umask,
-            uid: new.uid,
-            gid: new.gid,
-            handle: handle.0,
-            exclusive: new.exclusive,
-            ..Make::default()
-        };
-        let attr = self.inner.entry(Op::Make(op)).await?;
-        self.inner.meta.remember_handle(handle, InodeId(attr.ino));
-        let file = File::of_handle(&self.inner, handle, attr);
-        Ok((file.attr(), file))
+        self.inner.create(Make { parent: parent.0, name: name_of(name)?, ..new.into_op() }).await
+    }
+
+    /// Makes and opens a regular file without a name, in the filesystem of `parent` and with what it passes on:
+    /// `O_TMPFILE`. It is gone with its last close unless [`Client::link`] gives it a name.
+    pub async fn create_unnamed(&self, parent: InodeId, new: NewFile) -> FsResult<(Attr, File)> {
+        self.inner.create(Make { parent: parent.0, unnamed: true, ..new.into_op() }).await
     }
 
     /// Opens a file. The caller has checked that it may.
@@ -323,7 +314,23 @@ impl AttrChange {
     }
 }
 
+impl NewFile {
+    fn into_op(self) -> Make {
+        let NewFile { mode, umask, uid, gid, exclusive } = self;
+        Make { kind: FileKind::Regular.into(), mode, umask, uid, gid, exclusive, ..Make::default() }
+    }
+}
+
 impl Inner {
+    /// Makes a regular file and opens it.
+    async fn create(self: &Arc<Self>, make: Make) -> FsResult<(Attr, File)> {
+        let handle = self.meta.new_handle();
+        let attr = self.entry(Op::Make(Make { handle: handle.0, ..make })).await?;
+        self.meta.remember_handle(handle, InodeId(attr.ino));
+        let file = File::of_handle(self, handle, attr);
+        Ok((file.attr(), file))
+    }
+
     pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {
         entry_of(self.meta.call(op).await?)
     }

@@ -1,6 +1,7 @@
 //! From an inode's last link to its last byte.
 //!
 //! ```text
+//! made without a name (O_TMPFILE) ──────────▶ orphan record 'O' ── named ──▶ linked
 //! linked ── last name removed ──┬─ perhaps open ─▶ orphan record 'O' ── last close ──┐
 //!                               └─ not open ─────────────────────────────────────────┴─▶ destroyed
 //! destroyed: inode record and extended attributes gone; few extents go with it, many leave a record 'Z' and go in steps
@@ -22,6 +23,19 @@ const EXTENTS_AT_ONCE: usize = 32;
 /// Extents removed in one background step.
 const EXTENTS_PER_STEP: usize = 128;
 
+/// The inode has no name and is perhaps open.
+pub(crate) fn add(txn: &mut Txn, ino: InodeId) {
+    txn.put(keys::orphan(ino), Default::default());
+    txn.counters().orphans += 1;
+}
+
+/// It has a name now, or is destroyed.
+pub(crate) fn remove(txn: &mut Txn, ino: InodeId) {
+    txn.remove(keys::orphan(ino));
+    let orphans = &mut txn.counters().orphans;
+    *orphans = orphans.saturating_sub(1);
+}
+
 /// One name of the inode is gone. A directory has only one.
 pub(crate) fn lose_link(
     txn: &mut Txn,
@@ -41,8 +55,7 @@ pub(crate) fn lose_link(
         return destroy(txn, ino, &inode);
     }
     if inode.nlink == 0 {
-        txn.put(keys::orphan(ino), Default::default());
-        txn.counters().orphans += 1;
+        add(txn, ino);
     }
     txn.put_inode(ino, &inode);
     Ok(())
@@ -53,9 +66,7 @@ pub(crate) fn closed(txn: &mut Txn, opens: &Opens, ino: InodeId) -> FsResult<()>
     if opens.maybe_open(ino) || txn.get(&keys::orphan(ino))?.is_none() {
         return Ok(());
     }
-    txn.remove(keys::orphan(ino));
-    let orphans = &mut txn.counters().orphans;
-    *orphans = orphans.saturating_sub(1);
+    remove(txn, ino);
     match txn.find_inode(ino)? {
         Some(inode) => destroy(txn, ino, &inode),
         None => Ok(()),

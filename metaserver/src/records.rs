@@ -58,6 +58,9 @@ pub(crate) struct Inode {
     /// Bytes that the names of its extended attributes take in a list, each with a zero byte at its end.
     #[prost(uint32, tag = "18")]
     pub(crate) xattr_list: u32,
+    /// Made without a name (O_TMPFILE) and not given one yet: unlike other unlinked files it can be.
+    #[prost(bool, tag = "19")]
+    pub(crate) unnamed: bool,
 }
 
 impl Inode {

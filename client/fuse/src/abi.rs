@@ -272,7 +272,7 @@ pub(crate) fn fixed_size(code: u32) -> usize {
         opcode::SETXATTR => size_of::<SetxattrIn>(),
         opcode::GETXATTR | opcode::LISTXATTR => size_of::<GetxattrIn>(),
         opcode::OPEN | opcode::OPENDIR => size_of::<OpenIn>(),
-        opcode::CREATE => size_of::<CreateIn>(),
+        opcode::CREATE | opcode::TMPFILE => size_of::<CreateIn>(),
         opcode::READ | opcode::READDIR | opcode::READDIRPLUS => size_of::<ReadIn>(),
         opcode::WRITE => size_of::<WriteIn>(),
         opcode::RELEASE | opcode::RELEASEDIR => size_of::<ReleaseIn>(),

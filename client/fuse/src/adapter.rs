@@ -80,8 +80,11 @@ impl Filesystem for Adapter {
     }
 
     async fn create(&self, parent: InodeId, name: &[u8], file: NewFile) -> FsResult<(Attr, File)> {
-        let NewFile { mode, umask, uid, gid, exclusive } = file;
-        self.client.create(parent, name, fjordfs_client::NewFile { mode, umask, uid, gid, exclusive }).await
+        self.client.create(parent, name, new_file(file)).await
+    }
+
+    async fn create_unnamed(&self, parent: InodeId, file: NewFile) -> FsResult<(Attr, File)> {
+        self.client.create_unnamed(parent, new_file(file)).await
     }
 
     async fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
@@ -185,6 +188,11 @@ impl Filesystem for Adapter {
     async fn sync_all(&self) -> FsResult<()> {
         self.client.sync_all().await
     }
+}
+
+fn new_file(file: NewFile) -> fjordfs_client::NewFile {
+    let NewFile { mode, umask, uid, gid, exclusive } = file;
+    fjordfs_client::NewFile { mode, umask, uid, gid, exclusive }
 }
 
 /// Appended bytes that another client's append pushed further on are cached by the kernel where they were written first.

@@ -108,11 +108,15 @@ impl<F: Filesystem> Dispatcher<F> {
 
     async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
         let reply = match operation {
-            // The two that give out handles.
+            // Those that give out handles.
             Operation::Open { flags, open_flags } => return self.open(node, flags, open_flags).await,
             Operation::Create { name, flags, mode, umask, open_flags } => {
                 let new = file::new_file(caller, mode, umask, flags);
                 return self.create(node, &name, new, flags, open_flags).await;
+            }
+            Operation::Tmpfile { flags, mode, umask } => {
+                let new = file::new_file(caller, mode, umask, flags);
+                return self.tmpfile(node, new, flags).await;
             }
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
@@ -313,7 +317,7 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Rename { .. } => "rename",
         Operation::Link { .. } => "link",
         Operation::Open { .. } => "open",
-        Operation::Create { .. } => "create",
+        Operation::Create { .. } | Operation::Tmpfile { .. } => "create",
         Operation::Getxattr { .. } => "getxattr",
         Operation::Setxattr { .. } => "setxattr",
         Operation::Listxattr { .. } => "listxattr",

@@ -129,6 +129,15 @@ pub trait Filesystem: Send + Sync + 'static {
         name: &[u8],
         file: NewFile,
     ) -> impl Future<Output = FsResult<(Attr, Self::File)>>;
+    /// Makes and opens a regular file without a name, which [`Filesystem::link`] may give it (`O_TMPFILE`).
+    fn create_unnamed(
+        &self,
+        parent: InodeId,
+        file: NewFile,
+    ) -> impl Future<Output = FsResult<(Attr, Self::File)>> {
+        let _ = (parent, file);
+        async { Err(not_served()) }
+    }
     /// Another name for an inode.
     fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Attr>>;
     /// Removes a name that is not a directory's.

@@ -102,6 +102,12 @@ pub(crate) enum Operation {
         umask: u32,
         open_flags: u32,
     },
+    /// `O_TMPFILE` in the directory.
+    Tmpfile {
+        flags: u32,
+        mode: u32,
+        umask: u32,
+    },
     Read {
         fh: u64,
         offset: u64,
@@ -273,6 +279,11 @@ impl Arguments<'_> {
                 let input: abi::CreateIn = self.fixed()?;
                 let abi::CreateIn { flags, mode, umask, open_flags } = input;
                 Operation::Create { name: self.name()?, flags, mode, umask, open_flags }
+            }
+            // The name that follows is a place-holder.
+            opcode::TMPFILE => {
+                let abi::CreateIn { flags, mode, umask, .. } = self.fixed()?;
+                Operation::Tmpfile { flags, mode, umask }
             }
             opcode::READ => {
                 let input: abi::ReadIn = self.fixed()?;

@@ -7,7 +7,7 @@ use fjordfs_proto::{
 };
 
 use super::{Ctx, entry, fail, touch_directory};
-use crate::names;
+use crate::{names, orphans};
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Link) -> FsResult<Entry> {
     let (ino, parent) = (InodeId(op.ino), InodeId(op.parent));
@@ -17,11 +17,14 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Link) -> FsResult<Entry> {
     if inode.is_dir() {
         return fail(Errno::EPERM, format!("inode {ino} is a directory: directories have one name only"));
     }
-    if inode.nlink == 0 {
+    if inode.nlink == 0 && !inode.unnamed {
         return fail(Errno::ENOENT, format!("inode {ino} was unlinked"));
     }
     if ctx.txn.dirent(parent, &op.name)?.is_some() {
         return Err(names::error(Errno::EEXIST, parent, &op.name, "exists"));
+    }
+    if std::mem::take(&mut inode.unnamed) {
+        orphans::remove(ctx.txn, ino);
     }
     inode.nlink = inode.nlink.checked_add(1).ok_or_else(|| {
         fjordfs_proto::FsError::new(Errno::EMLINK, format!("inode {ino} cannot have more names"))

@@ -1,4 +1,4 @@
-//! create, mkdir, mknod, symlink: one operation, since only the kind differs.
+//! create, mkdir, mknod, symlink, O_TMPFILE: one operation, since only the kind and the name differ.
 
 use fjordfs_proto::{
     FsResult, HandleId, InodeId, Policy, ROOT_INODE, SYMLINK_MAX,
@@ -9,19 +9,26 @@ use fjordfs_proto::{
 
 use super::{Ctx, acl, entry, fail, touch_directory};
 use crate::{
-    names,
+    names, orphans,
     records::{Dirent, Inode},
     txn::Txn,
 };
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
     let (parent_ino, kind) = (InodeId(op.parent), op.kind());
-    names::check(&op.name)?;
+    if !op.unnamed {
+        names::check(&op.name)?;
+    }
     let parent = ctx.txn.directory(parent_ino)?;
     if op.handle != 0 && kind != FileKind::Regular {
         return fail(Errno::EINVAL, "only a regular file can be opened as it is made");
     }
-    if let Some(found) = ctx.txn.dirent(parent_ino, &op.name)? {
+    if op.unnamed && (op.handle == 0 || !op.name.is_empty()) {
+        return fail(Errno::EINVAL, "a file without a name has to be opened, and has none");
+    }
+    if !op.unnamed
+        && let Some(found) = ctx.txn.dirent(parent_ino, &op.name)?
+    {
         return existing(ctx, op, found);
     }
     check_kind(op, kind)?;
@@ -36,7 +43,8 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
         mode: op.mode & PERMISSIONS | if inherits_group && is_dir { SETGID } else { 0 },
         uid: op.uid,
         gid: if inherits_group { parent.gid } else { op.gid },
-        nlink: if is_dir { 2 } else { 1 },
+        nlink: if is_dir { 2 } else { u32::from(!op.unnamed) },
+        unnamed: op.unnamed,
         rdev: op.rdev,
         atime: Some(ctx.now),
         mtime: Some(ctx.now),
@@ -50,8 +58,12 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
     };
     acl::inherit(ctx, (parent_ino, &parent), ino, &mut inode, op.umask)?;
     ctx.txn.put_inode(ino, &inode);
-    ctx.txn.put_dirent(parent_ino, &op.name, ino, inode.kind);
-    touch_directory(ctx.txn, parent_ino, i64::from(is_dir), ctx.now)?;
+    if op.unnamed {
+        orphans::add(ctx.txn, ino);
+    } else {
+        ctx.txn.put_dirent(parent_ino, &op.name, ino, inode.kind);
+        touch_directory(ctx.txn, parent_ino, i64::from(is_dir), ctx.now)?;
+    }
     if op.handle != 0 {
         ctx.opens.open(ctx.session, HandleId(op.handle), ino)?;
     }

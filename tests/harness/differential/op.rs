@@ -11,6 +11,8 @@ use crate::rng::TestRng;
 #[allow(missing_docs, reason = "they are the system calls of the same name")]
 pub enum Op {
     Open { slot: usize, path: Name, flags: OFlags, mode: u32 },
+    Tmpfile { slot: usize, path: Name, mode: u32, flags: OFlags },
+    LinkDescriptor { slot: usize, to: Name },
     Close { slot: usize },
     Write { slot: usize, len: usize, fill: u8 },
     Pwrite { slot: usize, at: u64, len: usize, fill: u8 },
@@ -87,7 +89,7 @@ pub fn sequence(rng: &mut TestRng, len: usize) -> Vec<Op> {
 fn any(rng: &mut TestRng) -> Op {
     let slot = rng.random_range(0..SLOTS);
     let path = name(rng);
-    match rng.random_range(0..108) {
+    match rng.random_range(0..111) {
         0..14 => Op::Open { slot, path, flags: flags(rng), mode: mode(rng) },
         14..18 => Op::Close { slot },
         18..27 => Op::Write { slot, len: length(rng), fill: rng.random() },
@@ -113,6 +115,11 @@ fn any(rng: &mut TestRng) -> Op {
         94..96 => Op::Chmod { path, mode: mode(rng) },
         96..98 => Op::Chown { path, uid: rng.random_range(0..3), gid: rng.random_range(0..3) },
         98..106 => Op::Xattr(XattrOp::any(rng, path)),
+        106..109 => {
+            let flags = if rng.random_bool(0.2) { OFlags::EXCL } else { OFlags::empty() };
+            Op::Tmpfile { slot, path, mode: mode(rng), flags }
+        }
+        109 => Op::LinkDescriptor { slot, to: path },
         _ => Op::Utimens {
             path,
             sec: rng.random_range(0..1_000_000_000),

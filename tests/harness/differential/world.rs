@@ -3,7 +3,7 @@
 use std::{
     fmt,
     fs::File,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -97,6 +97,16 @@ impl World {
                 let fd = fs::open(self.at(path), flags | OFlags::CLOEXEC, Mode::from_raw_mode(mode))?;
                 self.slots[slot] = Some(fd);
                 return Ok(Outcome::Done);
+            }
+            Op::Tmpfile { slot, path, mode, flags } => {
+                let flags = flags | OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+                self.slots[slot] = Some(fs::open(self.at(path), flags, Mode::from_raw_mode(mode))?);
+                return Ok(Outcome::Done);
+            }
+            Op::LinkDescriptor { slot, to } => {
+                let Some(fd) = &self.slots[slot] else { return Ok(Outcome::Skipped) };
+                let from = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                fs::linkat(CWD, from, CWD, self.at(to), AtFlags::SYMLINK_FOLLOW)?;
             }
             Op::Close { slot } => {
                 self.slots[slot] = None;

@@ -82,9 +82,18 @@ impl<F: Filesystem> Dispatcher<F> {
                 }
             };
         }
-        let (fh, out) = self.opened(file, ino, attr.data_version, flags);
-        let reply = Reply::created(&reply::entry_out(&attr, self.validity), &out);
-        Ok(Answer { reply, opened: Some(Opened::File(fh)) })
+        Ok(self.created(&attr, file, flags))
+    }
+
+    pub(super) async fn tmpfile(&self, directory: InodeId, new: NewFile, flags: u32) -> FsResult<Answer> {
+        let (attr, file) = self.fs.create_unnamed(directory, new).await?;
+        Ok(self.created(&attr, file, flags))
+    }
+
+    fn created(&self, attr: &Attr, file: F::File, flags: u32) -> Answer {
+        let (fh, out) = self.opened(file, InodeId(attr.ino), attr.data_version, flags);
+        let reply = Reply::created(&reply::entry_out(attr, self.validity), &out);
+        Answer { reply, opened: Some(Opened::File(fh)) }
     }
 
     /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`.

@@ -256,3 +256,40 @@ fn statfs_adds_up() {
     let Reply::StatFs(reply) = w.call(Op::StatFs(StatFs {})).unwrap() else { panic!() };
     assert_eq!((reply.capacity, reply.free, reply.inodes, reply.policy), (2 << 40, 2 << 39, 2, 2));
 }
+
+#[test]
+fn a_file_without_a_name_is_gone_unless_it_gets_one() {
+    let mut w = World::new();
+    let unnamed = |name: &str, handle| {
+        Op::Make(Make {
+            parent: 1,
+            name: name.to_owned().into(),
+            kind: FileKind::Regular.into(),
+            mode: 0o600,
+            unnamed: true,
+            handle,
+            ..Make::default()
+        })
+    };
+    assert_eq!(errno(w.call(unnamed("", 0))), EINVAL);
+    assert_eq!(errno(w.call(unnamed("x", 1))), EINVAL);
+    let mut make = |w: &mut World, handle| match w.call(unnamed("", handle)).unwrap() {
+        Reply::Entry(entry) => InodeId(entry.attr.unwrap().ino),
+        other => panic!("{other:?}"),
+    };
+    let (lost, kept) = (make(&mut w, 1), make(&mut w, 2));
+    assert_eq!(w.getattr(lost).unwrap().nlink, 0);
+    assert_eq!(w.check().orphans, 2);
+    w.restart();
+    w.reattach(w.session, &[(1, lost), (2, kept)]);
+    assert_eq!(w.link(kept, R, "named").unwrap().nlink, 1);
+    w.close(1);
+    w.close(2);
+    w.idle(std::time::Duration::from_secs(7));
+    assert_eq!(errno(w.getattr(lost)), ESTALE);
+    assert_eq!(w.lookup(R, "named").unwrap().ino, kept.0);
+    w.open(kept, 3).unwrap();
+    w.remove(R, "named", false).unwrap();
+    assert_eq!(errno(w.link(kept, R, "again")), ENOENT, "a name is given once");
+    assert_eq!(w.check().orphans, 1);
+}
