@@ -2,13 +2,15 @@
 //!
 //! All handles of one inode in this client share one [`FileState`]: what one handle writes, every other reads at once.
 
+mod allocate;
 mod read;
+mod seek;
 mod segment;
 mod view;
 mod write;
 
 use std::{
-    ops::RangeInclusive,
+    ops::{Range, RangeInclusive},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -21,6 +23,7 @@ use fjordfs_proto::{
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+pub use allocate::Allocation;
 pub(crate) use segment::UnitId;
 pub(crate) use view::View;
 
@@ -183,6 +186,30 @@ impl File {
     /// As [`File::write_at`].
     pub async fn append(&self, data: Bytes) -> FsResult<u64> {
         self.handle.append(data).await
+    }
+
+    /// `fallocate(2)`: extends the file, or makes a range read as zeros and take no space. Nothing is reserved.
+    ///
+    /// # Errors
+    /// `EFBIG` beyond the largest offset, `ENOSPC` when the range is larger than what is free, `EINVAL` for no bytes.
+    pub async fn allocate(&self, range: Range<u64>, how: Allocation) -> FsResult<()> {
+        self.handle.allocate(range, how).await
+    }
+
+    /// The first byte at or after `offset` that is in no hole: `SEEK_DATA`.
+    ///
+    /// # Errors
+    /// `ENXIO` when there is none, or `offset` lies beyond the end.
+    pub async fn seek_data(&self, offset: u64) -> FsResult<u64> {
+        self.handle.seek(seek::Whence::Data, offset).await
+    }
+
+    /// The first byte at or after `offset` that is in a hole; the end of the file is one: `SEEK_HOLE`.
+    ///
+    /// # Errors
+    /// `ENXIO` when `offset` lies beyond the end.
+    pub async fn seek_hole(&self, offset: u64) -> FsResult<u64> {
+        self.handle.seek(seek::Whence::Hole, offset).await
     }
 
     /// Commits everything written: clients that open the file afterwards see it. What `close` promises.

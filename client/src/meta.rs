@@ -185,6 +185,7 @@ fn is_mutation(op: &Op) -> bool {
         | Op::LeaseBlocks(_)
         | Op::SetXattr(_)
         | Op::RemoveXattr(_)
+        | Op::Allocate(_)
         | Op::Commit(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)

@@ -2,6 +2,7 @@
 //! I/O of their own. An operation that returns an error is undone by its caller.
 
 mod acl;
+mod allocate;
 mod close;
 mod commit;
 mod get_extents;
@@ -69,6 +70,7 @@ pub(crate) fn is_mutation(op: &Op) -> bool {
         | Op::Commit(_)
         | Op::SetXattr(_)
         | Op::RemoveXattr(_)
+        | Op::Allocate(_)
         | Op::LeaseBlocks(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)
@@ -127,6 +129,7 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::SetXattr(op) => Reply::Entry(xattr::set(ctx, &op)?),
         Op::ListXattrs(op) => Reply::XattrNames(xattr::list(ctx, &op)?),
         Op::RemoveXattr(op) => Reply::Entry(xattr::remove(ctx, &op)?),
+        Op::Allocate(op) => Reply::Entry(allocate::run(ctx, &op)?),
     })
 }
 

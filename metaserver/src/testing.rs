@@ -225,6 +225,18 @@ impl World {
         }
     }
 
+    /// Clears a range, or extends the file to its end.
+    pub(crate) fn allocate(
+        &mut self,
+        ino: InodeId,
+        range: std::ops::Range<u64>,
+        clear: bool,
+    ) -> FsResult<Attr> {
+        let size = if clear { 0 } else { range.end };
+        let (offset, length) = (range.start, range.end.saturating_sub(range.start));
+        self.attr(Op::Allocate(Allocate { ino: ino.0, offset, length, clear, size, clear_suid: false }))
+    }
+
     pub(crate) fn link(&mut self, ino: InodeId, parent: InodeId, name: &str) -> FsResult<Attr> {
         self.attr(Op::Link(Link { ino: ino.0, parent: parent.0, name: name.to_owned().into() }))
     }

@@ -13,6 +13,7 @@ pub enum Errno {
     ENOENT = 2,
     EINTR = 4,
     EIO = 5,
+    ENXIO = 6,
     E2BIG = 7,
     EBADF = 9,
     EAGAIN = 11,
@@ -45,13 +46,14 @@ pub enum Errno {
 }
 
 impl Errno {
-    const ALL: [Errno; 33] = {
+    const ALL: [Errno; 34] = {
         use Errno::*;
         [
             EPERM,
             ENOENT,
             EINTR,
             EIO,
+            ENXIO,
             E2BIG,
             EBADF,
             EAGAIN,

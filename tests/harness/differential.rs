@@ -6,6 +6,7 @@
 
 pub mod op;
 pub mod shrink;
+pub mod space;
 pub mod world;
 pub mod xattr;
 

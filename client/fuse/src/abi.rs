@@ -212,6 +212,9 @@ abi_struct! {
     /// Of GETXATTR and LISTXATTR.
     struct GetxattrIn: 8 { size: u32, padding: u32, }
     struct GetxattrOut: 8 { size: u32, padding: u32, }
+    struct FallocateIn: 32 { fh: u64, offset: u64, length: u64, mode: u32, padding: u32, }
+    struct LseekIn: 24 { fh: u64, offset: u64, whence: u32, padding: u32, }
+    struct LseekOut: 8 { offset: u64, }
     struct LinkIn: 8 { oldnodeid: u64, }
     struct SetattrIn: 88 {
         valid: u32, padding: u32, fh: u64, size: u64, lock_owner: u64, atime: u64, mtime: u64, ctime: u64,
@@ -269,6 +272,8 @@ pub(crate) fn fixed_size(code: u32) -> usize {
         opcode::RENAME => size_of::<RenameIn>(),
         opcode::RENAME2 => size_of::<Rename2In>(),
         opcode::LINK => size_of::<LinkIn>(),
+        opcode::FALLOCATE => size_of::<FallocateIn>(),
+        opcode::LSEEK => size_of::<LseekIn>(),
         opcode::SETXATTR => size_of::<SetxattrIn>(),
         opcode::GETXATTR | opcode::LISTXATTR => size_of::<GetxattrIn>(),
         opcode::OPEN | opcode::OPENDIR => size_of::<OpenIn>(),

@@ -1,6 +1,6 @@
 //! FjordFS as a [`Filesystem`]: translation only, so that everything else is tested without FUSE.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_client::{Client, File, SetTime, SetXattrMode};
@@ -9,7 +9,7 @@ use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::filesystem::{AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
+use crate::filesystem::{Allocation, AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
 use crate::mount::{Mount, MountError, mount_filesystem};
 use crate::notify::Notifier;
 use crate::options::MountOptions;
@@ -148,6 +148,15 @@ impl Filesystem for Adapter {
 
     async fn append(&self, file: &File, data: Bytes) -> FsResult<u64> {
         file.append(data).await
+    }
+
+    async fn allocate(&self, file: &File, range: Range<u64>, how: Allocation) -> FsResult<()> {
+        let Allocation { clear, keep_size, clear_suid } = how;
+        file.allocate(range, fjordfs_client::Allocation { clear, keep_size, clear_suid }).await
+    }
+
+    async fn seek(&self, file: &File, data: bool, offset: u64) -> FsResult<u64> {
+        if data { file.seek_data(offset).await } else { file.seek_hole(offset).await }
     }
 
     async fn flush(&self, file: &File) -> FsResult<()> {

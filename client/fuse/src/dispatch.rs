@@ -23,6 +23,7 @@ use crate::request::{Caller, Operation, Request};
 
 mod file;
 mod namespace;
+mod space;
 mod xattr;
 
 use file::OpenFile;
@@ -177,6 +178,10 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 self.write(fh, offset, write_flags, flags, data).await?
             }
+            Operation::Fallocate { fh, offset, length, mode } => {
+                self.fallocate(caller, fh, offset, length, mode).await?
+            }
+            Operation::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence).await?,
             Operation::Flush { fh } => self.flush(fh).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
             Operation::Release { fh } => {
@@ -266,8 +271,8 @@ fn unknown_handle(fh: u64) -> FsError {
     FsError::new(Errno::EBADF, format!("handle {fh} is not open"))
 }
 
-/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: `access` is decided from the mode, `lseek(SEEK_HOLE)` and `copy_file_range` are done by the
-/// kernel, `fallocate` becomes `EOPNOTSUPP` and glibc writes zeros.
+/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: `access` is decided from the mode,
+/// `copy_file_range` is done by the kernel.
 fn not_served(code: u32) -> Reply {
     match code {
         // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
@@ -296,6 +301,7 @@ fn effect(operation: &Operation, node: InodeId) -> Effect {
         | Operation::Mkdir { .. }
         | Operation::Create { .. }
         | Operation::Write { .. }
+        | Operation::Fallocate { .. }
         | Operation::Flush { .. }
         | Operation::Fsync { .. } => Effect::Changes([Some(node), None]),
         Operation::Unlink { .. } | Operation::Rmdir { .. } | Operation::Rename { .. } => Effect::RemovesName,
@@ -324,6 +330,8 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Removexattr { .. } => "removexattr",
         Operation::Read { .. } => "read",
         Operation::Write { .. } => "write",
+        Operation::Fallocate { .. } => "fallocate",
+        Operation::Lseek { .. } => "lseek",
         Operation::Flush { .. } | Operation::Release { .. } => "close",
         Operation::Fsync { .. } => "fsync",
         Operation::Readdir { .. } => "readdir",

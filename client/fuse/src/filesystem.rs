@@ -7,7 +7,7 @@
 //! Futures run to completion on the thread that received the request and need not be `Send`. A future of a method that
 //! changes nothing (`lookup`, `getattr`, `readlink`, `read`, `read_dir`, `statfs`) is dropped when its caller dies.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
@@ -78,6 +78,17 @@ pub struct NewFile {
     pub gid: u32,
     /// An existing name is `EEXIST`; otherwise an existing regular file is opened.
     pub exclusive: bool,
+}
+
+/// What `fallocate` shall do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// The range reads as zeros afterwards and takes no space.
+    pub clear: bool,
+    /// The file does not become longer.
+    pub keep_size: bool,
+    /// Whoever changes the file may not keep its suid and sgid.
+    pub clear_suid: bool,
 }
 
 /// Space in a filesystem, in bytes that a user can write.
@@ -200,6 +211,21 @@ pub trait Filesystem: Send + Sync + 'static {
     fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;
     /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went.
     fn append(&self, file: &Self::File, data: Bytes) -> impl Future<Output = FsResult<u64>>;
+    /// Extends the file, or clears a range of it (`fallocate`).
+    fn allocate(
+        &self,
+        file: &Self::File,
+        range: Range<u64>,
+        how: Allocation,
+    ) -> impl Future<Output = FsResult<()>> {
+        let _ = (file, range, how);
+        async { Err(not_served()) }
+    }
+    /// The next byte from `offset` on that is data, or that is in a hole; `ENXIO` when there is none.
+    fn seek(&self, file: &Self::File, data: bool, offset: u64) -> impl Future<Output = FsResult<u64>> {
+        let _ = (file, data, offset);
+        async { Err(not_served()) }
+    }
     /// What `close` promises: clients that open the file afterwards see what was written.
     fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
     /// What `fsync` promises: what was written survives power failure.

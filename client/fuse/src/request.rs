@@ -120,6 +120,18 @@ pub(crate) enum Operation {
         flags: u32,
         data: Bytes,
     },
+    Fallocate {
+        fh: u64,
+        offset: u64,
+        length: u64,
+        mode: u32,
+    },
+    /// For data or a hole only; other seeks stay in the kernel.
+    Lseek {
+        fh: u64,
+        offset: u64,
+        whence: u32,
+    },
     Flush {
         fh: u64,
     },
@@ -195,6 +207,7 @@ impl Request {
                 | Getxattr { .. }
                 | Listxattr { .. }
                 | Read { .. }
+                | Lseek { .. }
                 | Readdir { .. }
                 | Statfs
         )
@@ -299,6 +312,14 @@ impl Arguments<'_> {
                     flags: input.flags,
                     data,
                 }
+            }
+            opcode::FALLOCATE => {
+                let abi::FallocateIn { fh, offset, length, mode, .. } = self.fixed()?;
+                Operation::Fallocate { fh, offset, length, mode }
+            }
+            opcode::LSEEK => {
+                let abi::LseekIn { fh, offset, whence, .. } = self.fixed()?;
+                Operation::Lseek { fh, offset, whence }
             }
             opcode::FLUSH => Operation::Flush { fh: self.fixed::<abi::FlushIn>()?.fh },
             opcode::FSYNC => Operation::Fsync { fh: self.fixed::<abi::FsyncIn>()?.fh },

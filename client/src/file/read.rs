@@ -174,7 +174,7 @@ impl Inner {
     }
 
     /// Fetches one page of extents into the view.
-    async fn fetch_extents(&self, state: &FileState, from: u64) -> FsResult<()> {
+    pub(super) async fn fetch_extents(&self, state: &FileState, from: u64) -> FsResult<()> {
         let reply = self.extents_page(state.ino, from).await?;
         let mut inner = state.lock();
         if from == 0 && reply.data_version == inner.view.extents_version() {

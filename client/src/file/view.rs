@@ -61,6 +61,17 @@ pub(crate) enum ReadPlan {
     Extents(u64),
 }
 
+/// Where a seek for data or a hole leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Seek {
+    /// There.
+    At(u64),
+    /// The end of the file comes first.
+    Nowhere,
+    /// The extents from this offset on are needed first.
+    Extents(u64),
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct View {
@@ -327,6 +338,69 @@ impl View {
             // The server still has the old size; the next answer tells.
             None => self.forget_extents(self.extents_version),
         }
+    }
+
+    /// A range is about to be cleared: nothing in it is left to commit. Returns the memory freed.
+    pub(crate) fn begin_clear(&mut self, range: Range<u64>) -> u64 {
+        let gone = self.local.remove(range);
+        let freed = self.dropped(&gone);
+        self.settle();
+        freed
+    }
+
+    /// The clear, or another change of extents in `range` alone, was answered. `known`: the range is a hole now.
+    pub(crate) fn end_change(&mut self, range: Range<u64>, known: bool, attr: Attr) {
+        if attr.data_version == self.extents_version + 1 {
+            self.committed.remove(range.clone());
+            self.known.remove(range.clone());
+            if known && !range.is_empty() {
+                self.known.insert(range.start, Known(range.end - range.start));
+            }
+            self.extents_version = attr.data_version;
+        }
+        self.learn_attr(attr);
+    }
+
+    /// End of what is local; 0 when nothing is.
+    pub(crate) fn local_end(&self) -> u64 {
+        self.local.end()
+    }
+
+    /// Where the next data, or the next hole, is from `offset` on.
+    pub(crate) fn seek(&self, data: bool, offset: u64) -> Seek {
+        let size = self.size();
+        let mut at = offset;
+        while at < size {
+            let local = self.local.overlapping(at..at + 1).next().map(|(start, run)| start + run.length);
+            // What is local hides what is committed, known or not.
+            let covered = match local {
+                None if at < self.attr.size && self.known.overlapping(at..at + 1).next().is_none() => {
+                    return Seek::Extents(at);
+                }
+                None => self.committed.overlapping(at..at + 1).next().map(|(start, run)| start + run.length),
+                local => local,
+            };
+            match covered {
+                Some(_) if data => return Seek::At(at),
+                Some(end) => at = end,
+                None if !data => return Seek::At(at),
+                None => at = self.hole_end(at),
+            }
+        }
+        if data || offset >= size { Seek::Nowhere } else { Seek::At(size) }
+    }
+
+    /// Where the hole at `at` ends, or where what is known of it ends.
+    fn hole_end(&self, at: u64) -> u64 {
+        let next = |found: Option<u64>| found.unwrap_or(u64::MAX);
+        let local = next(self.local.overlapping(at..u64::MAX).next().map(|(start, _)| start));
+        let committed = next(self.committed.overlapping(at..u64::MAX).next().map(|(start, _)| start));
+        let known = match self.known.overlapping(at..at + 1).next() {
+            Some((start, run)) => start + run.0,
+            // Beyond the committed size there is nothing to know.
+            None => u64::MAX,
+        };
+        local.min(committed).min(known)
     }
 
     /// Contiguous dirty bytes from `from` on, up to `max` of them, wherever the first are found. Gives them to `unit`,

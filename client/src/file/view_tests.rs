@@ -49,6 +49,12 @@ impl Server {
         self.version += 1;
     }
 
+    fn clear(&mut self, range: Range<u64>) {
+        if !self.extents.remove(range).is_empty() {
+            self.version += 1;
+        }
+    }
+
     fn append_by_another(&mut self, data: &[u8]) {
         self.extents.insert(self.size, Extent::inline(Bytes::copy_from_slice(data)));
         self.size += data.len() as u64;
@@ -153,6 +159,38 @@ impl World {
         panic!("extents never became known");
     }
 
+    /// As a caller of `lseek` sees it; `None` is `ENXIO`.
+    fn seek(&mut self, data: bool, offset: u64) -> Option<u64> {
+        for _ in 0..100 {
+            match self.view.seek(data, offset) {
+                Seek::At(at) => return Some(at),
+                Seek::Nowhere => return None,
+                Seek::Extents(from) => {
+                    let page = self.server.page(from);
+                    self.view.learn_extents(from, page).unwrap();
+                }
+            }
+        }
+        panic!("extents never became known");
+    }
+
+    /// Every byte ever written is not 0, so the holes are the zeros.
+    fn check_seeks(&mut self) -> Result<(), TestCaseError> {
+        let expected = self.expected.clone();
+        for offset in (0..expected.len() + 20).step_by(7) {
+            let first = |hole: bool| (offset..expected.len()).find(|i| (expected[*i] == 0) == hole);
+            let hole = (offset < expected.len()).then(|| first(true).unwrap_or(expected.len()) as u64);
+            prop_assert_eq!(self.seek(false, offset as u64), hole, "hole from {}", offset);
+            prop_assert_eq!(
+                self.seek(true, offset as u64),
+                first(false).map(|i| i as u64),
+                "data from {}",
+                offset
+            );
+        }
+        Ok(())
+    }
+
     fn check(&mut self) -> Result<(), TestCaseError> {
         let read = self.read(0, 1 << 20);
         prop_assert_eq!(read.len(), self.expected.len());
@@ -170,6 +208,7 @@ enum Op {
     Append(Vec<u8>),
     OthersAppend(Vec<u8>),
     Truncate(u64),
+    Clear(u64, u64),
     Take(u64),
     Store(usize),
     Commit(bool),
@@ -187,6 +226,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => data().prop_map(Op::Append),
         1 => data().prop_map(Op::OthersAppend),
         1 => (0..300u64).prop_map(Op::Truncate),
+        1 => (0..300u64, 1..100u64).prop_map(|(at, len)| Op::Clear(at, at + len)),
         2 => (1..200u64).prop_map(Op::Take),
         2 => (0..3usize).prop_map(Op::Store),
         2 => any::<bool>().prop_map(Op::Commit),
@@ -232,6 +272,15 @@ proptest! {
                     let attr = w.server.attr();
                     w.view.end_truncate(size, Some(attr));
                 }
+                Op::Clear(at, end) => {
+                    w.flush();
+                    let inside = (at as usize).min(w.expected.len())..(end as usize).min(w.expected.len());
+                    w.expected[inside].fill(0);
+                    w.view.begin_clear(at..end);
+                    w.server.clear(at..end);
+                    let attr = w.server.attr();
+                    w.view.end_change(at..end, true, attr);
+                }
                 Op::Take(max) => w.take(max),
                 Op::Store(i) => w.store(i),
                 Op::Commit(block) => w.commit(block),
@@ -243,11 +292,13 @@ proptest! {
             }
             w.check()?;
         }
+        w.check_seeks()?;
         w.flush();
         w.check()?;
         prop_assert!(!w.view.has_local());
         // A second client sees the same.
         w.view = View::new(w.server.attr());
+        w.check_seeks()?;
         w.check()?;
     }
 }

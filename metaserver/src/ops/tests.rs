@@ -1,6 +1,7 @@
 //! Operations on the engine in memory; after each test the checker scans everything.
 
 mod acls;
+mod allocations;
 mod commits;
 mod model;
 mod names;

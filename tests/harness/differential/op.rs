@@ -3,7 +3,7 @@
 use rand::{Rng, seq::IndexedRandom};
 use rustix::fs::{OFlags, RenameFlags};
 
-use super::xattr::XattrOp;
+use super::{space::SpaceOp, xattr::XattrOp};
 use crate::rng::TestRng;
 
 /// One operation. Paths are indices into [`PATHS`], `slot` names one of [`SLOTS`] file descriptors.
@@ -38,6 +38,7 @@ pub enum Op {
     Chown { path: Name, uid: u32, gid: u32 },
     Utimens { path: Name, sec: i64, nsec: i64 },
     Xattr(XattrOp),
+    Space { slot: usize, op: SpaceOp },
 }
 
 /// A path of the small world in which operations meet each other.
@@ -89,7 +90,7 @@ pub fn sequence(rng: &mut TestRng, len: usize) -> Vec<Op> {
 fn any(rng: &mut TestRng) -> Op {
     let slot = rng.random_range(0..SLOTS);
     let path = name(rng);
-    match rng.random_range(0..111) {
+    match rng.random_range(0..119) {
         0..14 => Op::Open { slot, path, flags: flags(rng), mode: mode(rng) },
         14..18 => Op::Close { slot },
         18..27 => Op::Write { slot, len: length(rng), fill: rng.random() },
@@ -119,6 +120,7 @@ fn any(rng: &mut TestRng) -> Op {
             let flags = if rng.random_bool(0.2) { OFlags::EXCL } else { OFlags::empty() };
             Op::Tmpfile { slot, path, mode: mode(rng), flags }
         }
+        110..118 => Op::Space { slot, op: SpaceOp::any(rng) },
         109 => Op::LinkDescriptor { slot, to: path },
         _ => Op::Utimens {
             path,
@@ -177,7 +179,7 @@ fn boundary(rng: &mut TestRng) -> u64 {
     (edge + rng.random_range(0..4)).saturating_sub(rng.random_range(0..3))
 }
 
-fn offset(rng: &mut TestRng) -> u64 {
+pub(super) fn offset(rng: &mut TestRng) -> u64 {
     match rng.random_range(0..10) {
         0..4 => rng.random_range(0..20_000),
         4..6 => rng.random_range(0..3 << 20),
@@ -185,7 +187,7 @@ fn offset(rng: &mut TestRng) -> u64 {
     }
 }
 
-fn length(rng: &mut TestRng) -> usize {
+pub(super) fn length(rng: &mut TestRng) -> usize {
     match rng.random_range(0..20) {
         0..8 => rng.random_range(0..300),
         8..13 => rng.random_range(0..20_000),

@@ -143,6 +143,10 @@ impl World {
             Op::Utimens { path, sec, nsec } => {
                 return self.utimens(path, Timespec { tv_sec: sec, tv_nsec: nsec });
             }
+            Op::Space { slot, ref op } => {
+                let Some(fd) = &self.slots[slot] else { return Ok(Outcome::Skipped) };
+                return op.apply(fd);
+            }
             Op::Xattr(ref op) => return op.apply(&self.root),
             ref op => return self.with_descriptor(op),
         }

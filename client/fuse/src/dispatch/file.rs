@@ -121,7 +121,7 @@ impl<F: Filesystem> Dispatcher<F> {
         (fh, OpenOut { fh, open_flags, ..OpenOut::default() })
     }
 
-    fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
+    pub(super) fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
         self.files.get(fh).ok_or_else(|| unknown_handle(fh))
     }
 
@@ -180,7 +180,7 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     /// After a commit that failed, the kernel caches what the file does not have; after others, what it has now.
-    fn stored(&self, open: &OpenFile<F::File>, result: FsResult<()>) -> FsResult<Reply> {
+    pub(super) fn stored(&self, open: &OpenFile<F::File>, result: FsResult<()>) -> FsResult<Reply> {
         match result {
             Ok(()) => self.kernel_cache.changed_here(open.ino, self.fs.own_versions(&open.file)),
             Err(_) => self.pages_are_stale(open.ino),

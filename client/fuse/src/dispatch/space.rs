@@ -1,0 +1,51 @@
+//! Where a file has bytes: fallocate, and lseek for data and holes.
+
+use fjordfs_proto::error::Errno;
+use fjordfs_proto::{FsError, FsResult};
+
+use super::Dispatcher;
+use crate::abi::LseekOut;
+use crate::filesystem::{Allocation, Filesystem};
+use crate::reply::Reply;
+use crate::request::Caller;
+
+const KEEP_SIZE: u32 = libc::FALLOC_FL_KEEP_SIZE.cast_unsigned();
+const PUNCH_HOLE: u32 = libc::FALLOC_FL_PUNCH_HOLE.cast_unsigned();
+const ZERO_RANGE: u32 = libc::FALLOC_FL_ZERO_RANGE.cast_unsigned();
+
+impl<F: Filesystem> Dispatcher<F> {
+    pub(super) async fn fallocate(
+        &self,
+        caller: Caller,
+        fh: u64,
+        offset: u64,
+        length: u64,
+        mode: u32,
+    ) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let clear = match mode & !KEEP_SIZE {
+            0 => false,
+            PUNCH_HOLE | ZERO_RANGE => true,
+            _ => return Err(FsError::new(Errno::EOPNOTSUPP, format!("fallocate with mode {mode:#x}"))),
+        };
+        let keep_size = mode & (KEEP_SIZE | PUNCH_HOLE) != 0;
+        let end = offset.checked_add(length).ok_or_else(|| {
+            FsError::new(Errno::EFBIG, format!("{length} bytes at {offset} end beyond the largest offset"))
+        })?;
+        // The kernel does not say who may keep suid and sgid here, as it does with writes.
+        let how = Allocation { clear, keep_size, clear_suid: caller.uid != 0 };
+        let result = self.fs.allocate(&open.file, offset..end, how).await;
+        self.stored(&open, result)
+    }
+
+    pub(super) async fn lseek(&self, fh: u64, offset: u64, whence: u32) -> FsResult<Reply> {
+        let open = self.file(fh)?;
+        let data = match whence.cast_signed() {
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
+            _ => return Err(FsError::new(Errno::EINVAL, format!("lseek from {whence}"))),
+        };
+        let offset = self.fs.seek(&open.file, data, offset).await?;
+        Ok(Reply::of(&LseekOut { offset }))
+    }
+}
