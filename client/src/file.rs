@@ -3,6 +3,7 @@
 //! All handles of one inode in this client share one [`FileState`]: what one handle writes, every other reads at once.
 
 mod allocate;
+mod copy;
 mod read;
 mod seek;
 mod segment;
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 pub use allocate::Allocation;
+pub use copy::CopiedRange;
 pub(crate) use segment::UnitId;
 pub(crate) use view::View;
 
@@ -194,6 +196,15 @@ impl File {
     /// `EFBIG` beyond the largest offset, `ENOSPC` when the range is larger than what is free, `EINVAL` for no bytes.
     pub async fn allocate(&self, range: Range<u64>, how: Allocation) -> FsResult<()> {
         self.handle.allocate(range, how).await
+    }
+
+    /// `copy_file_range(2)`: puts bytes of `source` here, by sharing its blocks where that is possible. Returns how many; fewer
+    /// than asked for only says that the caller should go on from there, 0 that the source ends.
+    ///
+    /// # Errors
+    /// `EINVAL` when the ranges overlap in one file, and those of reading and writing.
+    pub async fn copy_from(&self, source: &File, range: CopiedRange) -> FsResult<u64> {
+        self.handle.copy_from(&source.handle, range).await
     }
 
     /// The first byte at or after `offset` that is in no hole: `SEEK_DATA`.

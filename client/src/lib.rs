@@ -19,7 +19,7 @@
 //! | [`client`](Client) | begin and end of a session |
 //! | `namespace`, `xattr` | operations on inodes and directories |
 //! | [`path`](OpenOptions) | the same by path, and the batch read |
-//! | [`file`](File) | open files: read, write, append, allocate, seek, flush, fsync |
+//! | [`file`](File) | open files: read, write, append, allocate, copy, seek, flush, fsync |
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
@@ -42,7 +42,7 @@ mod xattr;
 
 pub use client::Client;
 pub use engine::enter_lane;
-pub use file::{Allocation, File};
+pub use file::{Allocation, CopiedRange, File};
 pub use fjordfs_proto::{
     FsError, FsResult, InodeId, ROOT_INODE,
     error::Errno,

@@ -186,6 +186,7 @@ fn is_mutation(op: &Op) -> bool {
         | Op::SetXattr(_)
         | Op::RemoveXattr(_)
         | Op::Allocate(_)
+        | Op::CopyRange(_)
         | Op::Commit(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)

@@ -1,12 +1,13 @@
 //! Which blocks are still reached, and what becomes of those that are not.
 //!
 //! A block that is exactly one piece of one extent has no record: it dies with that piece. Any other block has a
-//! 'live' record with the number of its bytes that extents reach:
+//! 'live' record with the number of its bytes that extents reach, bytes reached twice counted twice:
 //!
 //! | event | record |
 //! |---|---|
 //! | a Commit names the block in several extents | created: bytes of all of them |
 //! | part of its only piece goes | created: piece − part |
+//! | bytes of it are shared with another extent (copy_file_range) | added, to the only piece if there was no record |
 //! | bytes of it go, record present | subtracted |
 //! | none left | removed, and the block joins a dead run |
 //!
@@ -19,7 +20,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Policy, Source, TargetId, interval::Run,
+    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Policy, Source, TargetId, extent::BlockPiece,
+    interval::Run,
 };
 
 use crate::{
@@ -47,6 +49,24 @@ pub(crate) fn adopt(txn: &mut Txn, blocks: &BTreeMap<BlockId, Tally>) {
             txn.put_record(keys::live(*block), &LiveBlock { live: tally.bytes });
         }
     }
+}
+
+/// The bytes `again` of the extent `whole` are about to be reached by one more extent. Call it before that extent is inserted:
+/// what the insertion replaces may release the same blocks.
+pub(crate) fn share(txn: &mut Txn, whole: &Extent, again: Range<u64>) -> FsResult<()> {
+    let inside = |piece: &BlockPiece| {
+        let (start, end) = (piece.from, piece.from + u64::from(piece.length));
+        end.min(again.end).saturating_sub(start.max(again.start))
+    };
+    for piece in whole.pieces().filter(|piece| inside(piece) > 0) {
+        let key = keys::live(piece.block);
+        let before = txn.record::<LiveBlock>(&key)?.map_or(u64::from(piece.length), |record| record.live);
+        let live = before.checked_add(inside(&piece)).ok_or_else(|| {
+            records::damaged(&format!("{} counts more live bytes than there can be", piece.block))
+        })?;
+        txn.put_record(key, &LiveBlock { live });
+    }
+    Ok(())
 }
 
 /// The bytes `gone` of the extent `whole` are no longer reached.

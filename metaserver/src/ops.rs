@@ -5,6 +5,7 @@ mod acl;
 mod allocate;
 mod close;
 mod commit;
+mod copy_range;
 mod get_extents;
 mod get_parent;
 mod getattr;
@@ -71,6 +72,7 @@ pub(crate) fn is_mutation(op: &Op) -> bool {
         | Op::SetXattr(_)
         | Op::RemoveXattr(_)
         | Op::Allocate(_)
+        | Op::CopyRange(_)
         | Op::LeaseBlocks(_) => true,
         Op::Lookup(_)
         | Op::GetAttr(_)
@@ -91,7 +93,13 @@ pub(crate) fn is_mutation(op: &Op) -> bool {
 pub(crate) fn needs_space(op: &Op) -> bool {
     matches!(
         op,
-        Op::Make(_) | Op::Link(_) | Op::Commit(_) | Op::LeaseBlocks(_) | Op::Rename(_) | Op::SetXattr(_)
+        Op::Make(_)
+            | Op::Link(_)
+            | Op::Commit(_)
+            | Op::LeaseBlocks(_)
+            | Op::Rename(_)
+            | Op::SetXattr(_)
+            | Op::CopyRange(_)
     )
 }
 
@@ -130,6 +138,7 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::ListXattrs(op) => Reply::XattrNames(xattr::list(ctx, &op)?),
         Op::RemoveXattr(op) => Reply::Entry(xattr::remove(ctx, &op)?),
         Op::Allocate(op) => Reply::Entry(allocate::run(ctx, &op)?),
+        Op::CopyRange(op) => Reply::CopyRange(copy_range::run(ctx, &op)?),
     })
 }
 

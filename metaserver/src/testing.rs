@@ -237,6 +237,21 @@ impl World {
         self.attr(Op::Allocate(Allocate { ino: ino.0, offset, length, clear, size, clear_suid: false }))
     }
 
+    /// Shares bytes of one file with another; how many, and the other's attributes.
+    pub(crate) fn copy(
+        &mut self,
+        (source, source_offset): (InodeId, u64),
+        (target, target_offset): (InodeId, u64),
+        length: u64,
+    ) -> FsResult<(u64, Attr)> {
+        let (source, target) = (source.0, target.0);
+        let op = CopyRange { source, source_offset, target, target_offset, length, clear_suid: false };
+        match self.call(Op::CopyRange(op))? {
+            Reply::CopyRange(reply) => Ok((reply.copied, reply.attr.unwrap())),
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub(crate) fn link(&mut self, ino: InodeId, parent: InodeId, name: &str) -> FsResult<Attr> {
         self.attr(Op::Link(Link { ino: ino.0, parent: parent.0, name: name.to_owned().into() }))
     }

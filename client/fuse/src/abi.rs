@@ -106,6 +106,7 @@ pub(crate) mod opcode {
     pub(crate) const SYNCFS: u32 = 50;
     pub(crate) const TMPFILE: u32 = 51;
     pub(crate) const STATX: u32 = 52;
+    pub(crate) const COPY_FILE_RANGE_64: u32 = 53;
 }
 
 /// Flags of INIT, both 32-bit halves as one number.
@@ -215,6 +216,11 @@ abi_struct! {
     struct FallocateIn: 32 { fh: u64, offset: u64, length: u64, mode: u32, padding: u32, }
     struct LseekIn: 24 { fh: u64, offset: u64, whence: u32, padding: u32, }
     struct LseekOut: 8 { offset: u64, }
+    struct CopyFileRangeIn: 56 {
+        fh_in: u64, off_in: u64, nodeid_out: u64, fh_out: u64, off_out: u64, len: u64, flags: u64,
+    }
+    /// Answer to COPY_FILE_RANGE_64; the older request is answered as a WRITE.
+    struct CopyFileRangeOut: 8 { bytes_copied: u64, }
     struct LinkIn: 8 { oldnodeid: u64, }
     struct SetattrIn: 88 {
         valid: u32, padding: u32, fh: u64, size: u64, lock_owner: u64, atime: u64, mtime: u64, ctime: u64,
@@ -274,6 +280,7 @@ pub(crate) fn fixed_size(code: u32) -> usize {
         opcode::LINK => size_of::<LinkIn>(),
         opcode::FALLOCATE => size_of::<FallocateIn>(),
         opcode::LSEEK => size_of::<LseekIn>(),
+        opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64 => size_of::<CopyFileRangeIn>(),
         opcode::SETXATTR => size_of::<SetxattrIn>(),
         opcode::GETXATTR | opcode::LISTXATTR => size_of::<GetxattrIn>(),
         opcode::OPEN | opcode::OPENDIR => size_of::<OpenIn>(),

@@ -9,7 +9,9 @@ use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::filesystem::{Allocation, AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
+use crate::filesystem::{
+    Allocation, AttrChange, CopiedRange, Filesystem, NewFile, NewNode, Space, TimeChange,
+};
 use crate::mount::{Mount, MountError, mount_filesystem};
 use crate::notify::Notifier;
 use crate::options::MountOptions;
@@ -153,6 +155,11 @@ impl Filesystem for Adapter {
     async fn allocate(&self, file: &File, range: Range<u64>, how: Allocation) -> FsResult<()> {
         let Allocation { clear, keep_size, clear_suid } = how;
         file.allocate(range, fjordfs_client::Allocation { clear, keep_size, clear_suid }).await
+    }
+
+    async fn copy_range(&self, source: &File, target: &File, range: CopiedRange) -> FsResult<u64> {
+        let CopiedRange { from, to, length, clear_suid } = range;
+        target.copy_from(source, fjordfs_client::CopiedRange { from, to, length, clear_suid }).await
     }
 
     async fn seek(&self, file: &File, data: bool, offset: u64) -> FsResult<u64> {

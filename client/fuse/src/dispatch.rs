@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
 use crate::directory::OpenDirectory;
-use crate::filesystem::Filesystem;
+use crate::filesystem::{CopiedRange, Filesystem};
 use crate::fresh_attrs::FreshAttrs;
 use crate::handles::Handles;
 use crate::interrupt::Interrupts;
@@ -181,6 +181,17 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Fallocate { fh, offset, length, mode } => {
                 self.fallocate(caller, fh, offset, length, mode).await?
             }
+            Operation::CopyFileRange { fh_in, offset_in, fh_out, offset_out, length, wide, .. } => {
+                let length = if wide { length } else { length.min(u32::MAX.into()) };
+                let range =
+                    CopiedRange { from: offset_in, to: offset_out, length, clear_suid: caller.uid != 0 };
+                let copied = self.copy_file_range(fh_in, fh_out, range).await?;
+                if wide {
+                    Reply::of(&abi::CopyFileRangeOut { bytes_copied: copied })
+                } else {
+                    Reply::of(&abi::WriteOut { size: copied as u32, padding: 0 })
+                }
+            }
             Operation::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence).await?,
             Operation::Flush { fh } => self.flush(fh).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
@@ -271,8 +282,7 @@ fn unknown_handle(fh: u64) -> FsError {
     FsError::new(Errno::EBADF, format!("handle {fh} is not open"))
 }
 
-/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: `access` is decided from the mode,
-/// `copy_file_range` is done by the kernel.
+/// What requests that are not served get. `ENOSYS` makes the kernel stop asking and take its own way, silently: `access` is decided from the mode.
 fn not_served(code: u32) -> Reply {
     match code {
         // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
@@ -291,6 +301,7 @@ enum Effect {
 fn effect(operation: &Operation, node: InodeId) -> Effect {
     match operation {
         Operation::Link { ino, .. } => Effect::Changes([Some(node), Some(*ino)]),
+        Operation::CopyFileRange { ino_out, .. } => Effect::Changes([Some(*ino_out), None]),
         Operation::Open { flags, .. } if !file::truncates(*flags) => Effect::None,
         Operation::Open { .. }
         | Operation::Setattr(_)
@@ -331,6 +342,7 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Read { .. } => "read",
         Operation::Write { .. } => "write",
         Operation::Fallocate { .. } => "fallocate",
+        Operation::CopyFileRange { .. } => "copy_file_range",
         Operation::Lseek { .. } => "lseek",
         Operation::Flush { .. } | Operation::Release { .. } => "close",
         Operation::Fsync { .. } => "fsync",

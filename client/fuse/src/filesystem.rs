@@ -91,6 +91,19 @@ pub struct Allocation {
     pub clear_suid: bool,
 }
 
+/// Bytes to copy from one file to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopiedRange {
+    /// Where they are in the source.
+    pub from: u64,
+    /// Where they go in the target.
+    pub to: u64,
+    /// How many.
+    pub length: u64,
+    /// Whoever changes the target may not keep its suid and sgid.
+    pub clear_suid: bool,
+}
+
 /// Space in a filesystem, in bytes that a user can write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
@@ -219,6 +232,16 @@ pub trait Filesystem: Send + Sync + 'static {
         how: Allocation,
     ) -> impl Future<Output = FsResult<()>> {
         let _ = (file, range, how);
+        async { Err(not_served()) }
+    }
+    /// Copies bytes between two open files; answers with how many, which may be fewer than asked for.
+    fn copy_range(
+        &self,
+        source: &Self::File,
+        target: &Self::File,
+        range: CopiedRange,
+    ) -> impl Future<Output = FsResult<u64>> {
+        let _ = (source, target, range);
         async { Err(not_served()) }
     }
     /// The next byte from `offset` on that is data, or that is in a hole; `ENXIO` when there is none.

@@ -126,6 +126,16 @@ pub(crate) enum Operation {
         length: u64,
         mode: u32,
     },
+    CopyFileRange {
+        fh_in: u64,
+        offset_in: u64,
+        ino_out: InodeId,
+        fh_out: u64,
+        offset_out: u64,
+        length: u64,
+        /// The answer has 64 bits.
+        wide: bool,
+    },
     /// For data or a hole only; other seeks stay in the kernel.
     Lseek {
         fh: u64,
@@ -316,6 +326,18 @@ impl Arguments<'_> {
             opcode::FALLOCATE => {
                 let abi::FallocateIn { fh, offset, length, mode, .. } = self.fixed()?;
                 Operation::Fallocate { fh, offset, length, mode }
+            }
+            code @ (opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64) => {
+                let input: abi::CopyFileRangeIn = self.fixed()?;
+                Operation::CopyFileRange {
+                    fh_in: input.fh_in,
+                    offset_in: input.off_in,
+                    ino_out: InodeId(input.nodeid_out),
+                    fh_out: input.fh_out,
+                    offset_out: input.off_out,
+                    length: input.len,
+                    wide: code == opcode::COPY_FILE_RANGE_64,
+                }
             }
             opcode::LSEEK => {
                 let abi::LseekIn { fh, offset, whence, .. } = self.fixed()?;

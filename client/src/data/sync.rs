@@ -29,7 +29,8 @@ pub(crate) struct Unsynced {
     target: TargetId,
     block: BlockId,
     shard: u32,
-    connection: Weak<Connection>,
+    /// `None`: put by another client, which looks after it; a sync of the target is all there is to do here.
+    connection: Option<Weak<Connection>>,
 }
 
 impl Unsynced {
@@ -39,16 +40,31 @@ impl Unsynced {
         shard: u32,
         connection: &Arc<Connection>,
     ) -> Unsynced {
-        Unsynced { target, block, shard, connection: Arc::downgrade(connection) }
+        Unsynced { target, block, shard, connection: Some(Arc::downgrade(connection)) }
+    }
+
+    /// Whatever others have put on a target.
+    fn of_others(target: TargetId) -> Unsynced {
+        Unsynced { target, block: BlockId(0), shard: 0, connection: None }
     }
 
     /// Whether the server has been there without a break since the put.
     fn unbroken(&self) -> bool {
-        self.connection.upgrade().is_some_and(|c| c.usable())
+        self.connection.as_ref().is_none_or(|c| c.upgrade().is_some_and(|c| c.usable()))
     }
 }
 
 impl DataClient {
+    /// What has to be synced when blocks came from anywhere.
+    pub(crate) fn unsynced_of_others(&self) -> Vec<Unsynced> {
+        self.map()
+            .targets
+            .iter()
+            .filter(|(_, t)| t.readable())
+            .map(|(id, _)| Unsynced::of_others(*id))
+            .collect()
+    }
+
     /// Returns when every block of `shards` survives a power failure. `shards` holds all copies of each block.
     ///
     /// A copy on a target that the metaserver has declared down counts as one of the losses that the policy survives;

@@ -361,6 +361,11 @@ impl View {
         self.learn_attr(attr);
     }
 
+    /// Whether anything in a range is not committed.
+    pub(crate) fn has_local_in(&self, range: Range<u64>) -> bool {
+        self.local.overlapping(range).next().is_some()
+    }
+
     /// End of what is local; 0 when nothing is.
     pub(crate) fn local_end(&self) -> u64 {
         self.local.end()

@@ -3,6 +3,7 @@
 mod acls;
 mod allocations;
 mod commits;
+mod copies;
 mod model;
 mod names;
 mod renames;

@@ -39,6 +39,7 @@ pub enum Op {
     Utimens { path: Name, sec: i64, nsec: i64 },
     Xattr(XattrOp),
     Space { slot: usize, op: SpaceOp },
+    CopyRange { from: usize, to: usize, at: (u64, u64), len: usize },
 }
 
 /// A path of the small world in which operations meet each other.
@@ -90,7 +91,7 @@ pub fn sequence(rng: &mut TestRng, len: usize) -> Vec<Op> {
 fn any(rng: &mut TestRng) -> Op {
     let slot = rng.random_range(0..SLOTS);
     let path = name(rng);
-    match rng.random_range(0..119) {
+    match rng.random_range(0..124) {
         0..14 => Op::Open { slot, path, flags: flags(rng), mode: mode(rng) },
         14..18 => Op::Close { slot },
         18..27 => Op::Write { slot, len: length(rng), fill: rng.random() },
@@ -119,6 +120,10 @@ fn any(rng: &mut TestRng) -> Op {
         106..109 => {
             let flags = if rng.random_bool(0.2) { OFlags::EXCL } else { OFlags::empty() };
             Op::Tmpfile { slot, path, mode: mode(rng), flags }
+        }
+        118..123 => {
+            let (to, at) = (rng.random_range(0..SLOTS), (offset(rng), offset(rng)));
+            Op::CopyRange { from: slot, to, at, len: length(rng) }
         }
         110..118 => Op::Space { slot, op: SpaceOp::any(rng) },
         109 => Op::LinkDescriptor { slot, to: path },

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use rand::{Rng, seq::IndexedRandom};
 use rustix::{
-    fs::{self, FallocateFlags, SeekFrom},
+    fs::{self, FallocateFlags, FileType, SeekFrom},
     io::{self, Errno},
 };
 
@@ -52,9 +52,26 @@ impl SpaceOp {
     }
 }
 
+/// Copies all of it, as programs do.
+pub(super) fn copy(from: &OwnedFd, to: &OwnedFd, at: (u64, u64), len: usize) -> io::Result<Outcome> {
+    let (mut off_in, mut off_out) = at;
+    let mut done = 0;
+    while done < len {
+        match fs::copy_file_range(from, Some(&mut off_in), to, Some(&mut off_out), len - done)? {
+            0 => break,
+            copied => done += copied,
+        }
+    }
+    Ok(Outcome::Count(done))
+}
+
 /// Where data and holes are is a matter of granularity; that what is skipped as a hole reads as zeros is not, nor which
 /// errors there are.
 fn seek(fd: &OwnedFd, to: SeekFrom, at: u64) -> io::Result<Outcome> {
+    if !FileType::from_raw_mode(fs::fstat(fd)?.st_mode).is_file() {
+        // Offsets in a directory are cookies.
+        return Ok(Outcome::Skipped);
+    }
     let position = fs::seek(fd, SeekFrom::Current(0))?;
     let found = fs::seek(fd, to);
     fs::seek(fd, SeekFrom::Start(position))?;

@@ -12,7 +12,10 @@ use rustix::{
     io::{self, Errno},
 };
 
-use super::op::{Name, Op, SLOTS};
+use super::{
+    op::{Name, Op, SLOTS},
+    space,
+};
 
 /// What an operation answered.
 #[derive(PartialEq, Eq, Debug)]
@@ -142,6 +145,12 @@ impl World {
             }
             Op::Utimens { path, sec, nsec } => {
                 return self.utimens(path, Timespec { tv_sec: sec, tv_nsec: nsec });
+            }
+            Op::CopyRange { from, to, at, len } => {
+                let (Some(from), Some(to)) = (&self.slots[from], &self.slots[to]) else {
+                    return Ok(Outcome::Skipped);
+                };
+                return space::copy(from, to, at, len);
             }
             Op::Space { slot, ref op } => {
                 let Some(fd) = &self.slots[slot] else { return Ok(Outcome::Skipped) };

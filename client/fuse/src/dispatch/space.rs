@@ -1,11 +1,11 @@
-//! Where a file has bytes: fallocate, and lseek for data and holes.
+//! Where a file has bytes: fallocate, copy_file_range, and lseek for data and holes.
 
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::{FsError, FsResult};
 
 use super::Dispatcher;
 use crate::abi::LseekOut;
-use crate::filesystem::{Allocation, Filesystem};
+use crate::filesystem::{Allocation, CopiedRange, Filesystem};
 use crate::reply::Reply;
 use crate::request::Caller;
 
@@ -36,6 +36,14 @@ impl<F: Filesystem> Dispatcher<F> {
         let how = Allocation { clear, keep_size, clear_suid: caller.uid != 0 };
         let result = self.fs.allocate(&open.file, offset..end, how).await;
         self.stored(&open, result)
+    }
+
+    pub(super) async fn copy_file_range(&self, fh_in: u64, fh_out: u64, range: CopiedRange) -> FsResult<u64> {
+        let (source, target) = (self.file(fh_in)?, self.file(fh_out)?);
+        let copied = self.fs.copy_range(&source.file, &target.file, range).await?;
+        // The kernel drops its pages of what was copied over.
+        self.kernel_cache.changed_here(target.ino, self.fs.own_versions(&target.file));
+        Ok(copied)
     }
 
     pub(super) async fn lseek(&self, fh: u64, offset: u64, whence: u32) -> FsResult<Reply> {
