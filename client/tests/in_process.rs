@@ -4,7 +4,9 @@
 use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
-use fjordfs_client::{AttrChange, Client, Errno, File, InodeId, Options, ReadRequest};
+use fjordfs_client::{
+    Allocation, AttrChange, Client, CopiedRange, Errno, File, InodeId, Options, ReadRequest,
+};
 use fjordfs_dataserver::DataServer;
 use fjordfs_metaserver::MetaServer;
 use fjordfs_proto::{Policy, Source, cluster::TargetState};
@@ -314,4 +316,92 @@ async fn paths_follow_links_and_errors_name_the_path() {
     assert!(e.message.contains("/a/nope/f"), "{}", e.message);
     assert_eq!(client.stat("/a/b/f/g").await.unwrap_err().errno, Errno::ENOTDIR);
     assert_eq!(client.remove_dir("/a").await.unwrap_err().errno, Errno::ENOTEMPTY);
+}
+
+/// Copies all of it, as programs do.
+async fn copy_all(source: &File, target: &File, from: u64, to: u64, length: u64) -> u64 {
+    let mut done = 0;
+    while done < length {
+        let range =
+            CopiedRange { from: from + done, to: to + done, length: length - done, clear_suid: false };
+        match target.copy_from(source, range).await.unwrap() {
+            0 => break,
+            copied => done += copied,
+        }
+    }
+    done
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_share_blocks_or_move_bytes_and_read_the_same() {
+    let cluster = Cluster::start(2, "replica:2").await;
+    let (writer, client) = (cluster.client().await, cluster.client().await);
+    let data = pattern(3, 9 << 20);
+    write_file(&writer, "/source", &data).await;
+    let source = client.open_path("/source").await.unwrap();
+    // Not committed yet: it is part of the copy all the same.
+    source.write_at(100, Bytes::from_static(b"written here")).await.unwrap();
+    let mut expected = data.clone();
+    expected[100..112].copy_from_slice(b"written here");
+    let single = InodeId(client.create_dir_all("/single").await.unwrap().ino);
+    let policy = Some(Policy::replica(1).unwrap());
+    client.setattr(single, AttrChange { policy, ..AttrChange::default() }).await.unwrap();
+    for path in ["/shared", "/single/copied"] {
+        let target = client.create_path(path).await.unwrap();
+        target.write_at(0, Bytes::from(vec![7; 1000])).await.unwrap();
+        assert_eq!(copy_all(&source, &target, 50, 500, 1 << 40).await, (9 << 20) - 50);
+        target.fsync().await.unwrap();
+        assert!(read_all(&target).await == [&[7; 500][..], &expected[50..]].concat(), "{path}");
+        let extents = client.extents(target.ino()).await.unwrap();
+        let of_source = client.extents(source.ino()).await.unwrap();
+        let blocks = |extents: &[(u64, fjordfs_proto::Extent)]| -> std::collections::BTreeSet<u64> {
+            extents.iter().flat_map(|(_, e)| e.pieces().map(|p| p.block.0).collect::<Vec<_>>()).collect()
+        };
+        let shares = !blocks(&extents).is_disjoint(&blocks(&of_source));
+        assert_eq!(shares, path == "/shared");
+    }
+    // Within one file, and only where it does not overlap itself.
+    let overlapping = CopiedRange { from: 0, to: 10, length: 20, clear_suid: false };
+    assert_eq!(source.copy_from(&source, overlapping).await.unwrap_err().errno, Errno::EINVAL);
+    assert_eq!(copy_all(&source, &source, 0, 9 << 20, 1000).await, 1000);
+    expected.extend_from_within(..1000);
+    assert!(read_all(&source).await == expected);
+    // The others see it, also when the source is gone.
+    client.remove_file("/source").await.unwrap();
+    drop(source);
+    let seen = writer.open_path("/shared").await.unwrap();
+    assert!(read_all(&seen).await[500..] == expected[50..9 << 20]);
+    client.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn holes_are_punched_through_what_is_written_and_what_is_committed() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (client, other) = (cluster.client().await, cluster.client().await);
+    let mut expected = pattern(5, 3 << 20);
+    let file = client.create_path("/f").await.unwrap();
+    file.write_at(0, Bytes::from(expected.clone())).await.unwrap();
+    file.flush().await.unwrap();
+    file.write_at(1 << 20, Bytes::from(vec![9; 1 << 20])).await.unwrap();
+    expected[1 << 20..2 << 20].fill(9);
+    let clear = Allocation { clear: true, keep_size: true, clear_suid: false };
+    file.allocate(1000..(1 << 20) + 1000, clear).await.unwrap();
+    expected[1000..(1 << 20) + 1000].fill(0);
+    assert!(read_all(&file).await == expected);
+    assert_eq!(
+        (file.seek_hole(5).await.unwrap(), file.seek_data(1000).await.unwrap()),
+        (1000, (1 << 20) + 1000)
+    );
+    // The end of the file is cut out and stays the end; a longer one is a hole.
+    file.allocate((3 << 20) - 10..4 << 20, clear).await.unwrap();
+    file.allocate(0..5 << 20, Allocation::default()).await.unwrap();
+    expected[(3 << 20) - 10..].fill(0);
+    expected.resize(5 << 20, 0);
+    assert!(read_all(&file).await == expected);
+    assert_eq!(file.seek_data(4 << 20).await.unwrap_err().errno, Errno::ENXIO);
+    assert_eq!(file.allocate(5..5, clear).await.unwrap_err().errno, Errno::EINVAL);
+    assert_eq!(file.allocate(0..1 << 63, clear).await.unwrap_err().errno, Errno::EFBIG);
+    let seen = other.open_path("/f").await.unwrap();
+    assert!(read_all(&seen).await == expected);
+    client.shutdown().await.unwrap();
 }

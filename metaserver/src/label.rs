@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DATA/
-//!   fjord-meta.json    {"kind": "meta", "format_version": 1, "cluster_id": "..."}   written once, before anything else
+//!   fjord-meta.json    {"kind": "meta", "format_version": 2, "cluster_id": "..."}   written before anything else,
+//!                      and by the first release that writes newer records
 //!   fjord-meta.lock    locked (flock) by the running metaserver
 //!   store/             the storage engine's
 //! ```
@@ -15,8 +16,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// Format of the records. 1: first.
-const FORMAT_VERSION: u32 = 1;
+/// Format of the records; older ones are read as they are. 1: first. 2: extended attributes, files without a name, blocks
+/// shared between files.
+const FORMAT_VERSION: u32 = 2;
 const LABEL: &str = "fjord-meta.json";
 const LOCK: &str = "fjord-meta.lock";
 const STORE: &str = "store";
@@ -100,8 +102,10 @@ impl Folder {
         refuse_targets(folder)?;
         let lock = lock(folder)?;
         let label = match read(folder)? {
-            Some(label) => label,
-            None => write(folder).map_err(at(&folder.join(LABEL)))?,
+            Some(label) if label.format_version == FORMAT_VERSION => label,
+            // From here on an older release would take the records for damaged.
+            Some(older) => write(folder, older.cluster_id).map_err(at(&folder.join(LABEL)))?,
+            None => write(folder, uuid::Uuid::new_v4().to_string()).map_err(at(&folder.join(LABEL)))?,
         };
         Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
     }
@@ -157,12 +161,8 @@ fn read(folder: &Path) -> Result<Option<Label>, FolderError> {
 }
 
 /// Whole or not at all: a metaserver that starts after a crash must not make a second cluster id.
-fn write(folder: &Path) -> io::Result<Label> {
-    let label = Label {
-        kind: KIND.into(),
-        format_version: FORMAT_VERSION,
-        cluster_id: uuid::Uuid::new_v4().to_string(),
-    };
+fn write(folder: &Path, cluster_id: String) -> io::Result<Label> {
+    let label = Label { kind: KIND.into(), format_version: FORMAT_VERSION, cluster_id };
     let temporary = folder.join(format!("{LABEL}.new"));
     let mut file = File::create(&temporary)?;
     file.write_all(serde_json::to_string_pretty(&label)?.as_bytes())?;
@@ -206,6 +206,15 @@ mod tests {
         assert_eq!(Folder::claim(&path).unwrap().cluster_id, id);
         assert_eq!(Folder::claim_existing(&path).unwrap().cluster_id, id);
         assert!(matches!(Folder::claim_existing(folder.path()), Err(FolderError::Empty(_))));
+    }
+
+    #[test]
+    fn an_older_folder_is_raised_to_this_releases_format() {
+        let folder = tempfile::tempdir().unwrap();
+        let older = r#"{"kind": "meta", "format_version": 1, "cluster_id": "c"}"#;
+        fs::write(folder.path().join(LABEL), older).unwrap();
+        assert_eq!(Folder::claim(folder.path()).unwrap().cluster_id, "c");
+        assert_eq!(read(folder.path()).unwrap().unwrap().format_version, FORMAT_VERSION);
     }
 
     #[test]

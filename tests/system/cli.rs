@@ -30,6 +30,17 @@ fn import_and_export_round_trip() {
     let cluster = Cluster::start("round-trip", Setup::default());
     let source = cluster.dir("source");
     Tree::mixed().generate(&source, seed);
+    let tagged = ["tagged", "tagged folder"];
+    fs::write(source.join(tagged[0]), b"x").unwrap();
+    fs::create_dir(source.join(tagged[1])).unwrap();
+    let tag = |path: &Path, value: &[u8]| {
+        rustix::fs::setxattr(path, "user.tag", value, rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    let tag_of = |path: &Path| {
+        let mut value = [0; 100];
+        rustix::fs::getxattr(path, "user.tag", &mut value[..]).map(|length| value[..length].to_vec()).ok()
+    };
+    tagged.iter().for_each(|name| tag(&source.join(name), name.as_bytes()));
     let remote = format!("{}:/in/by/address", cluster.meta_address());
     cluster.fjord(["import", text(&source), &remote]).ok();
     let mount = cluster.mount();
@@ -42,10 +53,19 @@ fn import_and_export_round_trip() {
     tree::assert_same(&source, &back.join("a"), tree::ALL);
     cluster.fjord(["export", text(&mount.join("mounted")), text(&back.join("b"))]).ok();
     tree::assert_same(&source, &back.join("b"), tree::ALL);
+    for name in tagged {
+        assert_eq!(tag_of(&mount.join("in/by/address").join(name)).as_deref(), Some(name.as_bytes()));
+        assert_eq!(tag_of(&back.join("a").join(name)).as_deref(), Some(name.as_bytes()));
+    }
+    // Also of files that are not copied again.
+    tag(&source.join(tagged[0]), b"another");
+    rustix::fs::removexattr(source.join(tagged[1]), "user.tag").unwrap();
     // What is there already is not copied again; what differs is.
     fs::write(source.join("new"), b"new").unwrap();
     cluster.fjord(["import", text(&source), text(&mount.join("mounted"))]).ok();
     tree::assert_same(&source, &mount.join("mounted"), tree::ALL);
+    assert_eq!(tag_of(&mount.join("mounted").join(tagged[0])).as_deref(), Some(&b"another"[..]));
+    assert_eq!(tag_of(&mount.join("mounted").join(tagged[1])), None);
     mount.unmount();
 }
 

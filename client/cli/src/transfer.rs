@@ -5,7 +5,7 @@
 //! | `import`, `export` | the two directions |
 //! | `workers`, `ledger`, `progress` | parallel work, what it did, how that is shown |
 //! | `local`, `listing` | the two ends |
-//! | `attrs`, `sums` | what must agree between them |
+//! | `attrs`, `xattrs`, `sums` | what must agree between them |
 //!
 //! There is no journal: what is there already is seen from size and modification time, and files appear under their
 //! names only when complete. So a second run goes on where the first ended, even on another machine.
@@ -40,6 +40,7 @@ mod local;
 mod progress;
 mod sums;
 mod workers;
+mod xattrs;
 
 use ledger::Ledger;
 use progress::Progress;
@@ -48,8 +49,8 @@ pub(crate) use attrs::kind_name;
 
 /// Copy a local tree into FjordFS: parallel, resumable.
 ///
-/// Keeps modes, owners, times, symbolic and hard links, holes, fifos and devices; extended attributes are not kept
-/// yet. A directory's contents become those of DST, which is made when missing. A file becomes DST, or goes into DST
+/// Keeps modes, owners, times, symbolic and hard links, holes, fifos, devices and extended attributes (those of users).
+/// A directory's contents become those of DST, which is made when missing. A file becomes DST, or goes into DST
 /// if that is a directory. Run it again after an interruption: files whose size and modification time agree are left
 /// out. What cannot be copied is listed at the end.
 #[derive(clap::Args)]

@@ -10,6 +10,8 @@
 //! - A segment belongs to at most one unit. What is overwritten while its unit is on its way leaves the unit, so an
 //!   older unit can never undo a newer write.
 
+mod seek;
+
 use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
@@ -21,6 +23,8 @@ use fjordfs_proto::{
     mode::without_suid,
     pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
 };
+
+pub(crate) use seek::Seek;
 
 use super::segment::{Body, Segment, Taken, UnitId};
 
@@ -58,17 +62,6 @@ pub(crate) enum ReadPlan {
     /// These parts.
     Parts(Vec<Part>),
     /// The extents from this offset on, first.
-    Extents(u64),
-}
-
-/// Where a seek for data or a hole leads.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Seek {
-    /// There.
-    At(u64),
-    /// The end of the file comes first.
-    Nowhere,
-    /// The extents from this offset on are needed first.
     Extents(u64),
 }
 
@@ -369,43 +362,6 @@ impl View {
     /// End of what is local; 0 when nothing is.
     pub(crate) fn local_end(&self) -> u64 {
         self.local.end()
-    }
-
-    /// Where the next data, or the next hole, is from `offset` on.
-    pub(crate) fn seek(&self, data: bool, offset: u64) -> Seek {
-        let size = self.size();
-        let mut at = offset;
-        while at < size {
-            let local = self.local.overlapping(at..at + 1).next().map(|(start, run)| start + run.length);
-            // What is local hides what is committed, known or not.
-            let covered = match local {
-                None if at < self.attr.size && self.known.overlapping(at..at + 1).next().is_none() => {
-                    return Seek::Extents(at);
-                }
-                None => self.committed.overlapping(at..at + 1).next().map(|(start, run)| start + run.length),
-                local => local,
-            };
-            match covered {
-                Some(_) if data => return Seek::At(at),
-                Some(end) => at = end,
-                None if !data => return Seek::At(at),
-                None => at = self.hole_end(at),
-            }
-        }
-        if data || offset >= size { Seek::Nowhere } else { Seek::At(size) }
-    }
-
-    /// Where the hole at `at` ends, or where what is known of it ends.
-    fn hole_end(&self, at: u64) -> u64 {
-        let next = |found: Option<u64>| found.unwrap_or(u64::MAX);
-        let local = next(self.local.overlapping(at..u64::MAX).next().map(|(start, _)| start));
-        let committed = next(self.committed.overlapping(at..u64::MAX).next().map(|(start, _)| start));
-        let known = match self.known.overlapping(at..at + 1).next() {
-            Some((start, run)) => start + run.0,
-            // Beyond the committed size there is nothing to know.
-            None => u64::MAX,
-        };
-        local.min(committed).min(known)
     }
 
     /// Contiguous dirty bytes from `from` on, up to `max` of them, wherever the first are found. Gives them to `unit`,

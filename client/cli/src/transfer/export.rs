@@ -24,6 +24,7 @@ use super::{
     local,
     sums::{self, Sum},
     workers::Workers,
+    xattrs::{self, Xattrs},
 };
 
 /// Files up to this size are read in one piece, without asking for their extents.
@@ -103,8 +104,11 @@ impl Export {
         // Children before their parents: setting the mode of a parent may lock its owner out.
         for (path, attr) in dirs.into_iter().rev() {
             let at = path.clone();
-            let set = spawn_blocking(move || local::set_attributes(&at, &attr)).await;
-            self.noted(&path, set.map_err(Into::into).and_then(|s| s));
+            let set = async {
+                let wanted = xattrs::fetch(&self.client, &attr).await?;
+                spawn_blocking(move || set_all(&at, &attr, &wanted)).await?
+            };
+            self.noted(&path, set.await);
         }
     }
 
@@ -137,10 +141,13 @@ impl Export {
         let path = item.path.clone();
         let there = spawn_blocking(move || fs::symlink_metadata(&path).ok()).await?;
         if let Some(there) = there.filter(|there| attrs::same_content(there, &item.attr)) {
-            if !attrs::same_rights(&there, &item.attr) {
-                let (path, attr) = (item.path.clone(), item.attr);
-                spawn_blocking(move || local::set_attributes(&path, &attr)).await??;
-            }
+            let wanted = xattrs::fetch(&self.client, &item.attr).await?;
+            let (path, attr) = (item.path.clone(), item.attr);
+            spawn_blocking(move || match attrs::same_rights(&there, &attr) {
+                true => xattrs::write(&path, &wanted),
+                false => set_all(&path, &attr, &wanted),
+            })
+            .await??;
             if self.verify {
                 let (attr, file) = self.client.open(InodeId(item.attr.ino)).await?;
                 let sums = self.copy(&file, &attr, None).await?;
@@ -161,10 +168,11 @@ impl Export {
                 now.data_version == attr.data_version,
                 "it was written to while it was copied: run the export again"
             );
+            let wanted = xattrs::fetch(&self.client, &now).await?;
             let (from, to) = (partial.clone(), item.path.clone());
             spawn_blocking(move || -> anyhow::Result<()> {
                 target.set_len(now.size)?;
-                local::set_attributes(&from, &now)?;
+                set_all(&from, &now, &wanted)?;
                 fs::rename(&from, &to)?;
                 Ok(())
             })
@@ -286,6 +294,12 @@ impl Export {
         self.noted(&item.path, result);
         self.ledger.other();
     }
+}
+
+/// Extended attributes first: a mode may forbid to set them.
+fn set_all(path: &Path, attr: &Attr, wanted: &Xattrs) -> anyhow::Result<()> {
+    xattrs::write(path, wanted)?;
+    local::set_attributes(path, attr)
 }
 
 /// The item of an entry. A name that would lead out of the folder does not come from a sound filesystem.

@@ -30,6 +30,7 @@ use super::{
     local,
     sums::{self, Sum},
     workers::Workers,
+    xattrs,
 };
 
 /// Files up to this size are read whole and written in one commit.
@@ -138,8 +139,11 @@ impl Import {
         // Deepest first: but a directory's times depend only on its own entries, which are all there by now.
         stream::iter(dirs.into_iter().rev())
             .for_each_concurrent(self.jobs, |(ino, path, local)| async move {
-                let set = self.client.setattr(ino, attrs::change_to(&local)).await;
-                self.noted(&path, set.map_err(Into::into));
+                let set = async {
+                    let attr = self.client.setattr(ino, attrs::change_to(&local)).await?;
+                    self.xattrs(&path, &attr).await
+                };
+                self.noted(&path, set.await);
             })
             .await;
     }
@@ -230,7 +234,9 @@ impl Import {
             let end = sums.last().map_or(0, |sum| sum.range.end);
             // A hole at the end holds no bytes that would make the file this long.
             let size = (end < item.local.len()).then_some(item.local.len());
-            self.client.setattr(ino, AttrChange { size, ..attrs::change_to(&item.local) }).await?;
+            let change = AttrChange { size, ..attrs::change_to(&item.local) };
+            let attr = self.client.setattr(ino, change).await?;
+            self.xattrs(&item.path, &attr).await?;
             if partial {
                 self.client.rename(item.parent, &name, item.parent, &item.name, 0).await?;
             }
@@ -259,6 +265,7 @@ impl Import {
         if !attrs::same_rights(&item.local, existing) {
             self.client.setattr(ino, attrs::change_to(&item.local)).await?;
         }
+        self.xattrs(&item.path, existing).await?;
         if let Some(verifier) = &self.verifier {
             let path = item.path.clone();
             let size = item.local.len();
@@ -272,6 +279,12 @@ impl Import {
         self.ledger.skipped.file();
         self.ledger.skipped.bytes(item.local.len());
         Ok(ino)
+    }
+
+    async fn xattrs(&self, path: &Path, attr: &Attr) -> anyhow::Result<()> {
+        let path = path.to_owned();
+        let wanted = tokio::task::spawn_blocking(move || xattrs::read(&path)).await??;
+        Ok(xattrs::store(&self.client, attr, wanted).await?)
     }
 
     /// Reads the file whole; its sums.

@@ -273,7 +273,7 @@ fn a_file_without_a_name_is_gone_unless_it_gets_one() {
     };
     assert_eq!(errno(w.call(unnamed("", 0))), EINVAL);
     assert_eq!(errno(w.call(unnamed("x", 1))), EINVAL);
-    let mut make = |w: &mut World, handle| match w.call(unnamed("", handle)).unwrap() {
+    let make = |w: &mut World, handle| match w.call(unnamed("", handle)).unwrap() {
         Reply::Entry(entry) => InodeId(entry.attr.unwrap().ino),
         other => panic!("{other:?}"),
     };
