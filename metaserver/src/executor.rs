@@ -5,6 +5,8 @@
 //! many operations; idle, a single one waits for nobody. Answers that need the log on stable storage go through the
 //! [`Syncer`], so this thread never waits for the device.
 
+mod held;
+
 use std::{
     collections::HashMap,
     path::PathBuf,
@@ -17,19 +19,21 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
     pb::meta::{
-        HeartbeatReply, HeartbeatRequest, Hello, RegisterReply, RegisterRequest, Request, Response,
-        StatusReply, Time, Welcome, response::Result as Reply,
+        GivenBack, HeartbeatReply, HeartbeatRequest, Hello, Recall, RegisterReply, RegisterRequest, Request,
+        Response, StatusReply, Time, Welcome, response::Result as Reply,
     },
 };
 use tokio::sync::oneshot;
 
 use crate::{
-    core::{Core, Event, Moment},
+    core::{Answer, Core, Event, Moment},
+    leases::{Order, RecallId},
     refusal::Refusal,
     service::outbox::{Outbox, Permit, Ready},
     store::Ticket,
     syncer::Syncer,
 };
+use held::Held;
 
 /// Requests of one burst: bounds how long the first of them waits for the last.
 const BURST_REQUESTS_MAX: usize = 4096;
@@ -52,7 +56,15 @@ pub(crate) enum Job {
         outbox: Arc<Outbox>,
         caller: Caller<Welcome>,
     },
-    /// Requests of one stream, in its order; none is a sign of life.
+    /// The client is alive, and lets go of leases.
+    Sign {
+        session: SessionId,
+        outbox: Arc<Outbox>,
+        beat: u64,
+        recalled: Vec<u64>,
+        given_back: Option<GivenBack>,
+    },
+    /// Requests of one stream, in its order.
     Requests {
         session: SessionId,
         outbox: Arc<Outbox>,
@@ -108,6 +120,7 @@ impl Executor {
             folder,
             answers: Vec::new(),
             calls: Vec::new(),
+            held: Held::default(),
             next_tick: Instant::now(),
         };
         let name = std::thread::Builder::new().name("meta-executor".into());
@@ -134,6 +147,7 @@ struct Pending {
     response: Response,
     permit: Permit,
     sync: bool,
+    recalls: Vec<RecallId>,
 }
 
 /// A call's answer: told whether the burst was committed.
@@ -151,6 +165,8 @@ struct Worker {
     folder: PathBuf,
     answers: Vec<Pending>,
     calls: Vec<Call>,
+    /// Answers of earlier bursts that wait for recalls.
+    held: Held,
     /// Epoch of the map that streams were sent.
     epoch: Epoch,
     next_tick: Instant,
@@ -178,7 +194,7 @@ impl Worker {
                 self.core.set_low_space(low_space(&self.folder));
                 self.core.tick(now);
             }
-            more = self.core.background();
+            more = self.core.background(now);
             self.finish();
         }
         for outbox in self.streams.values() {
@@ -211,19 +227,32 @@ impl Worker {
     fn execute(&mut self, job: Job, now: Moment) {
         match job {
             Job::Attach { hello, outbox, caller } => self.attach(&hello, outbox, caller, now),
+            Job::Sign { session, outbox, beat, recalled, given_back } => {
+                if self.is_current(session, &outbox) && self.core.hear(session, now) {
+                    self.core.let_go(session, &recalled, given_back.as_ref());
+                    if beat != 0 {
+                        outbox.push_beat(beat);
+                    }
+                }
+            }
             Job::Requests { session, outbox, requests } => {
                 // A stream that was replaced may have left requests behind; the client sends them again on the new one.
                 if self.is_current(session, &outbox) && self.core.hear(session, now) {
                     for (request, permit) in requests {
-                        let answer = self.core.request(session, request, now);
-                        let (response, sync) = (answer.response, answer.sync);
-                        self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync });
+                        let Answer { response, sync, recalls } = self.core.request(session, request, now);
+                        self.answers.push(Pending {
+                            outbox: outbox.clone(),
+                            response,
+                            permit,
+                            sync,
+                            recalls,
+                        });
                     }
                 }
             }
             Job::Goodbye { session, outbox } => {
                 if self.is_current(session, &outbox) {
-                    self.core.goodbye(session);
+                    self.core.goodbye(session, now);
                     self.streams.remove(&session);
                     // Behind the answers that still wait for the log.
                     self.call(true, move |_| outbox.close(None));
@@ -299,6 +328,7 @@ impl Worker {
         for call in std::mem::take(&mut self.calls) {
             if call.sync { self.syncer.after(committed, call.answer) } else { (call.answer)(Ok(())) }
         }
+        self.recall();
         for Event::SessionEnded(session, why) in self.core.take_events() {
             if let Some(outbox) = self.streams.remove(&session) {
                 outbox.close(Some(why));
@@ -309,7 +339,8 @@ impl Worker {
     /// Nothing of the burst happened: everybody in it is told.
     fn refuse_burst(&mut self, e: &FsError) {
         for Pending { outbox, response, permit, .. } in std::mem::take(&mut self.answers) {
-            let response = Response { id: response.id, result: Some(Reply::Error(e.clone().into())) };
+            let result = Some(Reply::Error(e.clone().into()));
+            let response = Response { id: response.id, result, ..Response::default() };
             outbox.push([Ready { response, permit }]);
         }
         for call in std::mem::take(&mut self.calls) {
@@ -318,10 +349,19 @@ impl Worker {
     }
 
     fn answer(&mut self, committed: Ticket) {
+        let mut free = Vec::with_capacity(self.answers.len());
+        for mut pending in std::mem::take(&mut self.answers) {
+            match std::mem::take(&mut pending.recalls) {
+                recalls if recalls.is_empty() => free.push((pending, committed)),
+                recalls => self.held.hold(pending, committed, recalls),
+            }
+        }
+        // Behind the answers of the burst that ended the recalls: nothing waits for them any more.
+        free.extend(self.held.release(self.core.take_ended_recalls()));
         // Answers of one stream stand together mostly: each run of them is one push, so one message and one wake-up.
         let mut run: Vec<Ready> = Vec::new();
         let mut owner: Option<Arc<Outbox>> = None;
-        for Pending { outbox, response, permit, sync } in std::mem::take(&mut self.answers) {
+        for (Pending { outbox, response, permit, sync, .. }, committed) in free {
             let ready = Ready { response, permit };
             if sync {
                 self.syncer.after(committed, move |synced| outbox.push([ready.unless(synced)]));
@@ -335,6 +375,16 @@ impl Worker {
         }
         if let Some(owner) = owner {
             owner.push(run);
+        }
+    }
+
+    /// Sends recalls, behind the answers that granted what they take back.
+    fn recall(&mut self) {
+        for Order { session, id, ino } in self.core.take_recalls() {
+            // Without a stream the holder cannot be told; its silence ends the recall.
+            if let Some(outbox) = self.streams.get(&session) {
+                outbox.push_recall(Recall { id: id.0, ino: ino.0 });
+            }
         }
     }
 

@@ -15,13 +15,15 @@
 //! | [`store`] | the engine trait, fjall, and an engine in memory |
 //! | `keys`, `records` | layout of keys and values |
 //! | `txn` | the view that operations work on |
-//! | `ops`, `extents`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
+//! | `ops`, `extents`, `liveness`, `block_ids`, `orphans`, `opens` | the namespace |
+//! | `leases` | who caches what, and recalling it |
 //! | `core` | the owner's state; pure |
 //! | `executor`, `syncer` | its two threads |
 //! | `membership` | data servers, targets, eras |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |
 
+mod block_ids;
 mod config;
 mod core;
 mod executor;

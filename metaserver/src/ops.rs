@@ -18,6 +18,7 @@ mod rename;
 mod setattr;
 mod statfs;
 mod sync;
+mod told;
 
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use fjordfs_proto::{
 use crate::{opens::Opens, records::Inode, txn::Txn};
 
 pub(crate) use make::make_root;
+pub(crate) use told::Told;
 
 /// What operations know of the cluster.
 #[derive(Clone, Copy, Debug, Default)]

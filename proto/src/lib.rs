@@ -35,7 +35,7 @@ pub use policy::Policy;
 
 /// Version of both protocols; bumped when an older peer could misread a message.
 /// 1: first.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The root directory's inode.
 pub const ROOT_INODE: InodeId = InodeId(1);

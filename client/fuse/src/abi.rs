@@ -11,6 +11,8 @@ pub(crate) const KERNEL_VERSION: u32 = 7;
 pub(crate) const KERNEL_MINOR_VERSION: u32 = 45;
 /// Oldest minor version served (Linux 5.4): older kernels lack requests over 128 KiB and explicit write flags.
 pub(crate) const KERNEL_MINOR_VERSION_MIN: u32 = 31;
+/// First version with `FUSE_NOTIFY_INC_EPOCH` (Linux 6.16).
+pub(crate) const KERNEL_MINOR_VERSION_EPOCHS: u32 = 44;
 
 /// Plain old data: any bytes are a value, and a value has no padding.
 ///
@@ -164,6 +166,7 @@ pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 pub(crate) mod notify_code {
     pub(crate) const INVAL_INODE: i32 = 2;
     pub(crate) const INVAL_ENTRY: i32 = 3;
+    pub(crate) const INC_EPOCH: i32 = 8;
 }
 
 /// `_IOR(229, 0, uint32_t)`: makes a freshly opened /dev/fuse another channel of the session whose fd is passed.

@@ -8,6 +8,7 @@
 //! changes nothing (`lookup`, `getattr`, `readlink`, `read`, `read_dir`, `statfs`) is dropped when its caller dies.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_proto::pb::meta::{Attr, FileKind, ReadDirReply, Time};
@@ -90,7 +91,7 @@ pub trait Filesystem: Send + Sync + 'static {
     type File: Send + Sync + 'static;
 
     /// Called once, before any request. `notifier` tells the kernel what it caches that is stale: appended data that moved when
-    /// it was committed, later names and attributes whose lease was recalled.
+    /// it was committed, names and attributes that were recalled.
     fn mounted(&self, notifier: Notifier) {
         drop(notifier);
     }
@@ -104,6 +105,16 @@ pub trait Filesystem: Send + Sync + 'static {
     fn lookup(&self, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Attr>>;
     /// Attributes, including what this mount wrote and has not yet committed.
     fn getattr(&self, ino: InodeId) -> impl Future<Output = FsResult<Attr>>;
+    /// How long the kernel may take it that `name` leads to `ino`, or to nothing, unless the notifier recalls it.
+    fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
+        let _ = (parent, name, ino);
+        Duration::ZERO
+    }
+    /// How long the kernel may take these for the attributes of their inode, unless the notifier recalls them.
+    fn attr_left(&self, attr: &Attr) -> Duration {
+        let _ = attr;
+        Duration::ZERO
+    }
     /// Changes attributes; answers with the new ones.
     fn setattr(&self, ino: InodeId, change: AttrChange) -> impl Future<Output = FsResult<Attr>>;
     /// Target of a symbolic link.

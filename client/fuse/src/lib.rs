@@ -15,7 +15,6 @@
 //! | `transport` | how requests come and answers go |
 //! | `worker` | one thread: many requests in flight, panics and callers that die |
 //! | `request`, `reply`, `abi` | the kernel's bytes, in and out |
-//! | `dispatch` | which call a request becomes; `kernel_cache`, `fresh_attrs`, `handles`, `directory` hold the state it needs |
 //! | [`filesystem`] | what can be mounted |
 //! | [`notify`] | telling the kernel what is stale |
 //! | `adapter` | FjordFS as a [`filesystem::Filesystem`] |
@@ -26,7 +25,6 @@ mod buffer;
 mod directory;
 mod dispatch;
 pub mod filesystem;
-mod fresh_attrs;
 mod handles;
 mod interrupt;
 mod kernel_cache;

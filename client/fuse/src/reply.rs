@@ -158,6 +158,15 @@ pub(crate) fn entry_out(attr: &Attr, validity: Validity) -> abi::EntryOut {
     }
 }
 
+/// Answer to a LOOKUP that found nothing, which the kernel may remember.
+pub(crate) fn absent_out(left: Duration) -> abi::EntryOut {
+    abi::EntryOut {
+        entry_valid: left.as_secs(),
+        entry_valid_nsec: left.subsec_nanos(),
+        ..abi::EntryOut::default()
+    }
+}
+
 /// Answer to STATX, which exists for the birth time.
 pub(crate) fn statx_out(attr: &Attr, validity: Validity) -> abi::StatxOut {
     let time = |time: Option<Time>| {

@@ -83,7 +83,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SessionError {
 #[derive(Debug)]
 pub(crate) struct Session {
     workers: Vec<JoinHandle<()>>,
-    notifications: Option<(Notifier, JoinHandle<()>)>,
+    notifications: Option<(Notifier, [JoinHandle<()>; 2])>,
 }
 
 impl Session {
@@ -97,14 +97,14 @@ impl Session {
         let threads = options.threads.max(1);
         let pool = BufferPool::new(size_max, IDLE_BUFFERS_PER_WORKER * threads);
         let validity = Validity { entry: options.entry_timeout, attr: options.attr_timeout };
-        initialize(&device, &pool, size_max, validity)?;
+        let kernel_minor = initialize(&device, &pool, size_max, validity)?;
 
         let clone = || dev_fuse::clone_device(device.as_fd());
-        let (notifier, notify_thread) =
+        let (notifier, notify_threads) =
             clone().and_then(notify::start).map_err(io_error("starting the notifier"))?;
-        let dispatcher = Arc::new(Dispatcher::new(fs, validity, size_max, notifier.clone()));
+        let dispatcher = Arc::new(Dispatcher::new(fs, validity, size_max, kernel_minor, notifier.clone()));
         dispatcher.filesystem().mounted(notifier.clone());
-        let mut session = Session { workers: Vec::new(), notifications: Some((notifier, notify_thread)) };
+        let mut session = Session { workers: Vec::new(), notifications: Some((notifier, notify_threads)) };
 
         // Every descriptor before any thread: a failure here leaves nothing running.
         let mut devices = Vec::with_capacity(threads);
@@ -141,9 +141,11 @@ impl Session {
                 tracing::error!("a FUSE worker thread panicked; this is a bug, report it");
             }
         }
-        if let Some((notifier, thread)) = self.notifications.take() {
+        if let Some((notifier, threads)) = self.notifications.take() {
             notifier.stop();
-            let _panic_was_reported_by_its_hook = thread.join();
+            for thread in threads {
+                let _panic_was_reported_by_its_hook = thread.join();
+            }
         }
     }
 
@@ -178,13 +180,13 @@ impl<F: Filesystem> Worker<F> {
     }
 }
 
-/// Reads INIT and answers it.
+/// Reads INIT and answers it. The kernel's minor version.
 fn initialize(
     device: &OwnedFd,
     pool: &Arc<BufferPool>,
     size_max: usize,
     validity: Validity,
-) -> Result<(), SessionError> {
+) -> Result<u32, SessionError> {
     let deadline = Instant::now() + INIT_TIMEOUT;
     let mut buffer = pool.take();
     loop {
@@ -228,7 +230,7 @@ fn initialize(
             out.max_write,
             "FUSE session began"
         );
-        return Ok(());
+        return Ok(init.minor);
     }
 }
 

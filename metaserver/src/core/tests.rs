@@ -127,7 +127,7 @@ fn a_session_that_ends_leaves_nothing() {
     w.write(f, vec![run(0, 4096, b + 3, 0)]).unwrap();
     w.remove(R, "f", false).unwrap();
     let other = w.attach();
-    w.core.goodbye(w.session);
+    w.core.goodbye(w.session, w.now);
     w.core.commit().unwrap();
     assert!(matches!(w.core.take_events()[..], [Event::SessionEnded(..)]));
     w.session = other;

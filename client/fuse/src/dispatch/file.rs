@@ -85,7 +85,8 @@ impl<F: Filesystem> Dispatcher<F> {
             };
         }
         let (fh, out) = self.opened(file, ino, attr.data_version, flags);
-        let reply = Reply::created(&reply::entry_out(&attr, self.validity), &out);
+        let validity = self.validity_of_name(parent, name, &attr);
+        let reply = Reply::created(&reply::entry_out(&attr, validity), &out);
         Ok(Answer { reply, opened: Some(Opened::File(fh)) })
     }
 
@@ -103,9 +104,7 @@ impl<F: Filesystem> Dispatcher<F> {
             mode: drops.then_some(mode & PERMISSIONS & !SUID_SGID),
             ..AttrChange::default()
         };
-        let result = self.fs.setattr(ino, change).await;
-        self.fresh_attrs.inode_changed(ino);
-        result
+        self.fs.setattr(ino, change).await
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {

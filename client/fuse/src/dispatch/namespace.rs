@@ -64,7 +64,7 @@ impl<F: Filesystem> Dispatcher<F> {
         target: Bytes,
     ) -> FsResult<Reply> {
         let node = NewNode { kind, mode: mode & PERMISSIONS, uid: caller.uid, gid: caller.gid, rdev, target };
-        Ok(self.entry(self.fs.make(parent, name, node).await?))
+        Ok(self.entry(parent, name, &self.fs.make(parent, name, node).await?))
     }
 
     pub(super) async fn setattr(&self, ino: InodeId, input: &SetattrIn) -> FsResult<Reply> {
