@@ -314,3 +314,80 @@ async fn paths_follow_links_and_errors_name_the_path() {
     assert_eq!(client.stat("/a/b/f/g").await.unwrap_err().errno, Errno::ENOTDIR);
     assert_eq!(client.remove_dir("/a").await.unwrap_err().errno, Errno::ENOTEMPTY);
 }
+
+/// Whatever one client has cached, it does not show once another client's change was answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn caches_are_recalled_before_a_change_is_answered() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let dir = InodeId(a.create_dir_all("/d").await.unwrap().ino);
+    for i in 0..30 {
+        let name = format!("f{i}");
+        let bytes = name.as_bytes();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap_err().errno, Errno::ENOENT);
+        let (attr, file) = b.create(dir, bytes, 0o600, 0, 0, true).await.unwrap();
+        let ino = InodeId(attr.ino);
+        assert_eq!(a.lookup(dir, bytes).await.unwrap().ino, attr.ino);
+        assert!(a.name_left(dir, bytes, Some(ino)) > Duration::ZERO, "cached");
+        let attr = a.getattr(ino).await.unwrap();
+        assert!(a.attr_left(&attr) > Duration::ZERO, "cached");
+
+        b.setattr(ino, AttrChange { mode: Some(0o640), ..Default::default() }).await.unwrap();
+        assert_eq!(a.attr_left(&attr), Duration::ZERO);
+        assert_eq!(a.getattr(ino).await.unwrap().mode, 0o640);
+        file.write_at(0, Bytes::from_static(b"12345")).await.unwrap();
+        file.flush().await.unwrap();
+        assert_eq!(a.getattr(ino).await.unwrap().size, 5);
+        let second = format!("g{i}");
+        b.link(ino, dir, second.as_bytes()).await.unwrap();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap().nlink, 2);
+        b.rename(dir, bytes, dir, b"moved", 0).await.unwrap();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap_err().errno, Errno::ENOENT);
+        assert_eq!(a.lookup(dir, b"moved").await.unwrap().ino, attr.ino);
+        b.unlink(dir, second.as_bytes()).await.unwrap();
+        assert_eq!(a.getattr(ino).await.unwrap().nlink, 1);
+        assert_eq!(a.lookup(dir, second.as_bytes()).await.unwrap_err().errno, Errno::ENOENT);
+    }
+    a.shutdown().await.unwrap();
+    b.shutdown().await.unwrap();
+}
+
+/// A listener stands for a kernel that caches: the other client's change waits until it has let go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_waits_until_the_caches_below_have_let_go() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let mut recalls = a.recalls();
+    write_file(&b, "/f", b"x").await;
+    let attr = a.stat("/f").await.unwrap();
+    let ino = InodeId(attr.ino);
+    let change = AttrChange { mode: Some(0o711), ..Default::default() };
+    let changing = tokio::spawn(async move { b.setattr(ino, change).await.map(|attr| (attr, b)) });
+    let recalled = recalls.recv().await.unwrap();
+    assert_eq!(recalled.inodes, [ino]);
+    // Who asks meanwhile waits as well: nobody sees the change while somebody may still use what was before.
+    let asking = {
+        let c = cluster.client().await;
+        tokio::spawn(async move { c.getattr(ino).await.map(|attr| (attr.mode, c)) })
+    };
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!changing.is_finished() && !asking.is_finished());
+    recalled.done.send(()).unwrap();
+    let (changed, b) = changing.await.unwrap().unwrap();
+    assert_eq!(changed.mode, 0o711);
+    assert_eq!(asking.await.unwrap().unwrap().0, 0o711);
+    drop(b);
+}
+
+/// What nobody lets go of has run out once a lease's time has passed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_that_does_not_answer_holds_nobody_up_for_good() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let recalls = a.recalls();
+    write_file(&b, "/f", b"x").await;
+    let ino = InodeId(a.stat("/f").await.unwrap().ino);
+    b.setattr(ino, AttrChange { mode: Some(0o711), ..Default::default() }).await.unwrap();
+    assert_eq!(a.getattr(ino).await.unwrap().mode, 0o711);
+    drop(recalls);
+}

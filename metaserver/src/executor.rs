@@ -1,9 +1,10 @@
-//! The thread that owns the namespace.
+//! The task that owns the namespace.
 //!
-//! It takes whatever has arrived from all clients and data servers as one burst, executes each request in order on
+//! It runs on the thread of the sockets, so that a request is read, executed and answered without waking anybody else: a
+//! wake-up of another core costs more than most operations do. It takes whatever has arrived from all clients and data servers as one burst, executes each request in order on
 //! the [`Core`], commits the burst as one batch, and only then answers. Under load a batch carries
 //! many operations; idle, a single one waits for nobody. Answers that need the log on stable storage go through the
-//! [`Syncer`], so this thread never waits for the device.
+//! [`Syncer`], so this thread never waits for the device to be flushed.
 
 mod held;
 
@@ -11,11 +12,9 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::Arc,
-    thread::JoinHandle,
     time::{Duration, Instant, SystemTime},
 };
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
     pb::meta::{
@@ -23,7 +22,7 @@ use fjordfs_proto::{
         Response, StatusReply, Time, Welcome, response::Result as Reply,
     },
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     core::{Answer, Core, Event, Moment},
@@ -86,58 +85,18 @@ pub(crate) enum Job {
 
 /// Handle for those who have jobs.
 #[derive(Clone)]
-pub(crate) struct Jobs(Sender<Job>);
+pub(crate) struct Jobs(mpsc::UnboundedSender<Job>);
 
 impl Jobs {
     /// Unbounded here: each stream bounds what it has under way.
-    pub(crate) fn channel() -> (Jobs, Receiver<Job>) {
-        let (sender, receiver) = unbounded();
+    pub(crate) fn channel() -> (Jobs, mpsc::UnboundedReceiver<Job>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
         (Jobs(sender), receiver)
     }
 
     /// A job for a stopped executor is dropped, and with it the way to its caller.
     pub(crate) fn submit(&self, job: Job) {
         let _ = self.0.send(job);
-    }
-}
-
-/// The running thread.
-pub(crate) struct Executor {
-    jobs: Jobs,
-    thread: JoinHandle<FsResult<()>>,
-}
-
-impl Executor {
-    /// Starts the thread. `folder` is where the store's disk is watched.
-    pub(crate) fn start(core: Core, syncer: Syncer, folder: PathBuf) -> std::io::Result<Executor> {
-        let (jobs, receiver) = Jobs::channel();
-        let worker = Worker {
-            epoch: core.members().map().epoch,
-            core,
-            syncer,
-            jobs: receiver,
-            streams: HashMap::new(),
-            folder,
-            answers: Vec::new(),
-            calls: Vec::new(),
-            held: Held::default(),
-            next_tick: Instant::now(),
-        };
-        let name = std::thread::Builder::new().name("meta-executor".into());
-        let thread = name.spawn(move || worker.run())?;
-        Ok(Executor { jobs, thread })
-    }
-
-    pub(crate) fn jobs(&self) -> Jobs {
-        self.jobs.clone()
-    }
-
-    /// Finishes what has arrived, syncs the log, and ends the thread.
-    pub(crate) fn stop(self) -> FsResult<()> {
-        self.jobs.submit(Job::Stop);
-        self.thread.join().unwrap_or_else(|_| {
-            Err(FsError::new(fjordfs_proto::error::Errno::EIO, "the executor thread panicked"))
-        })
     }
 }
 
@@ -156,10 +115,11 @@ struct Call {
     answer: Box<dyn FnOnce(FsResult<()>) + Send>,
 }
 
-struct Worker {
+/// See the module.
+pub(crate) struct Executor {
     core: Core,
     syncer: Syncer,
-    jobs: Receiver<Job>,
+    jobs: mpsc::UnboundedReceiver<Job>,
     /// The stream of each attached session.
     streams: HashMap<SessionId, Arc<Outbox>>,
     folder: PathBuf,
@@ -172,18 +132,31 @@ struct Worker {
     next_tick: Instant,
 }
 
-impl Worker {
-    fn run(mut self) -> FsResult<()> {
+impl Executor {
+    /// `folder` is where the store's disk is watched.
+    pub(crate) fn new(core: Core, syncer: Syncer, folder: PathBuf) -> (Jobs, Executor) {
+        let (submit, jobs) = Jobs::channel();
+        let executor = Executor {
+            epoch: core.members().map().epoch,
+            core,
+            syncer,
+            jobs,
+            streams: HashMap::new(),
+            folder,
+            answers: Vec::new(),
+            calls: Vec::new(),
+            held: Held::default(),
+            next_tick: Instant::now(),
+        };
+        (submit, executor)
+    }
+
+    /// Serves until it is told to stop; then finishes what has arrived and syncs the log.
+    pub(crate) async fn run(mut self) -> FsResult<()> {
         let mut more = true;
         let mut running = true;
         while running {
-            let wait =
-                if more { Duration::ZERO } else { self.next_tick.saturating_duration_since(Instant::now()) };
-            let first = match self.jobs.recv_timeout(wait) {
-                Ok(job) => Some(job),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => Some(Job::Stop),
-            };
+            let first = self.next(more).await;
             let now = moment();
             running = self.burst(first, now);
             if let Some(e) = self.syncer.failure() {
@@ -203,6 +176,22 @@ impl Worker {
             )));
         }
         self.syncer.stop()
+    }
+
+    /// The next job; none when it is time for other work.
+    async fn next(&mut self, more: bool) -> Option<Job> {
+        let first = if more {
+            None
+        } else {
+            let tick = tokio::time::Instant::from_std(self.next_tick);
+            match tokio::time::timeout_at(tick, self.jobs.recv()).await {
+                Ok(job) => Some(job.unwrap_or(Job::Stop)),
+                Err(_) => None,
+            }
+        };
+        // Whatever the sockets have got by now becomes one burst.
+        tokio::task::yield_now().await;
+        first.or_else(|| self.jobs.try_recv().ok())
     }
 
     /// Executes what has arrived. False when it is time to stop.

@@ -18,7 +18,7 @@
 //! | `ops`, `extents`, `liveness`, `block_ids`, `orphans`, `opens` | the namespace |
 //! | `leases` | who caches what, and recalling it |
 //! | `core` | the owner's state; pure |
-//! | `executor`, `syncer` | its two threads |
+//! | `executor`, `syncer` | who runs it, and who syncs the log |
 //! | `membership` | data servers, targets, eras |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |

@@ -16,9 +16,9 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::JoinHandle;
 
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use fjordfs_proto::InodeId;
 use tokio::sync::oneshot;
 
@@ -45,7 +45,7 @@ struct Recall {
 /// Sends invalidations to the kernel of one mount. Cheap to clone; does nothing once the mount has ended.
 #[derive(Clone, Debug)]
 pub struct Notifier {
-    queue: SyncSender<Notification>,
+    queue: Sender<Notification>,
     /// As long as the leases that can be recalled, which the metaserver bounds.
     recalls: Sender<Option<Recall>>,
 }
@@ -84,8 +84,8 @@ impl Notifier {
 /// Starts the threads, which write to `fd`, a clone of the session's descriptor.
 pub(crate) fn start(fd: OwnedFd) -> io::Result<(Notifier, [JoinHandle<()>; 2])> {
     let fd = Arc::new(fd);
-    let (queue, notifications) = sync_channel(QUEUE_MAX);
-    let (recalls, recalled) = channel();
+    let (queue, notifications) = bounded(QUEUE_MAX);
+    let (recalls, recalled) = unbounded();
     let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
     let notifier = {
         let fd = fd.clone();

@@ -192,26 +192,59 @@ fn a_growing_file_is_followed_without_opening_it_again() {
     mounted.end();
 }
 
+/// Recalls and waits until the kernel has obeyed.
+fn recall(mounted: &Mounted, inodes: &[u64], names: bool) {
+    let notifier = mounted.control.notifier.lock().clone().unwrap();
+    let (done, obeyed) = tokio::sync::oneshot::channel();
+    notifier.recall(inodes.iter().copied().map(fjordfs_proto::InodeId).collect(), names, done);
+    obeyed.blocking_recv().unwrap();
+}
+
 #[test]
-fn what_a_lookup_brought_is_not_asked_again_but_changes_are_seen() {
+fn leased_names_and_attributes_are_not_asked_for_until_they_are_recalled() {
     let Some(mounted) = Mounted::new("") else { return };
+    *mounted.control.left.lock() = Duration::from_secs(3600);
+    let (path, absent) = (mounted.path("file"), mounted.path("absent"));
+    fs::write(&path, b"old").unwrap();
+    let ino = fs::metadata(&path).unwrap().ino();
+    assert!(fs::metadata(&absent).is_err());
+    let asked =
+        || (mounted.control.lookups.load(Ordering::SeqCst), mounted.control.getattrs.load(Ordering::SeqCst));
+    let before = asked();
+    for _ in 0..50 {
+        assert_eq!(fs::metadata(&path).unwrap().len(), 3);
+        assert!(fs::metadata(&absent).is_err());
+    }
+    assert_eq!(asked(), before);
+
+    mounted.control.overwrite("file", b"newer");
+    recall(&mounted, &[ino], false);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 5);
+    assert_eq!(asked(), (before.0, before.1 + 1), "the name stands");
+    recall(&mounted, &[], true);
+    fs::metadata(&path).unwrap();
+    assert!(fs::metadata(&absent).is_err());
+    assert_eq!(asked().0, before.0 + 2);
+    mounted.end();
+}
+
+#[test]
+fn a_recall_waits_for_no_request_of_its_directory() {
+    let Some(mounted) = Mounted::new("") else { return };
+    *mounted.control.left.lock() = Duration::from_secs(3600);
     let path = mounted.path("file");
     fs::write(&path, b"x").unwrap();
-    let before = mounted.control.getattrs.load(Ordering::SeqCst);
-    for size in 2..102 {
-        mounted.control.overwrite("file", &vec![b'y'; size]);
-        assert_eq!(fs::metadata(&path).unwrap().len(), size as u64);
+    let ino = fs::metadata(&path).unwrap().ino();
+    *mounted.control.slow.lock() = Duration::from_secs(10);
+    let lookups = mounted.control.lookups.load(Ordering::SeqCst);
+    let slow = mounted.path("slowname");
+    let looking = std::thread::spawn(move || drop(fs::metadata(slow)));
+    while mounted.control.lookups.load(Ordering::SeqCst) == lookups {
+        std::thread::sleep(Duration::from_millis(1));
     }
-    // One for the permission to enter the root directory; a few more where a thread had to wait for a core.
-    let asked = mounted.control.getattrs.load(Ordering::SeqCst) - before;
-    assert!((100..160).contains(&asked), "{asked}");
-    // An open descriptor is asked for each time.
-    let file = File::open(&path).unwrap();
-    for size in 2..102 {
-        mounted.control.overwrite("file", &vec![b'z'; size]);
-        assert_eq!(file.metadata().unwrap().len(), size as u64);
-    }
-    drop(file);
+    recall(&mounted, &[1, ino], true);
+    assert!(!looking.is_finished(), "the lookup holds the directory's lock all the while");
+    looking.join().unwrap();
     mounted.end();
 }
 

@@ -189,7 +189,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_from() {
-        let (jobs, arrived) = Jobs::channel();
+        let (jobs, mut arrived) = Jobs::channel();
         let room = Arc::new(Semaphore::new(UNITS as usize));
         let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room: room.clone() };
         let outbox = reader.outbox.clone();
@@ -199,8 +199,8 @@ mod tests {
         let submitted = tokio::spawn(async move { reader.submit(requests).await });
         tokio::time::sleep(Duration::from_millis(100)).await;
 
-        let waiting = || -> Vec<(Request, Permit)> {
-            let batches = arrived.try_iter().map(|job| match job {
+        let mut waiting = || -> Vec<(Request, Permit)> {
+            let batches = std::iter::from_fn(|| arrived.try_recv().ok()).map(|job| match job {
                 Job::Requests { requests, .. } => requests,
                 _ => panic!("only requests were submitted"),
             });

@@ -42,6 +42,8 @@ pub struct Control {
     pub panic_on_read: AtomicBool,
     pub fail_flush: AtomicBool,
     pub notifier: Mutex<Option<Notifier>>,
+    /// How long names and attributes may be cached, under leases.
+    pub left: Mutex<Duration>,
 }
 
 #[derive(Clone, Default)]
@@ -185,6 +187,14 @@ impl Filesystem for MemFs {
 
     fn mounted(&self, notifier: Notifier) {
         *self.0.notifier.lock() = Some(notifier);
+    }
+
+    fn name_left(&self, _: InodeId, _: &[u8], _: Option<InodeId>) -> Duration {
+        *self.0.left.lock()
+    }
+
+    fn attr_left(&self, _: &Attr) -> Duration {
+        *self.0.left.lock()
     }
 
     async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
