@@ -83,8 +83,8 @@ impl<F: Filesystem> Dispatcher<F> {
         &self.fs
     }
 
-    /// Serves one request.
-    pub(crate) async fn serve(&self, request: Request) -> Answer {
+    /// Serves one request. `payload` is the slot's: data of a READ goes there if it has room.
+    pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
         let Request { caller, node, operation } = request;
         let what = describe(&operation);
         let effect = effect(&operation, node);
@@ -92,7 +92,7 @@ impl<F: Filesystem> Dispatcher<F> {
         let result = match (&operation, fresh) {
             (Operation::Getattr, Some(attr)) => Ok(Reply::of(&reply::attr_out(&attr, self.validity)).into()),
             (Operation::Statx, Some(attr)) => Ok(Reply::of(&reply::statx_out(&attr, self.validity)).into()),
-            _ => self.route(caller, node, operation).await,
+            _ => self.route(caller, node, operation, payload).await,
         };
         // Also after a failure: a request that timed out may have taken effect.
         match effect {
@@ -105,7 +105,13 @@ impl<F: Filesystem> Dispatcher<F> {
         result.unwrap_or_else(|e| self.failed(what, node, &e).into())
     }
 
-    async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
+    async fn route(
+        &self,
+        caller: Caller,
+        node: InodeId,
+        operation: Operation,
+        payload: &mut [u8],
+    ) -> FsResult<Answer> {
         let reply = match operation {
             // The two that give out handles.
             Operation::Open { flags } => return self.open(caller, node, flags).await,
@@ -151,7 +157,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Read { fh, offset, size } => self.read(fh, offset, size).await?,
+            Operation::Read { fh, offset, size } => self.read(fh, offset, size, payload).await?,
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 self.write(fh, offset, write_flags, flags, data).await?
             }
