@@ -89,17 +89,23 @@ impl<F: Filesystem> Dispatcher<F> {
         &self.fs
     }
 
-    /// Serves one request.
-    pub(crate) async fn serve(&self, request: Request) -> Answer {
+    /// Serves one request. `payload` is the slot's: data of a READ goes there if it has room.
+    pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
         let Request { caller, node, operation } = request;
         let what = describe(&operation);
-        match self.route(caller, node, operation).await {
+        match self.route(caller, node, operation, payload).await {
             Ok(answer) => answer,
             Err(e) => self.failed(what, node, &e).into(),
         }
     }
 
-    async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
+    async fn route(
+        &self,
+        caller: Caller,
+        node: InodeId,
+        operation: Operation,
+        payload: &mut [u8],
+    ) -> FsResult<Answer> {
         let reply = match operation {
             // The two that give out handles.
             Operation::Open { flags } => return self.open(caller, node, flags).await,
@@ -146,7 +152,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Read { fh, offset, size } => self.read(fh, offset, size).await?,
+            Operation::Read { fh, offset, size } => self.read(fh, offset, size, payload).await?,
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 self.write(fh, offset, write_flags, flags, data).await?
             }

@@ -149,6 +149,26 @@ pub trait Filesystem: Send + Sync + 'static {
     fn open(&self, ino: InodeId) -> impl Future<Output = FsResult<(Attr, Self::File)>>;
     /// Bytes at `offset`, in order, at most `len`; fewer only at the end of the file.
     fn read(&self, file: &Self::File, offset: u64, len: usize) -> impl Future<Output = FsResult<Vec<Bytes>>>;
+    /// As [`Filesystem::read`], but into the memory that the kernel takes the bytes from: at most as many as fit, from its start on.
+    /// Answers with how many they are. Asked for where the transport has such memory; worth implementing for data that
+    /// is not in memory yet.
+    fn read_into(
+        &self,
+        file: &Self::File,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> impl Future<Output = FsResult<usize>> {
+        async move {
+            let mut filled = 0;
+            for part in self.read(file, offset, buffer.len()).await? {
+                let room = &mut buffer[filled..];
+                let len = part.len().min(room.len());
+                room[..len].copy_from_slice(&part[..len]);
+                filled += len;
+            }
+            Ok(filled)
+        }
+    }
     /// Writes all of `data` at `offset`.
     fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;
     /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went.

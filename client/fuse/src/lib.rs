@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! kernel ── transport ── worker ── request ── dispatch ── Filesystem ── adapter ── fjordfs_client
-//!          /dev/fuse     thread    parsing    routing     (trait)
+//!          io_uring      thread    parsing    routing     (trait)
+//!          /dev/fuse
 //! ```
 //!
 //! | module | what it does |
@@ -40,5 +41,6 @@ mod worker;
 pub use adapter::mount;
 pub use filesystem::Filesystem;
 pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
-pub use options::{MountOptions, OptionError};
+pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::SessionError;
+pub use transport::selection::{TransportInfo, TransportKind};

@@ -35,6 +35,8 @@ pub(crate) enum Reply {
     Bytes(Bytes),
     /// File data in pieces, sent without being put together.
     Parts(Vec<Bytes>),
+    /// As many bytes of file data, which are in the slot's payload buffer already.
+    InPayload(usize),
 }
 
 /// Room for the largest fixed answer, kept off the heap.

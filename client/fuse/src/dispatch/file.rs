@@ -1,4 +1,5 @@
-//! Open files: opening, data, and what closing promises. Performance critical: `read` and `write` copy nothing.
+//! Open files: opening, data, and what closing promises. Performance critical: `read` and `write` copy nothing of
+//! their own; where the transport has a payload buffer, the filesystem reads into it.
 //!
 //! # Consistency with the kernel's page cache
 //! Pages are kept over `open` while the version of the bytes stands ([`crate::kernel_cache`]). Whatever makes pages wrong in
@@ -127,9 +128,15 @@ impl<F: Filesystem> Dispatcher<F> {
         self.files.get(fh).ok_or_else(|| unknown_handle(fh))
     }
 
-    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32) -> FsResult<Reply> {
+    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Reply> {
         let open = self.file(fh)?;
         let size = (size as usize).min(self.size_max);
+        if let Some(payload) = payload.get_mut(..size)
+            && !payload.is_empty()
+        {
+            let filled = self.fs.read_into(&open.file, offset, payload).await?;
+            return Ok(Reply::InPayload(filled.min(size)));
+        }
         let mut parts = self.fs.read(&open.file, offset, size).await?;
         cut(&mut parts, size);
         Ok(Reply::Parts(parts))
