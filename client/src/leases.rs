@@ -13,6 +13,7 @@ mod table;
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use fjordfs_proto::{
     FsResult, InodeId,
     pb::meta::{Attr, Recall, request::Op, response::Result as Reply},
@@ -94,6 +95,11 @@ impl Leases {
         let mut state = self.state.lock();
         state.left()?;
         state.table.attr(ino)
+    }
+
+    /// Where a symbolic link points.
+    pub(crate) fn target(&self, ino: InodeId) -> Option<Bytes> {
+        self.state.lock().table.target(ino)
     }
 
     /// How long it stays true that `name` leads to `ino`, or to nothing; zero when that is not known.

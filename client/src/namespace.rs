@@ -236,6 +236,9 @@ impl Client {
 
     /// Target of a symbolic link.
     pub async fn readlink(&self, ino: InodeId) -> FsResult<Vec<u8>> {
+        if let Some(target) = self.inner.meta.leases().target(ino) {
+            return Ok(target.into());
+        }
         match self.inner.meta.call(Op::ReadLink(ReadLink { ino: ino.0 })).await? {
             response::Result::ReadLink(reply) => Ok(reply.target.into()),
             _ => Err(unexpected("a readlink")),
@@ -381,7 +384,7 @@ impl Inner {
 
 fn entry_of(result: response::Result) -> FsResult<Attr> {
     match result {
-        response::Result::Entry(Entry { attr: Some(attr) }) => Ok(attr),
+        response::Result::Entry(Entry { attr: Some(attr), .. }) => Ok(attr),
         _ => Err(unexpected("an operation on an inode")),
     }
 }

@@ -7,7 +7,7 @@
 //! - A name or an inode that an unanswered operation of this client is about to change is not shown: somebody else
 //!   may have been told of the change before this client is.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, num::NonZeroUsize};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -19,6 +19,9 @@ use lru::LruCache;
 
 /// RENAME_EXCHANGE of `renameat2(2)`.
 const EXCHANGE: u32 = 2;
+
+/// Targets of symbolic links kept: a few hundred bytes each at most, mostly less.
+const TARGETS_MAX: usize = 1 << 14;
 
 /// What is known under a name; `None` is that nothing is there.
 pub(super) type Named = Option<InodeId>;
@@ -48,6 +51,9 @@ pub(super) struct Table {
     /// Names that unanswered operations change, and how many of those there are.
     names_in_doubt: HashMap<(InodeId, Bytes), u32>,
     attrs_in_doubt: HashMap<InodeId, u32>,
+    /// Where symbolic links point. A link never changes, and inode numbers are not used again, so these need no
+    /// lease; and who has found a link can follow it although it was removed meanwhile.
+    targets: LruCache<InodeId, Bytes>,
     /// Highest serial of an answer taken in.
     serial: u64,
 }
@@ -60,6 +66,7 @@ impl Table {
             bounds,
             names_in_doubt: HashMap::new(),
             attrs_in_doubt: HashMap::new(),
+            targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
             serial: 0,
         }
     }
@@ -83,6 +90,11 @@ impl Table {
     pub(super) fn attr(&mut self, ino: InodeId) -> Option<Attr> {
         let attr = self.inodes.get(&ino)?.attr?;
         (!self.attrs_in_doubt.contains_key(&ino)).then_some(attr)
+    }
+
+    /// Where a symbolic link points.
+    pub(super) fn target(&mut self, ino: InodeId) -> Option<Bytes> {
+        self.targets.get(&ino).cloned()
     }
 
     pub(super) fn serial(&self) -> u64 {
@@ -113,6 +125,11 @@ impl Table {
 
     /// Takes in an answer with its serial, and the attributes of what it changed besides.
     pub(super) fn learn(&mut self, op: &Op, result: &FsResult<Reply>, serial: u64, changed: &[Attr]) {
+        if let Ok(Reply::Entry(Entry { attr: Some(attr), target })) = result
+            && !target.is_empty()
+        {
+            self.targets.put(InodeId(attr.ino), Bytes::copy_from_slice(target));
+        }
         if serial == 0 {
             return self.doubt(op);
         }

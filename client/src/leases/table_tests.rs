@@ -21,7 +21,7 @@ fn lookup(name: &'static str) -> Op {
 }
 
 fn entry(attr: Attr) -> FsResult<Reply> {
-    Ok(Reply::Entry(Entry { attr: Some(attr) }))
+    Ok(Reply::Entry(Entry { attr: Some(attr), ..Entry::default() }))
 }
 
 fn absent() -> FsResult<Reply> {
@@ -134,6 +134,21 @@ fn an_inode_without_links_is_forgotten() {
     let removed = Op::Remove(Remove { parent: DIR.0, name: "a".into(), directory: false });
     t.learn(&removed, &EMPTY, 2, &[Attr { ino: 7, ..Attr::default() }]);
     assert_eq!((t.name(DIR, b"a"), t.attr(InodeId(7))), (Some(None), None));
+}
+
+#[test]
+fn the_target_of_a_link_is_kept_when_the_link_is_gone() {
+    let mut t = table();
+    let link = Entry { attr: Some(attr(7, FileKind::Symlink, 0o777)), target: "there".into() };
+    t.learn(&lookup("a"), &Ok(Reply::Entry(link)), 1, &[]);
+    t.forget(InodeId(7));
+    assert_eq!(t.target(InodeId(7)).unwrap(), "there");
+    for ino in 100..100 + TARGETS_MAX as u64 {
+        let link = Entry { attr: Some(attr(ino, FileKind::Symlink, 0o777)), target: "x".into() };
+        t.learn(&lookup("a"), &Ok(Reply::Entry(link)), 2, &[]);
+        t.forget(InodeId(ino));
+    }
+    assert_eq!(t.target(InodeId(7)), None);
 }
 
 proptest! {
