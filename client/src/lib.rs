@@ -23,6 +23,7 @@
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
+//! | `leases` | names and attributes that may be used without asking |
 //! | `meta` | the session stream |
 //! | `engine` | threads |
 
@@ -32,6 +33,7 @@ mod client;
 mod data;
 mod engine;
 mod file;
+mod leases;
 mod memory;
 mod meta;
 mod namespace;
@@ -48,6 +50,7 @@ pub use fjordfs_proto::{
     error::Errno,
     pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time},
 };
+pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use options::Options;
 pub use path::{OpenOptions, ReadRequest};

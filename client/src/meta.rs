@@ -13,6 +13,7 @@
 //! A caller waits at most the operation timeout and then gets `ETIMEDOUT`; the operation itself stays queued, since
 //! the server may have executed it already and its slot is in use.
 
+mod letting_go;
 mod slots;
 mod stream;
 
@@ -28,12 +29,14 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, SessionId,
     error::Errno,
-    pb::meta::{Request, Response, request::Op, response},
+    pb::meta::{Request, request::Op, response},
 };
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use stream::SessionState;
+
+use crate::leases::Leases;
 
 /// What callers ask of the driver.
 enum Call {
@@ -53,6 +56,7 @@ pub(crate) struct MetaClient {
     handle_next: AtomicU64,
     map: watch::Receiver<Arc<ClusterMap>>,
     state: watch::Receiver<SessionState>,
+    leases: Arc<Leases>,
     timeout: Duration,
     address: String,
 }
@@ -86,15 +90,17 @@ impl MetaClient {
     ) -> FsResult<(MetaClient, SessionId)> {
         let handles = Arc::new(Mutex::new(HashMap::new()));
         let (calls, queue) = mpsc::unbounded_channel();
+        let leases = Arc::new(Leases::new());
         let attached = stream::attach_first(address, options, handles.clone()).await?;
         let session = attached.session();
-        let (map, state) = stream::spawn(attached, queue);
+        let (map, state) = stream::spawn(attached, queue, leases.clone());
         let client = MetaClient {
             calls,
             handles,
             handle_next: AtomicU64::new(1),
             map,
             state,
+            leases,
             timeout: options.operation_timeout,
             address: address.to_owned(),
         };
@@ -109,6 +115,11 @@ impl MetaClient {
     /// Changes of the cluster map.
     pub(crate) fn map_changes(&self) -> watch::Receiver<Arc<ClusterMap>> {
         self.map.clone()
+    }
+
+    /// What may be used without asking.
+    pub(crate) fn leases(&self) -> &Leases {
+        &self.leases
     }
 
     /// Number of the session; changes when the server gave up on the former one.
@@ -134,6 +145,7 @@ impl MetaClient {
     /// Queues an operation; it is sent in the order of submission.
     pub(crate) fn submit(&self, op: Op) -> Pending {
         let (reply, answer) = oneshot::channel();
+        self.leases.sent(&op);
         // A closed queue drops the sender, which the waiter sees as a shut-down client.
         let _ = self.calls.send(Call::Operation(op, reply));
         Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }
@@ -164,14 +176,13 @@ pub(crate) fn unexpected(what: &str) -> FsError {
     FsError::new(Errno::EPROTO, format!("the metaserver answered {what} with a result of another kind"))
 }
 
-/// Result and request id of a response; a response without a result is a protocol error.
-fn result_of(response: Response) -> (u64, FsResult<response::Result>) {
-    let result = match response.result {
+/// Result of a response; a response without one is a protocol error.
+fn result_of(result: Option<response::Result>) -> FsResult<response::Result> {
+    match result {
         Some(response::Result::Error(e)) => Err(e.into()),
         Some(result) => Ok(result),
         None => Err(unexpected("a request")),
-    };
-    (response.id, result)
+    }
 }
 
 /// Whether an operation changes durable state, so that it needs a slot.

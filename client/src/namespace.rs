@@ -1,6 +1,6 @@
 //! Operations on inodes and directories: each is one round trip to the metaserver.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use fjordfs_proto::{
     Extent, FsError, FsResult, InodeId, NAME_MAX, Policy,
@@ -12,9 +12,12 @@ use fjordfs_proto::{
     },
 };
 
+use tokio::sync::mpsc;
+
 use crate::{
     client::{Client, Inner},
     file::File,
+    leases::Recalled,
     meta::unexpected,
     write,
 };
@@ -97,14 +100,41 @@ pub struct StatFs {
 impl Client {
     /// The entry `name` of directory `parent`.
     pub async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
-        let attr = self.inner.entry(Op::Lookup(Lookup { parent: parent.0, name: name_of(name)? })).await?;
+        let attr = match self.inner.meta.leases().lookup(parent, name) {
+            Some(Some(attr)) => attr,
+            Some(None) => return Err(absent(parent, name)),
+            None => {
+                let op = Lookup { parent: parent.0, name: name_of(name)? };
+                self.inner.entry(Op::Lookup(op)).await?
+            }
+        };
         Ok(self.inner.with_local(attr))
     }
 
     /// Attributes, this client's uncommitted writes included.
     pub async fn getattr(&self, ino: InodeId) -> FsResult<Attr> {
-        let attr = self.inner.entry(Op::GetAttr(GetAttr { ino: ino.0 })).await?;
+        let attr = match self.inner.meta.leases().attr(ino) {
+            Some(attr) => attr,
+            None => self.inner.entry(Op::GetAttr(GetAttr { ino: ino.0 })).await?,
+        };
         Ok(self.inner.with_local(attr))
+    }
+
+    /// How long `name` in `parent` is sure to lead to `ino`, or to nothing, unless a recall says otherwise. Zero when
+    /// that is not known.
+    pub fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
+        self.inner.meta.leases().name_left(parent, name, ino)
+    }
+
+    /// How long these are sure to be the attributes of their inode, unless a recall says otherwise. Zero when this
+    /// client has written to the file and not committed it.
+    pub fn attr_left(&self, attr: &Attr) -> Duration {
+        self.inner.meta.leases().attr_left(attr)
+    }
+
+    /// Who caches names and attributes below this client must listen to recalls, and answer each. One listener.
+    pub fn recalls(&self) -> mpsc::UnboundedReceiver<Recalled> {
+        self.inner.meta.leases().listen()
     }
 
     /// Changes attributes; a size truncates or extends.
@@ -212,6 +242,9 @@ impl Client {
 
     /// Target of a symbolic link.
     pub async fn readlink(&self, ino: InodeId) -> FsResult<Vec<u8>> {
+        if let Some(target) = self.inner.meta.leases().target(ino) {
+            return Ok(target.into());
+        }
         match self.inner.meta.call(Op::ReadLink(ReadLink { ino: ino.0 })).await? {
             response::Result::ReadLink(reply) => Ok(reply.target.into()),
             _ => Err(unexpected("a readlink")),
@@ -374,9 +407,14 @@ impl Inner {
 
 fn entry_of(result: response::Result) -> FsResult<Attr> {
     match result {
-        response::Result::Entry(Entry { attr: Some(attr) }) => Ok(attr),
+        response::Result::Entry(Entry { attr: Some(attr), .. }) => Ok(attr),
         _ => Err(unexpected("an operation on an inode")),
     }
+}
+
+fn absent(parent: InodeId, name: &[u8]) -> FsError {
+    let shown = String::from_utf8_lossy(name).escape_debug().to_string();
+    FsError::new(Errno::ENOENT, format!("'{shown}' in directory {parent} does not exist"))
 }
 
 /// A name as it travels. The server checks it too; this spares a round trip.

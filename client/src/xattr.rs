@@ -2,17 +2,24 @@
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    FsError, FsResult, InodeId,
+    FsError, FsResult, InodeId, XATTR_NAME_MAX,
     error::Errno,
     pb::meta::{Attr, GetXattr, ListXattrs, RemoveXattr, SetXattr, request::Op, response},
 };
 
 use crate::{Client, meta::unexpected};
 
-/// The kernel asks for it before it lets anybody write.
-const CAPABILITY: &[u8] = b"security.capability";
-
 const ACCESS_LIST: &[u8] = b"system.posix_acl_access";
+const DEFAULT_LIST: &[u8] = b"system.posix_acl_default";
+
+/// Whether a name is one that an inode can have; of others the server says what is wrong with them.
+fn is_known(name: &[u8]) -> bool {
+    let namespaces: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+    name.len() <= XATTR_NAME_MAX
+        && namespaces.iter().any(|space| name.starts_with(space) && name.len() > space.len())
+        || name == ACCESS_LIST
+        || name == DEFAULT_LIST
+}
 
 /// Whether an attribute may, or must, exist when it is set: the flags of `setxattr(2)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,10 +55,9 @@ impl Client {
     /// `ENODATA` when the inode does not have it, `EOPNOTSUPP` for other namespaces than `user`, `trusted` and `security`,
     /// of which `system` has the access control lists.
     pub async fn get_xattr(&self, ino: InodeId, name: &[u8]) -> FsResult<Bytes> {
-        let has_none = |file: &crate::file::FileState| !file.lock().view.attr().xattrs;
-        // As up to date as the attributes by which the kernel came to ask, and it saves a round trip for each file written.
-        if name == CAPABILITY && self.inner.known_file(ino).is_some_and(|file| has_none(&file)) {
-            return Err(FsError::new(Errno::ENODATA, format!("inode {ino} has no capabilities")));
+        if self.has_none(ino) && is_known(name) {
+            let shown = String::from_utf8_lossy(name);
+            return Err(FsError::new(Errno::ENODATA, format!("inode {ino} has no '{shown}'")));
         }
         let name = Bytes::copy_from_slice(name);
         match self.inner.meta.call(Op::GetXattr(GetXattr { ino: ino.0, name })).await? {
@@ -101,8 +107,17 @@ impl Client {
         Ok(self.inner.with_local(attr))
     }
 
+    /// Whether a lease says that an inode has no extended attributes. Spares the round trips of a kernel that asks for
+    /// capabilities before it lets anybody write, and for access lists before it lets anybody pass.
+    fn has_none(&self, ino: InodeId) -> bool {
+        self.inner.meta.leases().attr(ino).is_some_and(|attr| !attr.xattrs)
+    }
+
     /// Names of all extended attributes of an inode.
     pub async fn list_xattrs(&self, ino: InodeId) -> FsResult<Vec<Bytes>> {
+        if self.has_none(ino) {
+            return Ok(Vec::new());
+        }
         match self.inner.meta.call(Op::ListXattrs(ListXattrs { ino: ino.0 })).await? {
             response::Result::XattrNames(reply) => Ok(reply.names),
             _ => Err(unexpected("a listxattr")),

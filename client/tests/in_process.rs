@@ -5,7 +5,8 @@ use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_client::{
-    Allocation, AttrChange, Client, CopiedRange, Errno, File, InodeId, Options, ReadRequest,
+    Allocation, AttrChange, Client, CopiedRange, Errno, File, InodeId, NewFile, Options, ReadRequest,
+    SetXattrMode,
 };
 use fjordfs_dataserver::DataServer;
 use fjordfs_metaserver::MetaServer;
@@ -404,4 +405,86 @@ async fn holes_are_punched_through_what_is_written_and_what_is_committed() {
     let seen = other.open_path("/f").await.unwrap();
     assert!(read_all(&seen).await == expected);
     client.shutdown().await.unwrap();
+}
+
+/// Whatever one client has cached, it does not show once another client's change was answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn caches_are_recalled_before_a_change_is_answered() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let dir = InodeId(a.create_dir_all("/d").await.unwrap().ino);
+    let new = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
+    for i in 0..30 {
+        let name = format!("f{i}");
+        let bytes = name.as_bytes();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap_err().errno, Errno::ENOENT);
+        let (attr, file) = b.create(dir, bytes, new).await.unwrap();
+        let ino = InodeId(attr.ino);
+        assert_eq!(a.lookup(dir, bytes).await.unwrap().ino, attr.ino);
+        assert!(a.name_left(dir, bytes, Some(ino)) > Duration::ZERO, "cached");
+        let attr = a.getattr(ino).await.unwrap();
+        assert!(a.attr_left(&attr) > Duration::ZERO, "cached");
+
+        b.setattr(ino, AttrChange { mode: Some(0o640), ..Default::default() }).await.unwrap();
+        assert_eq!(a.attr_left(&attr), Duration::ZERO);
+        assert_eq!(a.getattr(ino).await.unwrap().mode, 0o640);
+        file.write_at(0, Bytes::from_static(b"12345")).await.unwrap();
+        file.flush().await.unwrap();
+        assert_eq!(a.getattr(ino).await.unwrap().size, 5);
+        let second = format!("g{i}");
+        b.link(ino, dir, second.as_bytes()).await.unwrap();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap().nlink, 2);
+        b.rename(dir, bytes, dir, b"moved", 0).await.unwrap();
+        assert_eq!(a.lookup(dir, bytes).await.unwrap_err().errno, Errno::ENOENT);
+        assert_eq!(a.lookup(dir, b"moved").await.unwrap().ino, attr.ino);
+        assert_eq!(a.get_xattr(ino, b"user.x").await.unwrap_err().errno, Errno::ENODATA);
+        b.set_xattr(ino, b"user.x", Bytes::from_static(b"y"), SetXattrMode::Any).await.unwrap();
+        assert_eq!(a.get_xattr(ino, b"user.x").await.unwrap(), "y");
+        assert_eq!(a.list_xattrs(ino).await.unwrap(), ["user.x"]);
+        b.unlink(dir, second.as_bytes()).await.unwrap();
+        assert_eq!(a.getattr(ino).await.unwrap().nlink, 1);
+        assert_eq!(a.lookup(dir, second.as_bytes()).await.unwrap_err().errno, Errno::ENOENT);
+    }
+    a.shutdown().await.unwrap();
+    b.shutdown().await.unwrap();
+}
+
+/// A listener stands for a kernel that caches: the other client's change waits until it has let go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_waits_until_the_caches_below_have_let_go() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let mut recalls = a.recalls();
+    write_file(&b, "/f", b"x").await;
+    let attr = a.stat("/f").await.unwrap();
+    let ino = InodeId(attr.ino);
+    let change = AttrChange { mode: Some(0o711), ..Default::default() };
+    let changing = tokio::spawn(async move { b.setattr(ino, change).await.map(|attr| (attr, b)) });
+    let recalled = recalls.recv().await.unwrap();
+    assert_eq!(recalled.inodes, [ino]);
+    // Who asks meanwhile waits as well: nobody sees the change while somebody may still use what was before.
+    let asking = {
+        let c = cluster.client().await;
+        tokio::spawn(async move { c.getattr(ino).await.map(|attr| (attr.mode, c)) })
+    };
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!changing.is_finished() && !asking.is_finished());
+    recalled.done.send(()).unwrap();
+    let (changed, b) = changing.await.unwrap().unwrap();
+    assert_eq!(changed.mode, 0o711);
+    assert_eq!(asking.await.unwrap().unwrap().0, 0o711);
+    drop(b);
+}
+
+/// What nobody lets go of has run out once a lease's time has passed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_that_does_not_answer_holds_nobody_up_for_good() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let recalls = a.recalls();
+    write_file(&b, "/f", b"x").await;
+    let ino = InodeId(a.stat("/f").await.unwrap().ino);
+    b.setattr(ino, AttrChange { mode: Some(0o711), ..Default::default() }).await.unwrap();
+    assert_eq!(a.getattr(ino).await.unwrap().mode, 0o711);
+    drop(recalls);
 }

@@ -26,7 +26,9 @@ use fjordfs_proto::{
 };
 
 use crate::{
-    Config, liveness,
+    Config,
+    leases::{Leases, Order, RecallId},
+    liveness,
     membership::Membership,
     opens::Opens,
     ops, orphans, records,
@@ -51,6 +53,10 @@ const RECOVERY_GRACE: Duration = Duration::from_secs(5);
 /// Ticks that are further apart than this mean that this process, or its disk, stood still.
 const STALL: Duration = Duration::from_secs(2);
 
+/// Longest time for which clients may use their leases without being heard. After a client dies, a change of something
+/// that it may cache waits as long as this.
+const LEASE_MAX: Duration = Duration::from_secs(5);
+
 /// Both clocks, read once per burst.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
@@ -66,11 +72,14 @@ pub(crate) enum Event {
     SessionEnded(SessionId, Refusal),
 }
 
-/// An answer, and whether it waits for the log.
+/// An answer, and what it waits for.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) response: Response,
+    /// The log on stable storage.
     pub(crate) sync: bool,
+    /// The end of these recalls.
+    pub(crate) recalls: Vec<RecallId>,
 }
 
 /// See the module.
@@ -80,6 +89,9 @@ pub(crate) struct Core {
     txn: Txn,
     opens: Opens,
     sessions: Sessions,
+    leases: Leases,
+    /// Of the last answer that could be cached.
+    serial: u64,
     members: Membership,
     /// The members as the store knows them, while a burst has changed them.
     members_before: Option<Membership>,
@@ -89,6 +101,7 @@ pub(crate) struct Core {
     failed: Option<FsError>,
     low_space: Option<String>,
     session_timeout: Duration,
+    lease_time: Duration,
     last_tick: Instant,
     /// When the last missing session came back or timed out.
     complete_since: Option<Instant>,
@@ -131,6 +144,8 @@ impl Core {
             return Err(records::damaged(&format!("it is cluster {found}, its label says {cluster_id}")));
         }
         let sessions = Sessions::load(&mut txn, now.mono)?;
+        let mut leases = Leases::default();
+        sessions.ids().for_each(|session| leases.add_unknown(session));
         let mut opens = Opens::default();
         opens.set_recovering(true);
         txn.accept();
@@ -140,6 +155,8 @@ impl Core {
             txn,
             opens,
             sessions,
+            leases,
+            serial: 0,
             members,
             members_before: None,
             sessions_added: Vec::new(),
@@ -148,6 +165,7 @@ impl Core {
             failed: None,
             low_space: None,
             session_timeout: config.session_timeout,
+            lease_time: LEASE_MAX.min(config.session_timeout / 3),
             last_tick: now.mono,
             complete_since: None,
             reap: None,
@@ -238,12 +256,22 @@ impl Core {
         std::mem::take(&mut self.events)
     }
 
+    /// Recalls to be sent once the burst is answered.
+    pub(crate) fn take_recalls(&mut self) -> Vec<Order> {
+        self.leases.take_orders()
+    }
+
+    /// Recalls that have ended: answers that waited for them can go.
+    pub(crate) fn take_ended_recalls(&mut self) -> Vec<RecallId> {
+        self.leases.take_ended()
+    }
+
     /// Runs `f` as one operation: an error undoes it.
     fn operation<T, E: From<FsError>>(&mut self, f: impl FnOnce(&mut Core) -> Result<T, E>) -> Result<T, E> {
+        self.txn.begin();
         if let Some(e) = &self.failed {
             return Err(e.clone().into());
         }
-        self.txn.begin();
         let result = f(self);
         match &result {
             Ok(_) => self.txn.accept(),
@@ -293,7 +321,7 @@ impl Core {
         StatusReply {
             map: Some(self.members.map().to_pb()),
             targets: self.members.reports(),
-            sessions: self.sessions.reports(&self.opens, now.mono),
+            sessions: self.sessions.reports(&self.opens, &self.leases, now.mono),
             inodes: counters.inodes,
             blocks_to_delete: counters.queued,
             orphans: counters.orphans,
@@ -315,10 +343,22 @@ impl Core {
                 "the metaserver stood still; timeouts are extended by that"
             );
             self.sessions.forgive(stalled);
+            self.leases.forgive(stalled);
             self.members.forgive(stalled);
+        }
+        for session in self.sessions.expired(self.lease_time, now.mono) {
+            self.leases.end_all(session);
         }
         if self.failed.is_some() {
             return;
+        }
+        for session in self.leases.disobedient(self.session_timeout, now.mono) {
+            let message = format!(
+                "{session} did not let go of what it caches within {} s and is over: mount again",
+                self.session_timeout.as_secs()
+            );
+            tracing::warn!(%session, "session ended: it did not obey a recall");
+            self.end_session(session, Refusal::NotFound(message), now);
         }
         for session in self.sessions.expired(self.session_timeout, now.mono) {
             let message = format!(
@@ -326,7 +366,7 @@ impl Core {
                 self.session_timeout.as_secs()
             );
             tracing::info!(%session, "session timed out");
-            self.end_session(session, Refusal::NotFound(message));
+            self.end_session(session, Refusal::NotFound(message), now);
         }
         self.save_members();
         let down = self.operation(|core| Ok::<_, FsError>(core.members.tick(&mut core.txn, now.mono)));
@@ -348,7 +388,7 @@ impl Core {
     }
 
     /// A bounded piece of background work. Says whether there is more.
-    pub(crate) fn background(&mut self) -> bool {
+    pub(crate) fn background(&mut self, now: Moment) -> bool {
         let result = self.operation(|core| {
             let mut more = orphans::destroy_step(&mut core.txn)?;
             more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
@@ -358,6 +398,7 @@ impl Core {
             }
             Ok::<_, FsError>(more)
         });
+        self.leases.changed(None, self.txn.changed(), now.mono);
         match result {
             Ok(more) => more,
             Err(e) => {

@@ -1,35 +1,38 @@
-//! The thread that owns the namespace.
+//! The task that owns the namespace.
 //!
-//! It takes whatever has arrived from all clients and data servers as one burst, executes each request in order on
+//! It runs on the thread of the sockets, so that a request is read, executed and answered without waking anybody else: a
+//! wake-up of another core costs more than most operations do. It takes whatever has arrived from all clients and data servers as one burst, executes each request in order on
 //! the [`Core`], commits the burst as one batch, and only then answers. Under load a batch carries
 //! many operations; idle, a single one waits for nobody. Answers that need the log on stable storage go through the
-//! [`Syncer`], so this thread never waits for the device.
+//! [`Syncer`], so this thread never waits for the device to be flushed.
+
+mod held;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
     sync::Arc,
-    thread::JoinHandle,
     time::{Duration, Instant, SystemTime},
 };
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
     pb::meta::{
-        HeartbeatReply, HeartbeatRequest, Hello, RegisterReply, RegisterRequest, Request, Response,
-        StatusReply, Time, Welcome, response::Result as Reply,
+        GivenBack, HeartbeatReply, HeartbeatRequest, Hello, Recall, RegisterReply, RegisterRequest, Request,
+        Response, StatusReply, Time, Welcome, response::Result as Reply,
     },
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    core::{Core, Event, Moment},
+    core::{Answer, Core, Event, Moment},
+    leases::{Order, RecallId},
     refusal::Refusal,
     service::outbox::{Outbox, Permit, Ready},
     store::Ticket,
     syncer::Syncer,
 };
+use held::Held;
 
 /// Requests of one burst: bounds how long the first of them waits for the last.
 const BURST_REQUESTS_MAX: usize = 4096;
@@ -52,7 +55,15 @@ pub(crate) enum Job {
         outbox: Arc<Outbox>,
         caller: Caller<Welcome>,
     },
-    /// Requests of one stream, in its order; none is a sign of life.
+    /// The client is alive, and lets go of leases.
+    Sign {
+        session: SessionId,
+        outbox: Arc<Outbox>,
+        beat: u64,
+        recalled: Vec<u64>,
+        given_back: Option<GivenBack>,
+    },
+    /// Requests of one stream, in its order.
     Requests {
         session: SessionId,
         outbox: Arc<Outbox>,
@@ -74,12 +85,12 @@ pub(crate) enum Job {
 
 /// Handle for those who have jobs.
 #[derive(Clone)]
-pub(crate) struct Jobs(Sender<Job>);
+pub(crate) struct Jobs(mpsc::UnboundedSender<Job>);
 
 impl Jobs {
     /// Unbounded here: each stream bounds what it has under way.
-    pub(crate) fn channel() -> (Jobs, Receiver<Job>) {
-        let (sender, receiver) = unbounded();
+    pub(crate) fn channel() -> (Jobs, mpsc::UnboundedReceiver<Job>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
         (Jobs(sender), receiver)
     }
 
@@ -89,51 +100,13 @@ impl Jobs {
     }
 }
 
-/// The running thread.
-pub(crate) struct Executor {
-    jobs: Jobs,
-    thread: JoinHandle<FsResult<()>>,
-}
-
-impl Executor {
-    /// Starts the thread. `folder` is where the store's disk is watched.
-    pub(crate) fn start(core: Core, syncer: Syncer, folder: PathBuf) -> std::io::Result<Executor> {
-        let (jobs, receiver) = Jobs::channel();
-        let worker = Worker {
-            epoch: core.members().map().epoch,
-            core,
-            syncer,
-            jobs: receiver,
-            streams: HashMap::new(),
-            folder,
-            answers: Vec::new(),
-            calls: Vec::new(),
-            next_tick: Instant::now(),
-        };
-        let name = std::thread::Builder::new().name("meta-executor".into());
-        let thread = name.spawn(move || worker.run())?;
-        Ok(Executor { jobs, thread })
-    }
-
-    pub(crate) fn jobs(&self) -> Jobs {
-        self.jobs.clone()
-    }
-
-    /// Finishes what has arrived, syncs the log, and ends the thread.
-    pub(crate) fn stop(self) -> FsResult<()> {
-        self.jobs.submit(Job::Stop);
-        self.thread.join().unwrap_or_else(|_| {
-            Err(FsError::new(fjordfs_proto::error::Errno::EIO, "the executor thread panicked"))
-        })
-    }
-}
-
 /// An answer of the burst, to be sent once it is committed.
 struct Pending {
     outbox: Arc<Outbox>,
     response: Response,
     permit: Permit,
     sync: bool,
+    recalls: Vec<RecallId>,
 }
 
 /// A call's answer: told whether the burst was committed.
@@ -142,32 +115,48 @@ struct Call {
     answer: Box<dyn FnOnce(FsResult<()>) + Send>,
 }
 
-struct Worker {
+/// See the module.
+pub(crate) struct Executor {
     core: Core,
     syncer: Syncer,
-    jobs: Receiver<Job>,
+    jobs: mpsc::UnboundedReceiver<Job>,
     /// The stream of each attached session.
     streams: HashMap<SessionId, Arc<Outbox>>,
     folder: PathBuf,
     answers: Vec<Pending>,
     calls: Vec<Call>,
+    /// Answers of earlier bursts that wait for recalls.
+    held: Held,
     /// Epoch of the map that streams were sent.
     epoch: Epoch,
     next_tick: Instant,
 }
 
-impl Worker {
-    fn run(mut self) -> FsResult<()> {
+impl Executor {
+    /// `folder` is where the store's disk is watched.
+    pub(crate) fn new(core: Core, syncer: Syncer, folder: PathBuf) -> (Jobs, Executor) {
+        let (submit, jobs) = Jobs::channel();
+        let executor = Executor {
+            epoch: core.members().map().epoch,
+            core,
+            syncer,
+            jobs,
+            streams: HashMap::new(),
+            folder,
+            answers: Vec::new(),
+            calls: Vec::new(),
+            held: Held::default(),
+            next_tick: Instant::now(),
+        };
+        (submit, executor)
+    }
+
+    /// Serves until it is told to stop; then finishes what has arrived and syncs the log.
+    pub(crate) async fn run(mut self) -> FsResult<()> {
         let mut more = true;
         let mut running = true;
         while running {
-            let wait =
-                if more { Duration::ZERO } else { self.next_tick.saturating_duration_since(Instant::now()) };
-            let first = match self.jobs.recv_timeout(wait) {
-                Ok(job) => Some(job),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => Some(Job::Stop),
-            };
+            let first = self.next(more).await;
             let now = moment();
             running = self.burst(first, now);
             if let Some(e) = self.syncer.failure() {
@@ -178,7 +167,7 @@ impl Worker {
                 self.core.set_low_space(low_space(&self.folder));
                 self.core.tick(now);
             }
-            more = self.core.background();
+            more = self.core.background(now);
             self.finish();
         }
         for outbox in self.streams.values() {
@@ -187,6 +176,22 @@ impl Worker {
             )));
         }
         self.syncer.stop()
+    }
+
+    /// The next job; none when it is time for other work.
+    async fn next(&mut self, more: bool) -> Option<Job> {
+        let first = if more {
+            None
+        } else {
+            let tick = tokio::time::Instant::from_std(self.next_tick);
+            match tokio::time::timeout_at(tick, self.jobs.recv()).await {
+                Ok(job) => Some(job.unwrap_or(Job::Stop)),
+                Err(_) => None,
+            }
+        };
+        // Whatever the sockets have got by now becomes one burst.
+        tokio::task::yield_now().await;
+        first.or_else(|| self.jobs.try_recv().ok())
     }
 
     /// Executes what has arrived. False when it is time to stop.
@@ -211,19 +216,32 @@ impl Worker {
     fn execute(&mut self, job: Job, now: Moment) {
         match job {
             Job::Attach { hello, outbox, caller } => self.attach(&hello, outbox, caller, now),
+            Job::Sign { session, outbox, beat, recalled, given_back } => {
+                if self.is_current(session, &outbox) && self.core.hear(session, now) {
+                    self.core.let_go(session, &recalled, given_back.as_ref());
+                    if beat != 0 {
+                        outbox.push_beat(beat);
+                    }
+                }
+            }
             Job::Requests { session, outbox, requests } => {
                 // A stream that was replaced may have left requests behind; the client sends them again on the new one.
                 if self.is_current(session, &outbox) && self.core.hear(session, now) {
                     for (request, permit) in requests {
-                        let answer = self.core.request(session, request, now);
-                        let (response, sync) = (answer.response, answer.sync);
-                        self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync });
+                        let Answer { response, sync, recalls } = self.core.request(session, request, now);
+                        self.answers.push(Pending {
+                            outbox: outbox.clone(),
+                            response,
+                            permit,
+                            sync,
+                            recalls,
+                        });
                     }
                 }
             }
             Job::Goodbye { session, outbox } => {
                 if self.is_current(session, &outbox) {
-                    self.core.goodbye(session);
+                    self.core.goodbye(session, now);
                     self.streams.remove(&session);
                     // Behind the answers that still wait for the log.
                     self.call(true, move |_| outbox.close(None));
@@ -299,6 +317,7 @@ impl Worker {
         for call in std::mem::take(&mut self.calls) {
             if call.sync { self.syncer.after(committed, call.answer) } else { (call.answer)(Ok(())) }
         }
+        self.recall();
         for Event::SessionEnded(session, why) in self.core.take_events() {
             if let Some(outbox) = self.streams.remove(&session) {
                 outbox.close(Some(why));
@@ -309,7 +328,8 @@ impl Worker {
     /// Nothing of the burst happened: everybody in it is told.
     fn refuse_burst(&mut self, e: &FsError) {
         for Pending { outbox, response, permit, .. } in std::mem::take(&mut self.answers) {
-            let response = Response { id: response.id, result: Some(Reply::Error(e.clone().into())) };
+            let result = Some(Reply::Error(e.clone().into()));
+            let response = Response { id: response.id, result, ..Response::default() };
             outbox.push([Ready { response, permit }]);
         }
         for call in std::mem::take(&mut self.calls) {
@@ -318,10 +338,19 @@ impl Worker {
     }
 
     fn answer(&mut self, committed: Ticket) {
+        let mut free = Vec::with_capacity(self.answers.len());
+        for mut pending in std::mem::take(&mut self.answers) {
+            match std::mem::take(&mut pending.recalls) {
+                recalls if recalls.is_empty() => free.push((pending, committed)),
+                recalls => self.held.hold(pending, committed, recalls),
+            }
+        }
+        // Behind the answers of the burst that ended the recalls: nothing waits for them any more.
+        free.extend(self.held.release(self.core.take_ended_recalls()));
         // Answers of one stream stand together mostly: each run of them is one push, so one message and one wake-up.
         let mut run: Vec<Ready> = Vec::new();
         let mut owner: Option<Arc<Outbox>> = None;
-        for Pending { outbox, response, permit, sync } in std::mem::take(&mut self.answers) {
+        for (Pending { outbox, response, permit, sync, .. }, committed) in free {
             let ready = Ready { response, permit };
             if sync {
                 self.syncer.after(committed, move |synced| outbox.push([ready.unless(synced)]));
@@ -335,6 +364,16 @@ impl Worker {
         }
         if let Some(owner) = owner {
             owner.push(run);
+        }
+    }
+
+    /// Sends recalls, behind the answers that granted what they take back.
+    fn recall(&mut self) {
+        for Order { session, id, ino } in self.core.take_recalls() {
+            // Without a stream the holder cannot be told; its silence ends the recall.
+            if let Some(outbox) = self.streams.get(&session) {
+                outbox.push_recall(Recall { id: id.0, ino: ino.0 });
+            }
         }
     }
 

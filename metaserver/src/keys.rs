@@ -77,6 +77,14 @@ pub(crate) fn second_id(key: &[u8]) -> Option<u64> {
     id_at(key, 9)
 }
 
+/// The inode whose attributes, entries, extents or extended attributes a key belongs to.
+pub(crate) fn leased_inode(key: &[u8]) -> Option<InodeId> {
+    match key.first() {
+        Some(&(INODE | DIRENT | EXTENT | XATTR)) => first_id(key).map(InodeId),
+        _ => None,
+    }
+}
+
 pub(crate) const INODE: u8 = b'A';
 pub(crate) const DIRENT: u8 = b'D';
 pub(crate) const EXTENT: u8 = b'E';

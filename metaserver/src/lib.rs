@@ -15,14 +15,16 @@
 //! | [`store`] | the engine trait, fjall, and an engine in memory |
 //! | `keys`, `records` | layout of keys and values |
 //! | `txn` | the view that operations work on |
-//! | `ops`, `extents`, `xattrs`, `acl`, `liveness`, `leases`, `orphans`, `opens` | the namespace |
+//! | `ops`, `extents`, `xattrs`, `acl`, `liveness`, `block_ids`, `orphans`, `opens` | the namespace |
+//! | `leases` | who caches what, and recalling it |
 //! | `core` | the owner's state; pure |
-//! | `executor`, `syncer` | its two threads |
+//! | `executor`, `syncer` | who runs it, and who syncs the log |
 //! | `membership` | data servers, targets, eras |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |
 
 mod acl;
+mod block_ids;
 mod config;
 mod core;
 mod executor;

@@ -21,6 +21,7 @@ mod rename;
 mod setattr;
 mod statfs;
 mod sync;
+mod told;
 mod xattr;
 
 #[cfg(test)]
@@ -35,6 +36,7 @@ use fjordfs_proto::{
 use crate::{opens::Opens, records::Inode, txn::Txn};
 
 pub(crate) use make::make_root;
+pub(crate) use told::Told;
 
 /// What operations know of the cluster.
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,7 +146,7 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
 
 /// The answer of an earlier execution is repeated: what it did in memory is done again, since a restart forgets it.
 pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Reply) {
-    if let (Op::Make(make), Reply::Entry(Entry { attr: Some(attr) })) = (op, reply)
+    if let (Op::Make(make), Reply::Entry(Entry { attr: Some(attr), .. })) = (op, reply)
         && make.handle != 0
     {
         // It fails only when the client reuses handles, and then the first open stands.
@@ -153,7 +155,7 @@ pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Rep
 }
 
 fn entry(ino: InodeId, inode: &Inode) -> Entry {
-    Entry { attr: Some(inode.attr(ino)) }
+    Entry { attr: Some(inode.attr(ino)), target: inode.target.clone() }
 }
 
 fn fail<T>(errno: Errno, message: impl Into<String>) -> FsResult<T> {

@@ -9,13 +9,13 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use fjordfs_proto::{FsError, pb::meta::Time};
+use fjordfs_proto::{FsError, FsResult, pb::meta::Time};
 use tokio::{runtime::Runtime, sync::oneshot};
 
 use crate::{
     Config,
     core::{Core, Moment},
-    executor::{Executor, Jobs},
+    executor::{Executor, Job, Jobs},
     label::{Folder, FolderError},
     service,
     store::{FjallStore, MetaStore, StoreError},
@@ -74,9 +74,8 @@ pub struct MetaServer {
 }
 
 struct Running {
-    stop: oneshot::Sender<()>,
-    serving: JoinHandle<()>,
-    executor: Executor,
+    jobs: Jobs,
+    serving: JoinHandle<FsResult<()>>,
     /// Held until everything else has ended.
     folder: Folder,
 }
@@ -100,19 +99,11 @@ impl MetaServer {
         let core = Core::open(store.clone(), &folder.cluster_id, &config, now)
             .map_err(|source| StartError::Metadata { folder: config.data.clone(), source })?;
         let syncer = Syncer::start(store, config.log_sync).map_err(StartError::Thread)?;
-        let executor = Executor::start(core, syncer, config.data.clone()).map_err(StartError::Thread)?;
-
-        let (stop, serving) = match start_serving(listener, &executor) {
-            Ok(started) => started,
-            Err(e) => {
-                // The first error is the one to tell.
-                let _ = executor.stop();
-                return Err(StartError::Thread(e));
-            }
-        };
+        let (jobs, executor) = Executor::new(core, syncer, config.data.clone());
+        let serving = start_serving(listener, executor, jobs.clone()).map_err(StartError::Thread)?;
         tracing::info!(%address, cluster = folder.cluster_id, folder = %config.data.display(), "metaserver started");
         let cluster_id = folder.cluster_id.clone();
-        Ok(MetaServer { address, cluster_id, running: Some(Running { stop, serving, executor, folder }) })
+        Ok(MetaServer { address, cluster_id, running: Some(Running { jobs, serving, folder }) })
     }
 
     /// Where it listens.
@@ -134,17 +125,14 @@ impl MetaServer {
     }
 
     fn end(&mut self) -> Result<(), StopError> {
-        let Some(Running { stop, serving, executor, folder }) = self.running.take() else { return Ok(()) };
-        // The executor first: it ends the streams, without which connections would never drain.
-        let result = executor.stop().map_err(StopError::Sync);
-        // A server that ended by itself does not listen any more.
-        let _ = stop.send(());
-        if serving.join().is_err() {
-            tracing::error!("the serving thread panicked");
-        }
+        let Some(Running { jobs, serving, folder }) = self.running.take() else { return Ok(()) };
+        jobs.submit(Job::Stop);
+        let result = serving.join().unwrap_or_else(|_| {
+            Err(FsError::new(fjordfs_proto::error::Errno::EIO, "the serving thread panicked"))
+        });
         drop(folder);
         tracing::info!(address = %self.address, "metaserver stopped");
-        result
+        result.map_err(StopError::Sync)
     }
 }
 
@@ -159,11 +147,10 @@ impl Drop for MetaServer {
 /// Serves on a thread of its own. The runtime is made and dropped there, so that a caller may itself be asynchronous.
 fn start_serving(
     listener: TcpListener,
-    executor: &Executor,
-) -> io::Result<(oneshot::Sender<()>, JoinHandle<()>)> {
-    let (stop, stopped) = oneshot::channel();
+    executor: Executor,
+    jobs: Jobs,
+) -> io::Result<JoinHandle<FsResult<()>>> {
     let (ready, started) = mpsc::channel();
-    let jobs = executor.jobs();
     let thread = std::thread::Builder::new().name("meta-serve".into());
     let serving = thread.spawn(move || {
         let prepared = runtime().and_then(|runtime| {
@@ -176,46 +163,47 @@ fn start_serving(
             Ok((runtime, listener)) => {
                 // The starter waits for this.
                 let _ = ready.send(Ok(()));
-                serve(runtime, listener, jobs, stopped);
+                serve(runtime, listener, executor, jobs)
             }
             Err(e) => {
                 let _ = ready.send(Err(e));
+                Ok(())
             }
         }
     })?;
     started.recv().unwrap_or_else(|_| Err(io::Error::other("the serving thread ended at once")))?;
-    Ok((stop, serving))
+    Ok(serving)
 }
 
-/// One thread: a request passes from its connection's task to its stream's and back, and with more threads each of these
-/// steps could be a wake-up of another core, which costs more than the work itself.
+/// One thread: a request passes from its connection's task to its stream's, to the executor and back, and with more
+/// threads each of these steps could be a wake-up of another core, which costs more than the work itself.
 fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-fn serve(runtime: Runtime, listener: tokio::net::TcpListener, jobs: Jobs, stopped: oneshot::Receiver<()>) {
+/// Runs until the executor stops. It ends the streams, without which connections would never drain.
+fn serve(
+    runtime: Runtime,
+    listener: tokio::net::TcpListener,
+    executor: Executor,
+    jobs: Jobs,
+) -> FsResult<()> {
     let (stop, stopping) = oneshot::channel();
-    runtime.block_on(async move {
-        let mut server = tokio::spawn(service::serve(listener, jobs, stopping));
-        tokio::select! {
-            ended = &mut server => report(ended),
-            // A dropped sender means the same as a message.
-            _ = stopped => {
-                let _ = stop.send(());
-                if let Ok(ended) = tokio::time::timeout(STOP_TIMEOUT, &mut server).await {
-                    report(ended);
-                }
-            }
-        }
+    let result = runtime.block_on(async move {
+        let server = tokio::spawn(async { report(service::serve(listener, jobs, stopping).await) });
+        let result = executor.run().await;
+        // A server that ended by itself does not listen any more.
+        let _ = stop.send(());
+        let _ = tokio::time::timeout(STOP_TIMEOUT, server).await;
+        result
     });
     runtime.shutdown_timeout(STOP_TIMEOUT);
+    result
 }
 
-fn report(ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>) {
-    match ended {
-        Ok(Ok(())) => {}
-        Ok(Err(e)) => tracing::error!(error = %e, "the gRPC server ended"),
-        Err(e) => tracing::error!(error = %e, "the gRPC server ended"),
+fn report(ended: Result<(), tonic::transport::Error>) {
+    if let Err(e) = ended {
+        tracing::error!(error = %e, "the gRPC server ended");
     }
 }
 

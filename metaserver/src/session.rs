@@ -10,6 +10,7 @@ use fjordfs_proto::{FsResult, SessionId, pb::meta::SessionReport};
 
 use crate::{
     keys,
+    leases::Leases,
     opens::Opens,
     records::{self, SessionRecord},
     store::Order,
@@ -52,6 +53,10 @@ impl Sessions {
         self.sessions.insert(id, Session { client, heard: now, attached: true, missing: false });
     }
 
+    pub(crate) fn ids(&self) -> impl Iterator<Item = SessionId> {
+        self.sessions.keys().copied()
+    }
+
     pub(crate) fn remove(&mut self, id: SessionId) {
         self.sessions.remove(&id);
     }
@@ -78,7 +83,7 @@ impl Sessions {
         self.sessions.values().any(|session| session.missing)
     }
 
-    pub(crate) fn reports(&self, opens: &Opens, now: Instant) -> Vec<SessionReport> {
+    pub(crate) fn reports(&self, opens: &Opens, leases: &Leases, now: Instant) -> Vec<SessionReport> {
         self.sessions
             .iter()
             .map(|(id, session)| SessionReport {
@@ -86,6 +91,7 @@ impl Sessions {
                 client: session.client.clone(),
                 attached: session.attached,
                 handles: opens.handles(*id) as u32,
+                leases: leases.held(*id) as u64,
                 idle_ms: now.saturating_duration_since(session.heard).as_millis() as u64,
             })
             .collect()

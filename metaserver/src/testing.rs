@@ -128,7 +128,7 @@ impl World {
     pub(crate) fn tick(&mut self) {
         self.core.tick(self.now);
         self.core.commit().unwrap();
-        while self.core.background() {
+        while self.core.background(self.now) {
             self.core.commit().unwrap();
         }
         self.core.commit().unwrap();

@@ -61,6 +61,10 @@ pub(crate) struct Txn {
     /// The first error of the engine; operations only see its `FsError`.
     broken: Option<StoreError>,
     pending: Pending,
+    /// Inodes of which the current operation has read or written something, with repetitions.
+    seen: Vec<InodeId>,
+    /// Those of which it has written something.
+    changed: Vec<InodeId>,
 }
 
 impl Txn {
@@ -84,6 +88,8 @@ impl Txn {
             broken: None,
             // After a start nobody knows.
             pending: Pending { dead: BTreeSet::new(), dead_unknown: true, destroyed: true },
+            seen: Vec::new(),
+            changed: Vec::new(),
         })
     }
 
@@ -92,6 +98,8 @@ impl Txn {
     pub(crate) fn begin(&mut self) {
         self.undo.clear();
         self.counters_before = self.counters;
+        self.seen.clear();
+        self.changed.clear();
     }
 
     pub(crate) fn accept(&mut self) {
@@ -106,6 +114,19 @@ impl Txn {
             };
         }
         self.counters = self.counters_before;
+        self.changed.clear();
+    }
+
+    /// Inodes of which the operation just accepted or rejected has looked at something, changed ones included.
+    pub(crate) fn seen(&self) -> &[InodeId] {
+        &self.seen
+    }
+
+    /// Inodes of which the operation just accepted has changed something, each once.
+    pub(crate) fn changed(&mut self) -> &[InodeId] {
+        self.changed.sort_unstable();
+        self.changed.dedup();
+        &self.changed
     }
 
     /// All accepted writes of the burst, or `None` when there are none.
@@ -161,6 +182,7 @@ impl Txn {
     }
 
     pub(crate) fn get(&mut self, key: &[u8]) -> FsResult<Option<Bytes>> {
+        self.seen.extend(keys::leased_inode(key));
         if let Some(value) = self.overlay.get(key) {
             return Ok(value.clone());
         }
@@ -186,6 +208,10 @@ impl Txn {
     }
 
     fn write(&mut self, key: Key, value: Option<Bytes>) {
+        if let Some(ino) = keys::leased_inode(&key) {
+            self.seen.push(ino);
+            self.changed.push(ino);
+        }
         let before = self.overlay.insert(key.clone(), value);
         self.undo.push((key, before));
     }
@@ -195,6 +221,8 @@ impl Txn {
         if range.start >= range.end || limit == 0 {
             return Ok(Vec::new());
         }
+        // A scan of such records is always of one inode.
+        self.seen.extend(keys::leased_inode(&range.start));
         let touched = self.overlay.range::<[u8], _>(bounds(&range.start, &range.end)).next().is_some();
         if !touched {
             let found = self.store.scan(&range.start..&range.end, order, limit);

@@ -36,7 +36,7 @@ pub use ids::{BlockAddr, BlockId, Epoch, HandleId, InodeId, PgId, ServerId, Sess
 pub use policy::Policy;
 
 /// Version of both protocols; bumped when an older peer could misread a message.
-/// 1: first. 2: `Make.umask`, which an older metaserver would not take from the mode.
+/// 1: first. 2: leases, and `Make.umask`, which an older metaserver would not take from the mode.
 pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The root directory's inode.

@@ -114,6 +114,8 @@ pub(crate) struct Session {
     pub(crate) client: String,
     pub(crate) attached: bool,
     pub(crate) handles: u32,
+    /// Inodes whose names or attributes it may cache.
+    pub(crate) leases: u64,
     pub(crate) idle_ms: u64,
 }
 
@@ -180,6 +182,7 @@ impl Status {
                     client: s.client,
                     attached: s.attached,
                     handles: s.handles,
+                    leases: s.leases,
                     idle_ms: s.idle_ms,
                 })
                 .collect(),
@@ -276,13 +279,14 @@ impl Status {
     }
 
     fn session_table(&self) -> comfy_table::Table {
-        let mut table = report::table(&[">SESSION", "CLIENT", ">OPEN FILES", "SEEN"]);
+        let mut table = report::table(&[">SESSION", "CLIENT", ">OPEN FILES", ">LEASES", "SEEN"]);
         for s in &self.sessions {
             let idle = std::time::Duration::from_secs(s.idle_ms / 1000);
             table.add_row([
                 s.id.to_string(),
                 s.client.clone(),
                 s.handles.to_string(),
+                s.leases.to_string(),
                 match s.attached {
                     true => "attached".to_owned(),
                     false => format!("gone for {}", humantime::format_duration(idle)),
@@ -390,6 +394,7 @@ pub(crate) mod tests {
                 client: "node1 812 /mnt/fjord".into(),
                 attached: true,
                 handles: 3,
+                leases: 120,
                 idle_ms: 0,
             }],
             inodes: 30_000,
@@ -441,7 +446,7 @@ pub(crate) mod tests {
             "capacity domain free full groups id message path server shards state"
         );
         assert_eq!(keys(&json["placement"][0]), "degraded groups unavailable width");
-        assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms");
+        assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms leases");
     }
 
     #[test]

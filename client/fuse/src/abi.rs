@@ -11,6 +11,8 @@ pub(crate) const KERNEL_VERSION: u32 = 7;
 pub(crate) const KERNEL_MINOR_VERSION: u32 = 45;
 /// Oldest minor version served (Linux 5.14): older kernels may send a SETXATTR that is shorter than this file's.
 pub(crate) const KERNEL_MINOR_VERSION_MIN: u32 = 34;
+/// First version with `FUSE_NOTIFY_INC_EPOCH` (Linux 6.16).
+pub(crate) const KERNEL_MINOR_VERSION_EPOCHS: u32 = 44;
 
 /// Plain old data: any bytes are a value, and a value has no padding.
 ///
@@ -175,6 +177,25 @@ pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 pub(crate) mod notify_code {
     pub(crate) const INVAL_INODE: i32 = 2;
     pub(crate) const INVAL_ENTRY: i32 = 3;
+    pub(crate) const INC_EPOCH: i32 = 8;
+}
+
+/// Commands of the io_uring transport, and where things are in the first of an entry's two buffers (the second has the payload).
+pub(crate) mod uring {
+    /// Gives the kernel an entry's buffers; completes with a request.
+    pub(crate) const REGISTER: u32 = 1;
+    /// Gives the kernel the answer to an entry's request; completes with the next request.
+    pub(crate) const COMMIT_AND_FETCH: u32 = 2;
+    /// `InHeader` of a request, then `OutHeader` of its answer: 128 bytes.
+    pub(crate) const IN_OUT: usize = 0;
+    /// The structure of the request's opcode: 128 bytes.
+    pub(crate) const OP_IN: usize = 128;
+    /// `UringInOut`.
+    pub(crate) const RING_IN_OUT: usize = 256;
+    /// All of them.
+    pub(crate) const HEADERS_SIZE: usize = 288;
+    /// Smallest payload buffer that the kernel takes (FUSE_MIN_READ_BUFFER).
+    pub(crate) const PAYLOAD_MIN: usize = 8192;
 }
 
 /// `_IOR(229, 0, uint32_t)`: makes a freshly opened /dev/fuse another channel of the session whose fd is passed.
@@ -261,6 +282,10 @@ abi_struct! {
     }
     struct StatxIn: 24 { getattr_flags: u32, reserved: u32, fh: u64, sx_flags: u32, sx_mask: u32, }
     struct StatxOut: 288 { attr_valid: u64, attr_valid_nsec: u32, flags: u32, spare: [u64; 2], stat: Statx, }
+    /// Of a request and of its answer: what is in the payload buffer.
+    struct UringInOut: 32 { flags: u64, commit_id: u64, payload_sz: u32, padding: u32, reserved: u64, }
+    /// Beginning of the 80 command bytes of a submission.
+    struct UringCommand: 24 { flags: u64, commit_id: u64, qid: u16, padding: [u8; 6], }
     struct NotifyInvalInode: 24 { ino: u64, off: i64, len: i64, }
     struct NotifyInvalEntry: 16 { parent: u64, namelen: u32, flags: u32, }
 }

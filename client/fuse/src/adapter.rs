@@ -1,13 +1,14 @@
 //! FjordFS as a [`Filesystem`]: translation only, so that everything else is tested without FUSE.
 
 use std::ops::{Range, RangeInclusive};
+use std::time::Duration;
 
 use bytes::Bytes;
-use fjordfs_client::{Client, File, SetTime, SetXattrMode};
+use fjordfs_client::{Client, File, Recalled, SetTime, SetXattrMode};
 use fjordfs_proto::pb::meta::{Attr, ReadDirReply};
 use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast::error::RecvError, mpsc};
 
 use crate::filesystem::{
     Allocation, AttrChange, CopiedRange, Filesystem, NewFile, NewNode, Space, TimeChange,
@@ -35,10 +36,19 @@ impl Filesystem for Adapter {
         *self.notifier.lock() = Some(notifier);
     }
 
+    fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
+        self.client.name_left(parent, name, ino)
+    }
+
+    fn attr_left(&self, attr: &Attr) -> Duration {
+        self.client.attr_left(attr)
+    }
+
     fn enter_worker(&self, index: usize) {
         // Data connections of this worker live on its own runtime.
         fjordfs_client::enter_lane(index);
         if let Some(notifier) = self.notifier.lock().take() {
+            tokio::task::spawn_local(announce_recalls(self.client.recalls(), notifier.clone()));
             tokio::task::spawn_local(announce_moved_appends(self.client.clone(), notifier));
         }
     }
@@ -182,14 +192,9 @@ impl Filesystem for Adapter {
         file.own_versions()
     }
 
-    async fn read_dir(
-        &self,
-        ino: InodeId,
-        cookie: u64,
-        limit: u32,
-        attributes: bool,
-    ) -> FsResult<ReadDirReply> {
-        self.client.readdir(ino, cookie, limit, attributes).await
+    async fn read_dir(&self, ino: InodeId, cookie: u64, limit: u32, _: bool) -> FsResult<ReadDirReply> {
+        // Who lists a directory mostly looks at what is in it: then the client knows the attributes already.
+        self.client.readdir(ino, cookie, limit, true).await
     }
 
     async fn statfs(&self) -> FsResult<Space> {
@@ -209,6 +214,13 @@ impl Filesystem for Adapter {
 fn new_file(file: NewFile) -> fjordfs_client::NewFile {
     let NewFile { mode, umask, uid, gid, exclusive } = file;
     fjordfs_client::NewFile { mode, umask, uid, gid, exclusive }
+}
+
+/// Names and attributes that the kernel caches are recalled when somebody else changes them.
+async fn announce_recalls(mut recalls: mpsc::UnboundedReceiver<Recalled>, notifier: Notifier) {
+    while let Some(Recalled { inodes, names, done }) = recalls.recv().await {
+        notifier.recall(inodes, names, done);
+    }
 }
 
 /// Appended bytes that another client's append pushed further on are cached by the kernel where they were written first.

@@ -13,7 +13,6 @@ use parking_lot::Mutex;
 use crate::abi::{self, opcode};
 use crate::directory::OpenDirectory;
 use crate::filesystem::{CopiedRange, Filesystem};
-use crate::fresh_attrs::FreshAttrs;
 use crate::handles::Handles;
 use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
@@ -34,13 +33,14 @@ const RENAME_FLAGS: [u32; 3] = [0, 1, 2];
 /// Everything workers share.
 pub(crate) struct Dispatcher<F: Filesystem> {
     fs: F,
+    /// What the user wants, at least.
     validity: Validity,
+    names_can_be_recalled: bool,
     /// Largest READ and WRITE, bytes.
     size_max: usize,
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
-    fresh_attrs: FreshAttrs,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
@@ -66,15 +66,21 @@ impl From<Reply> for Answer {
 }
 
 impl<F: Filesystem> Dispatcher<F> {
-    pub(crate) fn new(fs: F, validity: Validity, size_max: usize, notifier: Notifier) -> Dispatcher<F> {
+    pub(crate) fn new(
+        fs: F,
+        validity: Validity,
+        size_max: usize,
+        kernel_minor: u32,
+        notifier: Notifier,
+    ) -> Dispatcher<F> {
         Dispatcher {
             fs,
             validity,
+            names_can_be_recalled: kernel_minor >= abi::KERNEL_MINOR_VERSION_EPOCHS,
             size_max,
             files: Handles::new(),
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
-            fresh_attrs: FreshAttrs::new(),
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
@@ -85,29 +91,23 @@ impl<F: Filesystem> Dispatcher<F> {
         &self.fs
     }
 
-    /// Serves one request.
-    pub(crate) async fn serve(&self, request: Request) -> Answer {
+    /// Serves one request. `payload` is the slot's: data of a READ goes there if it has room.
+    pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
         let Request { caller, node, operation } = request;
         let what = describe(&operation);
-        let effect = effect(&operation, node);
-        let fresh = self.fresh_attrs.take(caller.pid, node);
-        let result = match (&operation, fresh) {
-            (Operation::Getattr, Some(attr)) => Ok(Reply::of(&reply::attr_out(&attr, self.validity)).into()),
-            (Operation::Statx, Some(attr)) => Ok(Reply::of(&reply::statx_out(&attr, self.validity)).into()),
-            _ => self.route(caller, node, operation).await,
-        };
-        // Also after a failure: a request that timed out may have taken effect.
-        match effect {
-            Effect::None => {}
-            Effect::Changes(inodes) => {
-                inodes.into_iter().flatten().for_each(|ino| self.fresh_attrs.inode_changed(ino))
-            }
-            Effect::RemovesName => self.fresh_attrs.name_removed(),
+        match self.route(caller, node, operation, payload).await {
+            Ok(answer) => answer,
+            Err(e) => self.failed(what, node, &e).into(),
         }
-        result.unwrap_or_else(|e| self.failed(what, node, &e).into())
     }
 
-    async fn route(&self, caller: Caller, node: InodeId, operation: Operation) -> FsResult<Answer> {
+    async fn route(
+        &self,
+        caller: Caller,
+        node: InodeId,
+        operation: Operation,
+        payload: &mut [u8],
+    ) -> FsResult<Answer> {
         let reply = match operation {
             // Those that give out handles.
             Operation::Open { flags, open_flags } => return self.open(node, flags, open_flags).await,
@@ -125,14 +125,15 @@ impl<F: Filesystem> Dispatcher<F> {
                 return Ok(Answer { reply, opened: Some(Opened::Directory(fh)) });
             }
 
-            Operation::Lookup { name } => {
-                let asked = self.fresh_attrs.now();
-                let attr = self.fs.lookup(node, &name).await?;
-                self.fresh_attrs.told(caller.pid, &attr, asked);
-                self.entry(attr)
+            Operation::Lookup { name } => self.lookup(node, &name).await?,
+            Operation::Getattr => {
+                let attr = self.fs.getattr(node).await?;
+                Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
             }
-            Operation::Getattr => Reply::of(&reply::attr_out(&self.fs.getattr(node).await?, self.validity)),
-            Operation::Statx => Reply::of(&reply::statx_out(&self.fs.getattr(node).await?, self.validity)),
+            Operation::Statx => {
+                let attr = self.fs.getattr(node).await?;
+                Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)))
+            }
             Operation::Setattr(input) => self.setattr(node, &input).await?,
             Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
             Operation::Symlink { name, target } => {
@@ -144,7 +145,7 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Mkdir { name, mode, umask } => {
                 self.make(node, &name, namespace::directory(caller, mode, umask)).await?
             }
-            Operation::Link { ino, name } => self.entry(self.fs.link(ino, node, &name).await?),
+            Operation::Link { ino, name } => self.entry(node, &name, &self.fs.link(ino, node, &name).await?),
             Operation::Unlink { name } => {
                 self.fs.unlink(node, &name).await?;
                 Reply::Empty
@@ -174,18 +175,18 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Read { fh, offset, size } => self.read(fh, offset, size).await?,
+            Operation::Read { fh, offset, size } => self.read(fh, offset, size, payload).await?,
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 self.write(fh, offset, write_flags, flags, data).await?
             }
             Operation::Fallocate { fh, offset, length, mode } => {
                 self.fallocate(caller, fh, offset, length, mode).await?
             }
-            Operation::CopyFileRange { fh_in, offset_in, fh_out, offset_out, length, wide, .. } => {
+            Operation::CopyFileRange { fh_in, offset_in, fh_out, offset_out, length, wide } => {
                 let length = if wide { length } else { length.min(u32::MAX.into()) };
                 let range =
                     CopiedRange { from: offset_in, to: offset_out, length, clear_suid: caller.uid != 0 };
-                let copied = self.copy_file_range(fh_in, fh_out, range).await?;
+                let copied = self.copy_file_range(caller, fh_in, fh_out, range).await?;
                 if wide {
                     Reply::of(&abi::CopyFileRangeOut { bytes_copied: copied })
                 } else {
@@ -231,8 +232,33 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(reply.into())
     }
 
-    fn entry(&self, attr: Attr) -> Reply {
-        Reply::of(&reply::entry_out(&attr, self.validity))
+    async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Reply> {
+        match self.fs.lookup(parent, name).await {
+            Ok(attr) => Ok(self.entry(parent, name, &attr)),
+            Err(e) if e.errno == Errno::ENOENT => match self.name_left(parent, name, None) {
+                Duration::ZERO => Err(e),
+                left => Ok(Reply::of(&reply::absent_out(left))),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    fn entry(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Reply {
+        Reply::of(&reply::entry_out(attr, self.validity_of_name(parent, name, attr)))
+    }
+
+    fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
+        if self.names_can_be_recalled { self.fs.name_left(parent, name, ino) } else { Duration::ZERO }
+    }
+
+    /// Of an answer that brings a name and, for want of a version to check them by, attributes that may not stay.
+    fn validity_of_name(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Validity {
+        let left = self.name_left(parent, name, Some(InodeId(attr.ino)));
+        Validity { entry: left.max(self.validity.entry), ..self.validity }
+    }
+
+    fn validity_of_attr(&self, attr: &Attr) -> Validity {
+        Validity { attr: self.fs.attr_left(attr).max(self.validity.attr), ..self.validity }
     }
 
     async fn readdir(&self, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Reply> {
@@ -288,35 +314,6 @@ fn not_served(code: u32) -> Reply {
         // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
         opcode::IOCTL => Reply::Error(libc::ENOTTY),
         _ => Reply::Error(libc::ENOSYS),
-    }
-}
-
-/// What a request changes, as far as attributes told before must not be believed any more.
-enum Effect {
-    None,
-    Changes([Option<InodeId>; 2]),
-    RemovesName,
-}
-
-fn effect(operation: &Operation, node: InodeId) -> Effect {
-    match operation {
-        Operation::Link { ino, .. } => Effect::Changes([Some(node), Some(*ino)]),
-        Operation::CopyFileRange { ino_out, .. } => Effect::Changes([Some(*ino_out), None]),
-        Operation::Open { flags, .. } if !file::truncates(*flags) => Effect::None,
-        Operation::Open { .. }
-        | Operation::Setattr(_)
-        | Operation::Setxattr { .. }
-        | Operation::Removexattr { .. }
-        | Operation::Symlink { .. }
-        | Operation::Mknod { .. }
-        | Operation::Mkdir { .. }
-        | Operation::Create { .. }
-        | Operation::Write { .. }
-        | Operation::Fallocate { .. }
-        | Operation::Flush { .. }
-        | Operation::Fsync { .. } => Effect::Changes([Some(node), None]),
-        Operation::Unlink { .. } | Operation::Rmdir { .. } | Operation::Rename { .. } => Effect::RemovesName,
-        _ => Effect::None,
     }
 }
 

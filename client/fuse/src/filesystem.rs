@@ -8,6 +8,7 @@
 //! changes nothing (`lookup`, `getattr`, `readlink`, `read`, `read_dir`, `statfs`) is dropped when its caller dies.
 
 use std::ops::{Range, RangeInclusive};
+use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
@@ -126,7 +127,7 @@ pub trait Filesystem: Send + Sync + 'static {
     type File: Send + Sync + 'static;
 
     /// Called once, before any request. `notifier` tells the kernel what it caches that is stale: appended data that moved when
-    /// it was committed, later names and attributes whose lease was recalled.
+    /// it was committed, names and attributes that were recalled.
     fn mounted(&self, notifier: Notifier) {
         drop(notifier);
     }
@@ -140,6 +141,16 @@ pub trait Filesystem: Send + Sync + 'static {
     fn lookup(&self, parent: InodeId, name: &[u8]) -> impl Future<Output = FsResult<Attr>>;
     /// Attributes, including what this mount wrote and has not yet committed.
     fn getattr(&self, ino: InodeId) -> impl Future<Output = FsResult<Attr>>;
+    /// How long the kernel may take it that `name` leads to `ino`, or to nothing, unless the notifier recalls it.
+    fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
+        let _ = (parent, name, ino);
+        Duration::ZERO
+    }
+    /// How long the kernel may take these for the attributes of their inode, unless the notifier recalls them.
+    fn attr_left(&self, attr: &Attr) -> Duration {
+        let _ = attr;
+        Duration::ZERO
+    }
     /// Changes attributes; answers with the new ones.
     fn setattr(&self, ino: InodeId, change: AttrChange) -> impl Future<Output = FsResult<Attr>>;
     /// Target of a symbolic link.
@@ -219,6 +230,26 @@ pub trait Filesystem: Send + Sync + 'static {
     fn drop_suid(&self, file: &Self::File) -> bool {
         let _ = file;
         false
+    }
+    /// As [`Filesystem::read`], but into the memory that the kernel takes the bytes from: at most as many as fit, from its start on.
+    /// Answers with how many they are. Asked for where the transport has such memory; worth implementing for data that
+    /// is not in memory yet.
+    fn read_into(
+        &self,
+        file: &Self::File,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> impl Future<Output = FsResult<usize>> {
+        async move {
+            let mut filled = 0;
+            for part in self.read(file, offset, buffer.len()).await? {
+                let room = &mut buffer[filled..];
+                let len = part.len().min(room.len());
+                room[..len].copy_from_slice(&part[..len]);
+                filled += len;
+            }
+            Ok(filled)
+        }
     }
     /// Writes all of `data` at `offset`.
     fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;

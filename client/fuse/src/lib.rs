@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! kernel ── transport ── worker ── request ── dispatch ── Filesystem ── adapter ── fjordfs_client
-//!          /dev/fuse     thread    parsing    routing     (trait)
+//!          io_uring      thread    parsing    routing     (trait)
+//!          /dev/fuse
 //! ```
 //!
 //! | module | what it does |
@@ -15,7 +16,6 @@
 //! | `transport` | how requests come and answers go |
 //! | `worker` | one thread: many requests in flight, panics and callers that die |
 //! | `request`, `reply`, `abi` | the kernel's bytes, in and out |
-//! | `dispatch` | which call a request becomes; `kernel_cache`, `fresh_attrs`, `handles`, `directory` hold the state it needs |
 //! | [`filesystem`] | what can be mounted |
 //! | [`notify`] | telling the kernel what is stale |
 //! | `adapter` | FjordFS as a [`filesystem::Filesystem`] |
@@ -26,7 +26,6 @@ mod buffer;
 mod directory;
 mod dispatch;
 pub mod filesystem;
-mod fresh_attrs;
 mod handles;
 mod interrupt;
 mod kernel_cache;
@@ -42,5 +41,6 @@ mod worker;
 pub use adapter::mount;
 pub use filesystem::Filesystem;
 pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
-pub use options::{MountOptions, OptionError};
+pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::SessionError;
+pub use transport::selection::{TransportInfo, TransportKind};

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::filesystem::Filesystem;
 use crate::options::MountOptions;
 use crate::session::{Session, SessionError};
+use crate::transport::selection::{self, TransportInfo};
 
 mod direct;
 mod fusermount;
@@ -133,10 +134,14 @@ struct Place {
 /// Mounts any filesystem and starts serving it.
 pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<Mount, MountError> {
     let mountpoint = mountpoint::check(&options.mountpoint, options.nonempty)?;
+    let selection = selection::select(options).map_err(|reason| MountError::Session {
+        path: mountpoint.clone(),
+        source: SessionError::Transport(reason),
+    })?;
     let device = open(&mountpoint, options)?;
     let place = Place { device: mountinfo::top_at(&mountpoint).map(|mount| mount.device), mountpoint };
     let unmounter = Unmounter { place: Arc::new(place) };
-    let session = Session::start(fs, device, options).map_err(|source| {
+    let session = Session::start(fs, device, options, selection).map_err(|source| {
         if let Err(e) = unmounter.unmount(true) {
             tracing::warn!("after a failed start: {e}");
         }
@@ -145,7 +150,12 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
     if let Some(kib) = options.read_ahead_kb {
         raise_read_ahead(unmounter.place.device, kib);
     }
-    tracing::info!(source = options.source, "mounted on {}", unmounter.mountpoint().display());
+    tracing::info!(
+        source = options.source,
+        "mounted on {} over {}",
+        unmounter.mountpoint().display(),
+        session.transport()
+    );
     Ok(Mount { session, unmounter })
 }
 
@@ -174,6 +184,11 @@ impl Mount {
     /// For the thread that handles signals.
     pub fn unmounter(&self) -> Unmounter {
         self.unmounter.clone()
+    }
+
+    /// How the kernel's requests come.
+    pub fn transport(&self) -> &TransportInfo {
+        self.session.transport()
     }
 
     /// Where it is mounted, as an absolute path without symbolic links.

@@ -3,13 +3,24 @@
 //! A notification can block in the kernel on a page that a request holds, so notifications are written by a thread of
 //! their own and never while answering a request. The queue is bounded; what does not fit is dropped, which is sound for pages
 //! because the next `open` drops them anyway ([`crate::kernel_cache`] is told first).
+//!
+//! # Recalls
+//! Others wait until a recalled name or attribute is out of use, so recalls must not wait for requests of this mount, which
+//! may themselves wait for others. Therefore they have a thread of their own, which uses only notifications that wait for no
+//! request: attributes of an inode without its pages, and for names the epoch (Linux 6.16), which makes the kernel ask
+//! again for every name before it uses it. To invalidate a single name, the kernel would wait for its directory's lock,
+//! which every request in that directory holds. Answers that are on their way while a recall is written are void as
+//! well: the kernel notes epoch and attribute version before it asks. Attributes go only with answers to GETATTR and
+//! STATX, since for an inode that the kernel is just making it has no version to compare yet.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use fjordfs_proto::InodeId;
+use tokio::sync::oneshot;
 
 use crate::abi::{NotifyInvalEntry, NotifyInvalInode, OutHeader, Pod, notify_code};
 use crate::transport::dev_fuse::write_all;
@@ -23,10 +34,20 @@ enum Notification {
     Stop,
 }
 
+/// Names and attributes that must not be used any more.
+#[derive(Debug)]
+struct Recall {
+    inodes: Vec<InodeId>,
+    names: bool,
+    done: oneshot::Sender<()>,
+}
+
 /// Sends invalidations to the kernel of one mount. Cheap to clone; does nothing once the mount has ended.
 #[derive(Clone, Debug)]
 pub struct Notifier {
-    queue: SyncSender<Notification>,
+    queue: Sender<Notification>,
+    /// As long as the leases that can be recalled, which the metaserver bounds.
+    recalls: Sender<Option<Recall>>,
 }
 
 impl Notifier {
@@ -40,25 +61,53 @@ impl Notifier {
         self.send(Notification::Entry(parent, name.into()));
     }
 
+    /// Attributes of these inodes are not to be used any more, nor, with `names`, any name without asking. `done` is sent when the
+    /// kernel has obeyed, or is gone. Returns at once.
+    pub fn recall(&self, inodes: Vec<InodeId>, names: bool, done: oneshot::Sender<()>) {
+        // Without the thread there is no kernel left that caches anything.
+        let _ended = self.recalls.send(Some(Recall { inodes, names, done }));
+    }
+
     fn send(&self, notification: Notification) {
         if let Err(TrySendError::Full(dropped)) = self.queue.try_send(notification) {
             tracing::debug!(?dropped, "too many invalidations waiting; left to the next open");
         }
     }
 
-    /// Ends the thread after what is queued. Waits for room, which there is since the connection is closed by then.
+    /// Ends the threads after what is queued. Waits for room, which there is since the connection is closed by then.
     pub(crate) fn stop(&self) {
         let _already_gone = self.queue.send(Notification::Stop);
+        let _already_gone = self.recalls.send(None);
     }
 }
 
-/// Starts the thread, which writes to `fd`, a clone of the session's descriptor.
-pub(crate) fn start(fd: OwnedFd) -> io::Result<(Notifier, JoinHandle<()>)> {
-    let (queue, notifications) = sync_channel(QUEUE_MAX);
-    let thread = std::thread::Builder::new()
-        .name("fjord-fuse-notify".to_owned())
-        .spawn(move || write_notifications(&fd, &notifications))?;
-    Ok((Notifier { queue }, thread))
+/// Starts the threads, which write to `fd`, a clone of the session's descriptor.
+pub(crate) fn start(fd: OwnedFd) -> io::Result<(Notifier, [JoinHandle<()>; 2])> {
+    let fd = Arc::new(fd);
+    let (queue, notifications) = bounded(QUEUE_MAX);
+    let (recalls, recalled) = unbounded();
+    let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+    let notifier = {
+        let fd = fd.clone();
+        thread("fjord-fuse-notify").spawn(move || write_notifications(&fd, &notifications))?
+    };
+    let recaller = thread("fjord-fuse-recall").spawn(move || obey_recalls(&fd, &recalled))?;
+    Ok((Notifier { queue, recalls }, [notifier, recaller]))
+}
+
+fn obey_recalls(fd: &OwnedFd, recalls: &Receiver<Option<Recall>>) {
+    while let Ok(Some(Recall { inodes, names, done })) = recalls.recv() {
+        for ino in inodes {
+            // A negative offset: attributes, but no pages.
+            let inode = NotifyInvalInode { ino: ino.0, off: -1, len: 0 };
+            log_refusal(ino, notify(fd, notify_code::INVAL_INODE, &[inode.as_bytes()]));
+        }
+        if names {
+            log_refusal("names", notify(fd, notify_code::INC_EPOCH, &[]));
+        }
+        // Nobody waits when the session has ended meanwhile.
+        let _ = done.send(());
+    }
 }
 
 fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
@@ -76,16 +125,20 @@ fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
             }
             Notification::Stop => return,
         };
-        match written {
-            Ok(()) => {}
-            // Not cached, or no longer mounted.
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ENOENT | libc::ENODEV | libc::ENOTCONN | libc::EPERM)
-                ) => {}
-            Err(e) => tracing::warn!(?notification, "the kernel refused an invalidation: {e}"),
-        }
+        log_refusal(&notification, written);
+    }
+}
+
+fn log_refusal(what: impl std::fmt::Debug, written: io::Result<()>) {
+    match written {
+        Ok(()) => {}
+        // Not cached, or no longer mounted.
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::ENOTCONN | libc::EPERM)
+            ) => {}
+        Err(e) => tracing::warn!(?what, "the kernel refused an invalidation: {e}"),
     }
 }
 

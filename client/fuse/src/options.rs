@@ -3,6 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+mod transport;
+
+pub use transport::{TransportChoice, UringFaults, UringOptions};
+
 /// Smallest request worth negotiating, bytes.
 const REQUEST_SIZE_MIN: u64 = 4096;
 /// Largest that a kernel can be told (65,535 pages would do; a pinned request of more than this helps nobody), bytes.
@@ -24,8 +28,12 @@ pub struct MountOptions {
     /// Let users other than the mounting one in. On by default for root, whose mounts are meant for everybody; others need
     /// `user_allow_other` in /etc/fuse.conf.
     pub allow_other: bool,
-    /// Worker threads.
+    /// Worker threads; over io_uring at most one for each core.
     pub threads: usize,
+    /// How requests come from the kernel.
+    pub transport: TransportChoice,
+    /// Set-up of the io_uring transport.
+    pub uring: UringOptions,
     /// Largest read or write the kernel sends in one request, bytes.
     pub request_size_max: usize,
     /// Largest read only, bytes; `None` is `request_size_max`.
@@ -84,6 +92,8 @@ impl MountOptions {
             allow_other: rustix::process::geteuid().is_root(),
             // At least 2, so that one request that computes does not hold up all others.
             threads: std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2)),
+            transport: TransportChoice::default(),
+            uring: UringOptions::default(),
             request_size_max: 1 << 20,
             max_read: None,
             read_ahead_kb: Some(4096),
@@ -124,8 +134,12 @@ impl MountOptions {
         if is_for_mount(key) {
             return Ok(());
         }
+        if self.uring.apply(option, key, value)? {
+            return Ok(());
+        }
         let number = |min: u64, max: u64| number(option, value, min, max);
         match key {
+            "transport" => self.transport = transport::choice(option, value)?,
             "threads" => self.threads = number(1, THREADS_MAX)? as usize,
             "request_size_max" => {
                 self.request_size_max =

@@ -35,6 +35,8 @@ pub(crate) enum Reply {
     Bytes(Bytes),
     /// File data in pieces, sent without being put together.
     Parts(Vec<Bytes>),
+    /// As many bytes of file data, which are in the slot's payload buffer already.
+    InPayload(usize),
 }
 
 /// Room for the largest fixed answer, kept off the heap.
@@ -155,6 +157,15 @@ pub(crate) fn entry_out(attr: &Attr, validity: Validity) -> abi::EntryOut {
         entry_valid_nsec: validity.entry.subsec_nanos(),
         attr_valid_nsec: validity.attr.subsec_nanos(),
         attr: attr_record(attr),
+    }
+}
+
+/// Answer to a LOOKUP that found nothing, which the kernel may remember.
+pub(crate) fn absent_out(left: Duration) -> abi::EntryOut {
+    abi::EntryOut {
+        entry_valid: left.as_secs(),
+        entry_valid_nsec: left.subsec_nanos(),
+        ..abi::EntryOut::default()
     }
 }
 

@@ -129,7 +129,6 @@ pub(crate) enum Operation {
     CopyFileRange {
         fh_in: u64,
         offset_in: u64,
-        ino_out: InodeId,
         fh_out: u64,
         offset_out: u64,
         length: u64,
@@ -332,7 +331,6 @@ impl Arguments<'_> {
                 Operation::CopyFileRange {
                     fh_in: input.fh_in,
                     offset_in: input.off_in,
-                    ino_out: InodeId(input.nodeid_out),
                     fh_out: input.fh_out,
                     offset_out: input.off_out,
                     length: input.len,

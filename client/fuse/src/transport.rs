@@ -1,7 +1,8 @@
 //! How requests come from the kernel and answers go back.
 //!
-//! One transport belongs to one worker thread. /dev/fuse ([`dev_fuse`]) works everywhere; a transport over io_uring, where
-//! an answer and the fetch of the next request are one step, fits the same trait: its slot is a queue entry.
+//! One transport belongs to one worker thread. /dev/fuse ([`dev_fuse`]) works everywhere; over io_uring ([`io_uring`]) each CPU has
+//! a queue of its own, and an answer and the fetch of the next request are one step. [`selection`] decides between them
+//! before anything is mounted.
 
 use std::io;
 
@@ -11,6 +12,8 @@ use crate::abi::{self, InHeader, Pod};
 use crate::reply::Reply;
 
 pub(crate) mod dev_fuse;
+pub(crate) mod io_uring;
+pub(crate) mod selection;
 
 /// A request as it came: header, the structure of its opcode, and the names or data behind it.
 #[derive(Clone, Debug)]
@@ -44,6 +47,9 @@ pub(crate) trait Transport: 'static {
 
 /// Takes the answer to one request. Dropping it unanswered is right for requests that have none.
 pub(crate) trait Slot: 'static {
+    /// Memory from which the kernel takes the data of a READ ([`Reply::InPayload`]); empty where the transport has none.
+    fn payload(&mut self) -> &mut [u8];
+
     /// Sends the answer. `ENOENT` means that nobody waits for it any more.
     fn answer(&mut self, reply: &Reply) -> io::Result<()>;
 }

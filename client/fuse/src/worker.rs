@@ -47,7 +47,12 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
                 break Ok(());
             }
             // Memory pressure in the kernel: try again rather than lose the mount.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EIO)) => {
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ENOMEM | libc::EIO | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
                 tracing::warn!("reading a request failed, trying again: {e}");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -78,14 +83,17 @@ async fn start<F: Filesystem, S: Slot>(
 
 async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
     let opcode = message.header.opcode;
-    let answer = AssertUnwindSafe(answer(dispatcher, message)).catch_unwind().await.unwrap_or_else(|panic| {
-        tracing::error!(
-            opcode,
-            "a request panicked and was answered with EIO; this is a bug, report it: {}",
-            text_of(&*panic)
-        );
-        Reply::Error(libc::EIO).into()
-    });
+    let answer = AssertUnwindSafe(answer(dispatcher, message, slot.payload()))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| {
+            tracing::error!(
+                opcode,
+                "a request panicked and was answered with EIO; this is a bug, report it: {}",
+                text_of(&*panic)
+            );
+            Reply::Error(libc::EIO).into()
+        });
     let Err(e) = slot.answer(&answer.reply) else { return };
     if let Some(opened) = answer.opened {
         dispatcher.close(opened).await;
@@ -102,7 +110,7 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
     }
 }
 
-async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message) -> Answer {
+async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message, payload: &mut [u8]) -> Answer {
     let request = match Request::parse(&message) {
         Ok(request) => request,
         Err(e) => {
@@ -111,13 +119,13 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message) -> 
         }
     };
     if !request.is_interruptible() {
-        return dispatcher.serve(request).await;
+        return dispatcher.serve(request, payload).await;
     }
     let (unique, pid) = (message.header.unique, request.caller.pid);
     // Biased: a request that is done at once never registers for interrupts.
     tokio::select! {
         biased;
-        answer = dispatcher.serve(request) => answer,
+        answer = dispatcher.serve(request, payload) => answer,
         () = dispatcher.interrupts.caller_is_gone(unique, pid) => Reply::Error(libc::EINTR).into(),
     }
 }

@@ -10,7 +10,27 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use fjordfs_fuse::TransportChoice;
 use support::Mounted;
+
+over_each_transport! {
+    a_large_file_comes_back_in_large_requests
+    many_threads_read_and_write_their_own_files
+    a_slow_request_holds_up_no_other
+    mappings_read_and_write
+    direct_io_goes_around_the_cache_and_appends_in_order
+    appends_go_to_the_end_wherever_that_is
+    pages_are_kept_while_the_version_stands
+    a_growing_file_is_followed_without_opening_it_again
+    leased_names_and_attributes_are_not_asked_for_until_they_are_recalled
+    a_recall_waits_for_no_request_of_its_directory
+    invalidations_reach_the_kernel
+    truncation_and_permission_bits
+    suid_goes_when_another_user_writes_or_truncates
+    failures_are_reported_and_a_panic_is_one_failure
+    who_waits_can_be_killed_at_once
+    signals_with_a_handler_disturb_nobody
+}
 
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
@@ -23,9 +43,8 @@ fn pattern(len: usize, seed: u64) -> Vec<u8> {
     (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(len).collect()
 }
 
-#[test]
-fn a_large_file_comes_back_in_large_requests() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn a_large_file_comes_back_in_large_requests(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let data = pattern(64 << 20, 7);
     let path = mounted.path("large");
     let mut file = File::create(&path).unwrap();
@@ -42,9 +61,8 @@ fn a_large_file_comes_back_in_large_requests() {
     mounted.end();
 }
 
-#[test]
-fn many_threads_read_and_write_their_own_files() {
-    let Some(mounted) = Mounted::new("threads=4") else { return };
+fn many_threads_read_and_write_their_own_files(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "threads=4") else { return };
     std::thread::scope(|scope| {
         for thread in 0..8u64 {
             let mounted = &mounted;
@@ -63,10 +81,9 @@ fn many_threads_read_and_write_their_own_files() {
     mounted.end();
 }
 
-#[test]
-fn a_slow_request_holds_up_no_other() {
+fn a_slow_request_holds_up_no_other(transport: TransportChoice) {
     // One worker thread: all requests are tasks on it.
-    let Some(mounted) = Mounted::new("threads=1") else { return };
+    let Some(mounted) = Mounted::new(transport, "threads=1") else { return };
     fs::write(mounted.path("quick"), "q").unwrap();
     fs::write(mounted.path("slow"), "s").unwrap();
     // Not cached, so that the read is a request.
@@ -82,9 +99,8 @@ fn a_slow_request_holds_up_no_other() {
     mounted.end();
 }
 
-#[test]
-fn mappings_read_and_write() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn mappings_read_and_write(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("mapped");
     let data = pattern(1 << 20, 3);
     fs::write(&path, &data).unwrap();
@@ -108,9 +124,8 @@ fn aligned(len: usize) -> memmap2::MmapMut {
     memmap2::MmapMut::map_anon(len).unwrap()
 }
 
-#[test]
-fn direct_io_goes_around_the_cache_and_appends_in_order() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn direct_io_goes_around_the_cache_and_appends_in_order(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("direct");
     let mut memory = aligned(4 << 20);
     memory.copy_from_slice(&pattern(4 << 20, 9));
@@ -136,9 +151,8 @@ fn direct_io_goes_around_the_cache_and_appends_in_order() {
     mounted.end();
 }
 
-#[test]
-fn appends_go_to_the_end_wherever_that_is() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn appends_go_to_the_end_wherever_that_is(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("log");
     let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).unwrap();
     file.write_all(b"one").unwrap();
@@ -162,9 +176,8 @@ fn appends_go_to_the_end_wherever_that_is() {
     mounted.end();
 }
 
-#[test]
-fn pages_are_kept_while_the_version_stands() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn pages_are_kept_while_the_version_stands(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("cached");
     fs::write(&path, vec![b'a'; 100_000]).unwrap();
     let reads = || mounted.control.reads.load(Ordering::SeqCst);
@@ -178,9 +191,8 @@ fn pages_are_kept_while_the_version_stands() {
     mounted.end();
 }
 
-#[test]
-fn a_growing_file_is_followed_without_opening_it_again() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn a_growing_file_is_followed_without_opening_it_again(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     fs::write(mounted.path("log"), b"first ").unwrap();
     let mut reader = File::open(mounted.path("log")).unwrap();
     let mut text = String::new();
@@ -192,32 +204,62 @@ fn a_growing_file_is_followed_without_opening_it_again() {
     mounted.end();
 }
 
-#[test]
-fn what_a_lookup_brought_is_not_asked_again_but_changes_are_seen() {
-    let Some(mounted) = Mounted::new("") else { return };
-    let path = mounted.path("file");
-    fs::write(&path, b"x").unwrap();
-    let before = mounted.control.getattrs.load(Ordering::SeqCst);
-    for size in 2..102 {
-        mounted.control.overwrite("file", &vec![b'y'; size]);
-        assert_eq!(fs::metadata(&path).unwrap().len(), size as u64);
+/// Recalls and waits until the kernel has obeyed.
+fn recall(mounted: &Mounted, inodes: &[u64], names: bool) {
+    let notifier = mounted.control.notifier.lock().clone().unwrap();
+    let (done, obeyed) = tokio::sync::oneshot::channel();
+    notifier.recall(inodes.iter().copied().map(fjordfs_proto::InodeId).collect(), names, done);
+    obeyed.blocking_recv().unwrap();
+}
+
+fn leased_names_and_attributes_are_not_asked_for_until_they_are_recalled(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    *mounted.control.left.lock() = Duration::from_secs(3600);
+    let (path, absent) = (mounted.path("file"), mounted.path("absent"));
+    fs::write(&path, b"old").unwrap();
+    let ino = fs::metadata(&path).unwrap().ino();
+    assert!(fs::metadata(&absent).is_err());
+    let asked =
+        || (mounted.control.lookups.load(Ordering::SeqCst), mounted.control.getattrs.load(Ordering::SeqCst));
+    let before = asked();
+    for _ in 0..50 {
+        assert_eq!(fs::metadata(&path).unwrap().len(), 3);
+        assert!(fs::metadata(&absent).is_err());
     }
-    // One for the permission to enter the root directory; a few more where a thread had to wait for a core.
-    let asked = mounted.control.getattrs.load(Ordering::SeqCst) - before;
-    assert!((100..160).contains(&asked), "{asked}");
-    // An open descriptor is asked for each time.
-    let file = File::open(&path).unwrap();
-    for size in 2..102 {
-        mounted.control.overwrite("file", &vec![b'z'; size]);
-        assert_eq!(file.metadata().unwrap().len(), size as u64);
-    }
-    drop(file);
+    assert_eq!(asked(), before);
+
+    mounted.control.overwrite("file", b"newer");
+    recall(&mounted, &[ino], false);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 5);
+    assert_eq!(asked(), (before.0, before.1 + 1), "the name stands");
+    recall(&mounted, &[], true);
+    fs::metadata(&path).unwrap();
+    assert!(fs::metadata(&absent).is_err());
+    assert_eq!(asked().0, before.0 + 2);
     mounted.end();
 }
 
-#[test]
-fn invalidations_reach_the_kernel() {
-    let Some(mounted) = Mounted::new("attr_timeout=3600,entry_timeout=3600") else { return };
+fn a_recall_waits_for_no_request_of_its_directory(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    *mounted.control.left.lock() = Duration::from_secs(3600);
+    let path = mounted.path("file");
+    fs::write(&path, b"x").unwrap();
+    let ino = fs::metadata(&path).unwrap().ino();
+    *mounted.control.slow.lock() = Duration::from_secs(10);
+    let lookups = mounted.control.lookups.load(Ordering::SeqCst);
+    let slow = mounted.path("slowname");
+    let looking = std::thread::spawn(move || drop(fs::metadata(slow)));
+    while mounted.control.lookups.load(Ordering::SeqCst) == lookups {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    recall(&mounted, &[1, ino], true);
+    assert!(!looking.is_finished(), "the lookup holds the directory's lock all the while");
+    looking.join().unwrap();
+    mounted.end();
+}
+
+fn invalidations_reach_the_kernel(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "attr_timeout=3600,entry_timeout=3600") else { return };
     let path = mounted.path("file");
     fs::write(&path, b"old").unwrap();
     let file = File::open(&path).unwrap();
@@ -243,9 +285,8 @@ fn invalidations_reach_the_kernel() {
     mounted.end();
 }
 
-#[test]
-fn truncation_and_permission_bits() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn truncation_and_permission_bits(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("file");
     fs::write(&path, b"0123456789").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o4755)).unwrap();
@@ -278,9 +319,8 @@ fn truncation_and_permission_bits() {
     mounted.end();
 }
 
-#[test]
-fn suid_goes_when_another_user_writes_or_truncates() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn suid_goes_when_another_user_writes_or_truncates(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     fs::set_permissions(mounted.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     for (name, truncate) in [("written", false), ("truncated", true)] {
         let path = mounted.path(name);
@@ -295,9 +335,8 @@ fn suid_goes_when_another_user_writes_or_truncates() {
     mounted.end();
 }
 
-#[test]
-fn failures_are_reported_and_a_panic_is_one_failure() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn failures_are_reported_and_a_panic_is_one_failure(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.path("file");
     fs::write(&path, b"data").unwrap();
     mounted.control.overwrite("file", b"DATA");
@@ -336,9 +375,8 @@ fn signalled(
     (child.wait().unwrap(), began.elapsed())
 }
 
-#[test]
-fn who_waits_can_be_killed_at_once() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn who_waits_can_be_killed_at_once(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     fs::write(mounted.path("slow"), b"data").unwrap();
     mounted.control.overwrite("slow", b"DATA");
     *mounted.control.slow.lock() = Duration::from_secs(20);
@@ -353,9 +391,8 @@ fn who_waits_can_be_killed_at_once() {
     mounted.end();
 }
 
-#[test]
-fn signals_with_a_handler_disturb_nobody() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn signals_with_a_handler_disturb_nobody(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     fs::write(mounted.path("slowname"), b"data").unwrap();
     *mounted.control.slow.lock() = Duration::from_secs(2);
     let script = ["-c", "trap : USR1; [[ -e $0 ]]"];

@@ -11,14 +11,26 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fjordfs_fuse::{MountError, MountOptions, mount_filesystem};
+use fjordfs_fuse::{MountError, MountOptions, TransportChoice, mount_filesystem};
 use support::{Control, MemFs, Mounted};
 
-#[test]
-fn a_large_directory_is_listed_completely_and_once() {
+over_each_transport! {
+    a_large_directory_is_listed_completely_and_once
+    every_kind_of_inode
+    renames_with_and_without_flags
+    tools_that_ask_for_what_is_not_served_stay_silent
+    the_mount_table_shows_type_and_source_and_readahead_is_raised
+    read_only_is_read_only
+    bad_mount_points_are_refused_with_advice
+    busy_is_refused_and_lazy_ends_with_the_last_user
+    a_mount_that_somebody_else_ends_is_noticed
+    an_abort_with_requests_in_flight_ends_everything
+}
+
+fn a_large_directory_is_listed_completely_and_once(transport: TransportChoice) {
     // With attributes in the listing (READDIRPLUS) and without.
     for options in ["", "attr_timeout=1,entry_timeout=1"] {
-        let Some(mounted) = Mounted::new(options) else { return };
+        let Some(mounted) = Mounted::new(transport, options) else { return };
         let expected: BTreeSet<String> =
             (0..20_000).map(|i| format!("file-{i}-{}", "x".repeat(i % 200))).collect();
         for name in &expected {
@@ -43,9 +55,8 @@ fn a_large_directory_is_listed_completely_and_once() {
     }
 }
 
-#[test]
-fn every_kind_of_inode() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn every_kind_of_inode(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     fs::create_dir(mounted.path("dir")).unwrap();
     assert_eq!(fs::create_dir(mounted.path("dir")).unwrap_err().raw_os_error(), Some(libc::EEXIST));
     std::os::unix::fs::symlink("dir/target", mounted.path("link")).unwrap();
@@ -76,9 +87,8 @@ fn every_kind_of_inode() {
     mounted.end();
 }
 
-#[test]
-fn renames_with_and_without_flags() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn renames_with_and_without_flags(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let rename = |old: &str, new: &str, flags: u32| {
         let name = |name: &str| std::ffi::CString::new(mounted.path(name).to_str().unwrap()).unwrap();
         // SAFETY: NUL-terminated paths.
@@ -99,9 +109,8 @@ fn renames_with_and_without_flags() {
     mounted.end();
 }
 
-#[test]
-fn tools_that_ask_for_what_is_not_served_stay_silent() {
-    let Some(mounted) = Mounted::new("") else { return };
+fn tools_that_ask_for_what_is_not_served_stay_silent(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
     let script = "set -e; cd \"$0\"; mkdir src; echo data > src/file; ln -s file src/link; \
         cp -a src copy; diff -r src copy; tar cf - src | tar xf - -C copy; ls -laR . > /dev/null; \
         df . > /dev/null; truncate -s 1M src/sparse; cp --sparse=always src/sparse src/sparse2; sync -f .; \
@@ -113,9 +122,8 @@ fn tools_that_ask_for_what_is_not_served_stay_silent() {
     mounted.end();
 }
 
-#[test]
-fn the_mount_table_shows_type_and_source_and_readahead_is_raised() {
-    let Some(mounted) = Mounted::new("nosuid,read_ahead_kb=2048") else { return };
+fn the_mount_table_shows_type_and_source_and_readahead_is_raised(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "nosuid,read_ahead_kb=2048") else { return };
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let path = mounted.dir.path().to_str().unwrap();
     let line = mountinfo.lines().find(|line| line.contains(path)).unwrap();
@@ -127,16 +135,14 @@ fn the_mount_table_shows_type_and_source_and_readahead_is_raised() {
     mounted.end();
 }
 
-#[test]
-fn read_only_is_read_only() {
-    let Some(mounted) = Mounted::new("ro") else { return };
+fn read_only_is_read_only(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "ro") else { return };
     assert_eq!(File::create(mounted.path("x")).unwrap_err().raw_os_error(), Some(libc::EROFS));
     mounted.end();
 }
 
-#[test]
-fn bad_mount_points_are_refused_with_advice() {
-    let Some(mut mounted) = Mounted::new("") else { return };
+fn bad_mount_points_are_refused_with_advice(transport: TransportChoice) {
+    let Some(mut mounted) = Mounted::new(transport, "") else { return };
     let again = |nonempty: bool| {
         let mut options = MountOptions::new("x", mounted.dir.path());
         options.nonempty = nonempty;
@@ -155,9 +161,8 @@ fn bad_mount_points_are_refused_with_advice() {
     );
 }
 
-#[test]
-fn busy_is_refused_and_lazy_ends_with_the_last_user() {
-    let Some(mut mounted) = Mounted::new("") else { return };
+fn busy_is_refused_and_lazy_ends_with_the_last_user(transport: TransportChoice) {
+    let Some(mut mounted) = Mounted::new(transport, "") else { return };
     fs::write(mounted.path("file"), "held").unwrap();
     let mut held = File::open(mounted.path("file")).unwrap();
     let error = mounted.mount.unmount().unwrap_err();
@@ -172,9 +177,8 @@ fn busy_is_refused_and_lazy_ends_with_the_last_user() {
     mounted.mount.wait();
 }
 
-#[test]
-fn a_mount_that_somebody_else_ends_is_noticed() {
-    let Some(mut mounted) = Mounted::new("") else { return };
+fn a_mount_that_somebody_else_ends_is_noticed(transport: TransportChoice) {
+    let Some(mut mounted) = Mounted::new(transport, "") else { return };
     let path = mounted.dir.path().to_owned();
     let unmounting = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(300));
@@ -185,9 +189,8 @@ fn a_mount_that_somebody_else_ends_is_noticed() {
     mounted.end();
 }
 
-#[test]
-fn an_abort_with_requests_in_flight_ends_everything() {
-    let Some(mut mounted) = Mounted::new("") else { return };
+fn an_abort_with_requests_in_flight_ends_everything(transport: TransportChoice) {
+    let Some(mut mounted) = Mounted::new(transport, "") else { return };
     fs::write(mounted.path("slow"), "data").unwrap();
     mounted.control.overwrite("slow", b"DATA");
     *mounted.control.slow.lock() = Duration::from_secs(2);

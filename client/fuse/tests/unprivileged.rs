@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use fjordfs_fuse::{MountError, MountOptions, mount_filesystem};
+use fjordfs_fuse::{MountError, MountOptions, TransportChoice, mount_filesystem};
 use support::{Control, MemFs, Mounted};
 
 const NOBODY: u32 = 65534;
@@ -47,7 +47,7 @@ fn a_user_mounts_and_unmounts() {
 }
 
 fn as_nobody() {
-    let Some(mut mounted) = Mounted::new("read_ahead_kb=4096") else { return };
+    let Some(mut mounted) = Mounted::new(TransportChoice::Auto, "read_ahead_kb=4096") else { return };
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = mountinfo.lines().find(|line| line.contains(mounted.dir.path().to_str().unwrap())).unwrap();
     assert!(line.contains(" fuse.fjord memory,with\\040comma ") && line.contains("user_id=65534"), "{line}");

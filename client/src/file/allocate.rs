@@ -55,7 +55,7 @@ impl Handle {
         let outcome = pending.wait().await;
         let mut inner = self.state.lock();
         match outcome {
-            Ok(response::Result::Entry(Entry { attr: Some(attr) })) => {
+            Ok(response::Result::Entry(Entry { attr: Some(attr), .. })) => {
                 let changed = if how.clear { range } else { 0..0 };
                 inner.view.end_change(changed, true, attr);
                 Ok(())

@@ -352,6 +352,7 @@ impl View {
             self.extents_version = attr.data_version;
         }
         self.learn_attr(attr);
+        self.settle();
     }
 
     /// Whether anything in a range is not committed.

@@ -9,7 +9,9 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, META_MESSAGE_MAX, PROTOCOL_VERSION, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Hello, OpenHandle, Request, ServerMessage, Welcome, meta_client, request::Op},
+    pb::meta::{
+        ClientMessage, Hello, OpenHandle, Request, Response, ServerMessage, Welcome, meta_client, request::Op,
+    },
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -20,8 +22,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 use tracing::{info, warn};
 
-use super::{Answer, Call, is_mutation, request, result_of, slots::Slot, slots::Slots};
-use crate::Options;
+use super::{
+    Answer, Call, is_mutation,
+    letting_go::{self, LettingGo},
+    request, result_of,
+    slots::Slot,
+    slots::Slots,
+};
+use crate::{Options, leases::Leases};
 
 /// Requests in one message; more go into the next one.
 const REQUESTS_PER_MESSAGE: usize = 256;
@@ -45,11 +53,13 @@ struct Peer {
 
 /// A stream that has been welcomed.
 pub(super) struct Attached {
-    peer: Peer,
+    peer: Arc<Peer>,
     outgoing: mpsc::Sender<ClientMessage>,
     incoming: Streaming<ServerMessage>,
     welcome: Welcome,
     map: Arc<ClusterMap>,
+    /// When the hello was sent.
+    greeted: Instant,
 }
 
 impl Attached {
@@ -83,12 +93,7 @@ impl From<Status> for AttachError {
 }
 
 impl Peer {
-    async fn attach(
-        &self,
-        session: u64,
-        cluster_id: &str,
-    ) -> Result<(mpsc::Sender<ClientMessage>, Streaming<ServerMessage>, Welcome, Arc<ClusterMap>), AttachError>
-    {
+    async fn attach(self: &Arc<Self>, session: u64, cluster_id: &str) -> Result<Attached, AttachError> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
             .map_err(|e| {
                 AttachError::Refused(format!("'{}' is not an address: {e}; write HOST:PORT", self.address))
@@ -114,6 +119,7 @@ impl Peer {
             handles,
         };
         let first = ClientMessage { hello: Some(hello), ..Default::default() };
+        let greeted = Instant::now();
         outgoing.send(first).await.map_err(|_| AttachError::Unreachable("stream closed".into()))?;
         let greeting = async {
             let mut incoming = client.attach(ReceiverStream::new(stream)).await?.into_inner();
@@ -132,7 +138,7 @@ impl Peer {
         if welcome.slots == 0 {
             return Err(AttachError::Refused("the metaserver grants no slots".into()));
         }
-        Ok((outgoing, incoming, welcome, Arc::new(map)))
+        Ok(Attached { peer: self.clone(), outgoing, incoming, welcome, map: Arc::new(map), greeted })
     }
 }
 
@@ -151,9 +157,10 @@ pub(super) async fn attach_first(
     options: &Options,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
 ) -> FsResult<Attached> {
-    let peer = Peer { address: address.to_owned(), description: options.description.clone(), handles };
+    let peer =
+        Arc::new(Peer { address: address.to_owned(), description: options.description.clone(), handles });
     match peer.attach(0, "").await {
-        Ok((outgoing, incoming, welcome, map)) => Ok(Attached { peer, outgoing, incoming, welcome, map }),
+        Ok(attached) => Ok(attached),
         Err(AttachError::Unreachable(why)) => Err(FsError::new(
             Errno::ETIMEDOUT,
             format!(
@@ -170,6 +177,7 @@ pub(super) async fn attach_first(
 pub(super) fn spawn(
     attached: Attached,
     calls: mpsc::UnboundedReceiver<Call>,
+    leases: Arc<Leases>,
 ) -> (watch::Receiver<Arc<ClusterMap>>, watch::Receiver<SessionState>) {
     let (map_tx, map) = watch::channel(attached.map.clone());
     let (state_tx, state) = watch::channel(SessionState { session: attached.session(), ended: false });
@@ -177,8 +185,10 @@ pub(super) fn spawn(
         slots: Slots::new(attached.welcome.slots),
         cluster_id: attached.welcome.cluster_id.clone(),
         session: attached.welcome.session,
-        keepalive: keepalive(&attached.welcome),
-        peer: attached.peer,
+        beats: Beats::of(&attached.welcome),
+        leases,
+        letting_go: LettingGo::default(),
+        peer: attached.peer.clone(),
         calls,
         map: map_tx,
         state: state_tx,
@@ -187,12 +197,41 @@ pub(super) fn spawn(
         id_next: 1,
         goodbye: false,
     };
-    tokio::spawn(driver.run(attached.outgoing, attached.incoming));
+    tokio::spawn(driver.run(attached));
     (map, state)
 }
 
-fn keepalive(welcome: &Welcome) -> Duration {
-    Duration::from_millis((welcome.session_timeout_ms / 3).clamp(50, 10_000))
+/// Signs of life, and which of them the server has repeated.
+struct Beats {
+    interval: Duration,
+    lease: Duration,
+    last: u64,
+    /// Not repeated yet, with the time when they were sent.
+    sent: VecDeque<(u64, Instant)>,
+}
+
+impl Beats {
+    fn of(welcome: &Welcome) -> Beats {
+        let lease = Duration::from_millis(welcome.lease_ms);
+        let shortest = Duration::from_millis(welcome.session_timeout_ms).min(lease);
+        let interval = (shortest / 3).clamp(Duration::from_millis(50), Duration::from_secs(10));
+        Beats { interval, lease, last: 0, sent: VecDeque::new() }
+    }
+
+    fn next(&mut self) -> ClientMessage {
+        self.last += 1;
+        self.sent.push_back((self.last, Instant::now()));
+        ClientMessage { beat: self.last, ..ClientMessage::default() }
+    }
+
+    /// When the beat that came back was sent; the ones before it are as good as repeated.
+    fn repeated(&mut self, beat: u64) -> Option<Instant> {
+        let mut found = None;
+        while let Some((_, at)) = self.sent.pop_front_if(|(sent, _)| *sent <= beat) {
+            found = Some(at);
+        }
+        found
+    }
 }
 
 struct Unanswered {
@@ -202,10 +241,12 @@ struct Unanswered {
 }
 
 struct Driver {
-    peer: Peer,
+    peer: Arc<Peer>,
     cluster_id: String,
     session: u64,
-    keepalive: Duration,
+    beats: Beats,
+    leases: Arc<Leases>,
+    letting_go: LettingGo,
     calls: mpsc::UnboundedReceiver<Call>,
     map: watch::Sender<Arc<ClusterMap>>,
     state: watch::Sender<SessionState>,
@@ -225,20 +266,24 @@ enum End {
 }
 
 impl Driver {
-    async fn run(mut self, outgoing: mpsc::Sender<ClientMessage>, incoming: Streaming<ServerMessage>) {
-        let (mut outgoing, mut incoming) = (outgoing, incoming);
+    async fn run(mut self, mut attached: Attached) {
         loop {
-            match self.serve(&outgoing, &mut incoming).await {
+            self.leases.renew(attached.greeted.into(), self.beats.lease);
+            match self.serve(&attached.outgoing, &mut attached.incoming).await {
                 End::Finished => break,
                 End::Broken(why) => {
                     warn!(metaserver = self.peer.address, why, "session stream broke, reattaching")
                 }
             }
+            // The server takes the next hello for a promise that nothing is cached any more.
+            self.letting_go = LettingGo::default();
+            letting_go::wait(self.leases.end(), self.beats.lease).await;
             match self.reattach().await {
-                Some(stream) => (outgoing, incoming) = stream,
+                Some(stream) => attached = stream,
                 None => break,
             }
         }
+        self.leases.end();
         self.state.send_modify(|s| s.ended = true);
     }
 
@@ -255,7 +300,8 @@ impl Driver {
                 return End::Broken("closed while resending".into());
             }
         }
-        let mut beat = tokio::time::interval_at(Instant::now() + self.keepalive, self.keepalive);
+        let interval = self.beats.interval;
+        let mut beat = tokio::time::interval_at(Instant::now() + interval, interval);
         let mut batch = Vec::with_capacity(REQUESTS_PER_MESSAGE);
         loop {
             if self.goodbye && self.unanswered.is_empty() && self.waiting.is_empty() {
@@ -284,8 +330,13 @@ impl Driver {
                     Ok(None) => return End::Broken("closed by the metaserver".into()),
                     Err(status) => return End::Broken(status.message().to_owned()),
                 },
+                message = self.letting_go.next() => {
+                    if outgoing.send(message).await.is_err() {
+                        return End::Broken("closed".into());
+                    }
+                }
                 _ = beat.tick() => {
-                    if outgoing.send(ClientMessage::default()).await.is_err() {
+                    if outgoing.send(self.beats.next()).await.is_err() {
                         return End::Broken("closed".into());
                     }
                 }
@@ -337,36 +388,47 @@ impl Driver {
                 Err(e) => warn!(metaserver = self.peer.address, "ignoring a cluster map: {e}"),
             }
         }
-        for response in message.responses {
-            let (id, result) = result_of(response);
-            if let Some(unanswered) = self.unanswered.remove(&id) {
-                if let Some(slot) = unanswered.slot {
-                    self.slots.give_back(slot);
-                }
-                // The caller may have given up waiting.
-                let _ = unanswered.reply.send(result);
+        for Response { id, result, serial, changed } in message.responses {
+            let Some(Unanswered { request, slot, reply }) = self.unanswered.remove(&id) else { continue };
+            if let Some(slot) = slot {
+                self.slots.give_back(slot);
             }
+            let result = result_of(result);
+            if let Some(op) = &request.op {
+                let dropped = self.leases.learn(op, &result, serial, &changed);
+                self.letting_go.dropped(dropped, self.beats.lease);
+            }
+            // The caller may have given up waiting.
+            let _ = reply.send(result);
+        }
+        if !message.recalls.is_empty() {
+            let let_go = self.leases.recall(&message.recalls);
+            self.letting_go.recalled(message.recalls, let_go, self.beats.lease);
+        }
+        if let Some(sent) = self.beats.repeated(message.beat) {
+            self.leases.renew(sent.into(), self.beats.lease);
         }
     }
 
     /// Tries until the server is back; `None` when it will never take this session's client again.
-    async fn reattach(&mut self) -> Option<(mpsc::Sender<ClientMessage>, Streaming<ServerMessage>)> {
+    async fn reattach(&mut self) -> Option<Attached> {
         let mut pause = BACKOFF.0;
         loop {
             if self.calls.is_closed() && self.unanswered.is_empty() {
                 return None;
             }
             match self.peer.attach(self.session, &self.cluster_id).await {
-                Ok((outgoing, incoming, welcome, map)) => {
+                Ok(attached) => {
+                    let welcome = &attached.welcome;
                     if self.session == 0 {
                         self.slots = Slots::new(welcome.slots);
                     }
                     self.session = welcome.session;
-                    self.keepalive = keepalive(&welcome);
-                    self.map.send_replace(map);
+                    self.beats = Beats::of(welcome);
+                    self.map.send_replace(attached.map.clone());
                     self.state.send_modify(|s| s.session = SessionId(welcome.session));
                     info!(metaserver = self.peer.address, session = welcome.session, "attached again");
-                    return Some((outgoing, incoming));
+                    return Some(attached);
                 }
                 Err(AttachError::Unreachable(_)) => {
                     tokio::time::sleep(pause).await;
@@ -394,9 +456,11 @@ impl Driver {
 
     fn fail_all(&mut self, error: &FsError) {
         for unanswered in std::mem::take(&mut self.unanswered).into_values() {
+            unanswered.request.op.iter().for_each(|op| self.leases.failed(op));
             let _ = unanswered.reply.send(Err(error.clone()));
         }
-        for (_, reply) in self.waiting.drain(..) {
+        for (op, reply) in self.waiting.drain(..) {
+            self.leases.failed(&op);
             let _ = reply.send(Err(error.clone()));
         }
     }

@@ -6,7 +6,9 @@ use fjordfs_proto::{
 };
 
 use super::{Core, Event, Moment};
-use crate::{keys, leases, orphans, records::SessionRecord, refusal::Refusal, session::SLOTS, store::Order};
+use crate::{
+    block_ids, keys, orphans, records::SessionRecord, refusal::Refusal, session::SLOTS, store::Order,
+};
 
 impl Core {
     /// A new session, or a known one with the handles it holds. The welcome must not leave before the log is synced: a
@@ -29,6 +31,8 @@ impl Core {
             0 => self.new_session(hello, now)?,
             id => self.known_session(SessionId(id), now)?,
         };
+        // What it cached went with its last stream.
+        self.leases.end_all(session);
         for open in &hello.handles {
             let ino = InodeId(open.ino);
             // One that is gone shows itself as ESTALE when it is used.
@@ -43,6 +47,7 @@ impl Core {
             root: ROOT_INODE.0,
             session_timeout_ms: self.session_timeout.as_millis() as u64,
             slots: SLOTS,
+            lease_ms: self.lease_time.as_millis() as u64,
         })
     }
 
@@ -77,27 +82,29 @@ impl Core {
     }
 
     /// The client is done.
-    pub(crate) fn goodbye(&mut self, session: SessionId) {
+    pub(crate) fn goodbye(&mut self, session: SessionId, now: Moment) {
         if self.sessions.get_mut(session).is_some() {
-            self.end_session(session, Refusal::Aborted("the session ended".into()));
+            self.end_session(session, Refusal::Aborted("the session ended".into()), now);
         }
     }
 
     /// The session is over: handles closed, unused block ids swept, slots forgotten.
-    pub(super) fn end_session(&mut self, session: SessionId, why: Refusal) {
+    pub(super) fn end_session(&mut self, session: SessionId, why: Refusal, now: Moment) {
         let result = self.operation(|core| {
             for ino in core.opens.end(session) {
                 orphans::closed(&mut core.txn, &core.opens, ino)?;
             }
-            leases::sweep(&mut core.txn, session)?;
+            block_ids::sweep(&mut core.txn, session)?;
             for (key, _) in core.txn.scan(&keys::slots(session), Order::Ascending, usize::MAX)? {
                 core.txn.remove(key);
             }
             core.txn.remove(keys::session(session));
             Ok::<_, FsError>(())
         });
+        self.leases.changed(None, self.txn.changed(), now.mono);
         match result {
             Ok(()) => {
+                self.leases.end_all(session);
                 self.sessions.remove(session);
                 self.events.push(Event::SessionEnded(session, why));
             }

@@ -2,20 +2,24 @@
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    FsError, FsResult, SessionId,
+    FsError, FsResult, InodeId, SessionId,
     error::Errno,
-    pb::meta::{Request, Response, request::Op, response::Result as Reply},
+    pb::meta::{Attr, GivenBack, Request, Response, request::Op, response::Result as Reply},
 };
 use prost::Message;
 
 use super::{Answer, Core, Moment};
 use crate::{
     keys,
+    leases::RecallId,
     ops::{self, Ctx},
     records,
     records::SlotRecord,
     session::SLOTS,
 };
+
+/// Most inodes that a session may cache something of; a client gives back what it has no room for long before.
+const LEASES_MAX: usize = 1 << 20;
 
 impl Core {
     /// Whether the session exists; it was heard of now.
@@ -25,23 +29,64 @@ impl Core {
         true
     }
 
+    /// The session has obeyed recalls, and has no use for some of its leases.
+    pub(crate) fn let_go(&mut self, session: SessionId, recalled: &[u64], given_back: Option<&GivenBack>) {
+        for id in recalled {
+            self.leases.obeyed(session, RecallId(*id));
+        }
+        if let Some(GivenBack { inos, as_of }) = given_back {
+            self.leases.given_back(session, inos, *as_of);
+        }
+    }
+
     /// Executes a request, or repeats the answer of its first execution.
     pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Answer {
         let Request { id, slot, sequence, op } = request;
         let Some(op) = op else {
             let e = FsError::new(Errno::ENOSYS, "this metaserver does not know that operation: upgrade it");
-            return Answer { response: error_response(id, e), sync: false };
+            return Answer { response: error_response(id, e), sync: false, recalls: Vec::new() };
         };
+        self.txn.begin();
         let sync = ops::needs_sync(&op);
+        let told = ops::Told::by(&op);
+        if let Some(repeated) = self.repeat(session, (slot, sequence), &op) {
+            // What the first answer waited for may still be under way.
+            let recalls = self.leases.all_pending();
+            return Answer { response: response(id, repeated), sync, recalls };
+        }
         let result = if ops::is_mutation(&op) {
             self.mutate(session, (slot, sequence), op, now)
         } else {
             self.read(session, op, now)
         };
-        match result {
-            Ok(reply) => Answer { response: Response { id, result: Some(reply) }, sync },
-            Err(e) => Answer { response: error_response(id, e), sync: false },
+        let sync = sync && result.is_ok();
+        self.leases.changed(Some(session), self.txn.changed(), now.mono);
+        let recalls = self.leases.pending(self.txn.seen());
+        let told = told.and(&result);
+        let changed = self.changed_besides(&told.attributes);
+        let mut response = response(id, result);
+        response.changed = changed;
+        // One that waits is passed by others: what it says may be old when it arrives.
+        if recalls.is_empty() && !sync && told.cacheable() && self.leases.held(session) < LEASES_MAX {
+            self.serial += 1;
+            response.serial = self.serial;
+            for ino in told.inodes() {
+                self.leases.grant(session, ino, self.serial);
+            }
         }
+        Answer { response, sync, recalls }
+    }
+
+    /// Attributes of what the operation has changed and its answer does not show.
+    fn changed_besides(&mut self, shown: &[InodeId]) -> Vec<Attr> {
+        let changed: Vec<InodeId> =
+            self.txn.changed().iter().filter(|ino| !shown.contains(ino)).copied().collect();
+        let attr = |ino: InodeId| match self.txn.find_inode(ino) {
+            Ok(Some(inode)) => inode.attr(ino),
+            // Gone; an engine's error is noted and comes up again at the next use.
+            Ok(None) | Err(_) => Attr { ino: ino.0, ..Attr::default() },
+        };
+        changed.into_iter().map(attr).collect()
     }
 
     fn read(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
@@ -61,37 +106,45 @@ impl Core {
         result
     }
 
-    fn mutate(&mut self, session: SessionId, at: (u32, u64), op: Op, now: Moment) -> FsResult<Reply> {
+    /// The answer to a mutation that was executed before, or the refusal of one that cannot be told.
+    fn repeat(&mut self, session: SessionId, at: (u32, u64), op: &Op) -> Option<FsResult<Reply>> {
+        if !ops::is_mutation(op) {
+            return None;
+        }
         let (slot, sequence) = at;
+        let refuse = |message| Some(Err(FsError::new(Errno::EINVAL, message)));
         if slot >= SLOTS || sequence == 0 {
-            return Err(FsError::new(
-                Errno::EINVAL,
-                format!(
-                    "a mutation needs a slot below {SLOTS} and a sequence from 1, not slot {slot} sequence {sequence}"
-                ),
+            return refuse(format!(
+                "a mutation needs a slot below {SLOTS} and a sequence from 1, not slot {slot} sequence {sequence}"
             ));
         }
-        let key = keys::slot(session, slot);
-        if let Some(last) = self.txn.record::<SlotRecord>(&key)? {
-            if last.sequence == sequence {
-                let reply = repeated(&last, session, slot)?;
-                ops::replay(&mut self.opens, session, &op, &reply);
-                return Ok(reply);
+        let last = match self.txn.record::<SlotRecord>(&keys::slot(session, slot)) {
+            Ok(last) => last?,
+            Err(e) => return Some(Err(e)),
+        };
+        if last.sequence == sequence {
+            let reply = repeated(&last, session, slot);
+            if let Ok(reply) = &reply {
+                ops::replay(&mut self.opens, session, op, reply);
             }
-            if last.sequence > sequence {
-                let last = last.sequence;
-                return Err(FsError::new(
-                    Errno::EINVAL,
-                    format!("slot {slot} of {session} is at sequence {last}, {sequence} is over"),
-                ));
-            }
+            return Some(reply);
         }
+        if last.sequence > sequence {
+            let last = last.sequence;
+            return refuse(format!("slot {slot} of {session} is at sequence {last}, {sequence} is over"));
+        }
+        None
+    }
+
+    fn mutate(&mut self, session: SessionId, at: (u32, u64), op: Op, now: Moment) -> FsResult<Reply> {
+        let (slot, sequence) = at;
+        let key = keys::slot(session, slot);
         if let Some(why) = self.low_space.as_ref().filter(|_| ops::needs_space(&op)) {
             return Err(FsError::new(Errno::ENOSPC, why.clone()));
         }
         self.operation(|core| {
             let reply = core.run(session, op, now)?;
-            let response = Response { id: 0, result: Some(reply) };
+            let response = Response { result: Some(reply), ..Response::default() };
             let record = SlotRecord { sequence, response: Bytes::from(response.encode_to_vec()) };
             core.txn.put_record(key, &record);
             response.result.ok_or_else(|| FsError::new(Errno::EIO, "an answer without a result"))
@@ -116,8 +169,15 @@ impl Core {
     }
 }
 
+fn response(id: u64, result: FsResult<Reply>) -> Response {
+    match result {
+        Ok(reply) => Response { id, result: Some(reply), ..Response::default() },
+        Err(e) => error_response(id, e),
+    }
+}
+
 fn error_response(id: u64, e: FsError) -> Response {
-    Response { id, result: Some(Reply::Error(e.into())) }
+    Response { id, result: Some(Reply::Error(e.into())), ..Response::default() }
 }
 
 fn repeated(last: &SlotRecord, session: SessionId, slot: u32) -> FsResult<Reply> {

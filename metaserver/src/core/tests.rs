@@ -127,7 +127,7 @@ fn a_session_that_ends_leaves_nothing() {
     w.write(f, vec![run(0, 4096, b + 3, 0)]).unwrap();
     w.remove(R, "f", false).unwrap();
     let other = w.attach();
-    w.core.goodbye(w.session);
+    w.core.goodbye(w.session, w.now);
     w.core.commit().unwrap();
     assert!(matches!(w.core.take_events()[..], [Event::SessionEnded(..)]));
     w.session = other;
@@ -280,4 +280,93 @@ fn a_stall_of_the_server_is_not_held_against_anybody() {
     assert!(w.core.members().facts().capacity > 0, "data servers are up");
     w.idle(Duration::from_secs(31));
     assert_eq!(w.core.members().facts().capacity, 0, "silence is silence again");
+}
+
+/// Sends a request and answers with what its answer waits for and whether it may be cached.
+fn ask(w: &mut World, session: fjordfs_proto::SessionId, op: Op) -> (usize, bool, Vec<u64>) {
+    let sequence = w.sequences.entry(session).or_default();
+    *sequence += 1;
+    let request = Request { id: 9, slot: 0, sequence: *sequence, op: Some(op) };
+    let answer = w.core.request(session, request, w.now);
+    w.core.commit().unwrap();
+    let changed = answer.response.changed.iter().map(|attr| attr.ino).collect();
+    (answer.recalls.len(), answer.response.serial != 0, changed)
+}
+
+fn look(name: &str) -> Op {
+    Op::Lookup(Lookup { parent: 1, name: name.to_owned().into() })
+}
+
+#[test]
+fn what_others_cache_is_recalled_and_nobody_is_told_before() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    assert_eq!(ask(&mut w, a, make("f", 0)), (0, true, vec![1]), "nobody else knows the directory");
+    assert!(ask(&mut w, b, look("absent")).1, "absence is cached, too");
+    assert!(w.core.take_recalls().is_empty());
+
+    let (waits, cacheable, changed) = ask(&mut w, a, make("absent", 0));
+    assert_eq!((waits, cacheable, changed), (2, false, vec![1]), "b, and a itself");
+    // A reader waits as well, also for an error, and what has nothing to do with it does not.
+    assert_eq!(ask(&mut w, a, look("absent")).0, 2);
+    assert_eq!(ask(&mut w, b, make("absent", 0)).0, 2);
+    assert_eq!(ask(&mut w, a, Op::GetAttr(GetAttr { ino: 2 })).0, 0);
+    let recalls = w.core.take_recalls();
+    assert_eq!(recalls.iter().map(|o| (o.session, o.ino)).collect::<Vec<_>>(), [(a, R), (b, R)]);
+    for recall in &recalls {
+        w.core.let_go(recall.session, &[recall.id.0], None);
+    }
+    assert_eq!(w.core.take_ended_recalls().len(), 2);
+    assert_eq!(ask(&mut w, b, look("absent")), (0, true, vec![]));
+}
+
+#[test]
+fn an_answer_that_is_repeated_waits_for_whatever_is_recalled() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    ask(&mut w, b, look("f"));
+    let request = |op| Request { id: 9, slot: 5, sequence: 1, op: Some(op) };
+    let first = w.core.request(a, request(make("f", 0)), w.now);
+    w.core.commit().unwrap();
+    let again = w.core.request(a, request(make("f", 0)), w.now);
+    assert_eq!((first.recalls, first.response.serial), (again.recalls.clone(), 0));
+    assert!(!again.recalls.is_empty() && again.response.serial == 0);
+}
+
+#[test]
+fn silence_ends_leases_and_disobedience_the_session() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    ask(&mut w, b, look("f"));
+    assert_eq!(ask(&mut w, a, make("f", 0)).0, 1);
+    // b is not heard of: its leases run out, its session lives on.
+    w.idle(Duration::from_secs(7));
+    assert_eq!(w.core.take_ended_recalls().len(), 1);
+    assert!(w.core.hear(b, w.now));
+
+    ask(&mut w, b, look("g"));
+    ask(&mut w, a, make("g", 0));
+    for _ in 0..40 {
+        w.pass(Duration::from_secs(1));
+        w.core.hear(a, w.now);
+        w.core.hear(b, w.now);
+        w.tick();
+    }
+    assert!(!w.core.hear(b, w.now), "heard, but it did not obey");
+}
+
+#[test]
+fn after_a_restart_changes_wait_for_those_who_may_remember() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    w.restart();
+    w.reattach(a, &[]);
+    assert_eq!(ask(&mut w, a, look("f")).0, 0, "nothing was changed yet");
+    assert_eq!(ask(&mut w, a, make("f", 0)).0, 3, "what a was told, and for b the directory and the file");
+    let recalls = w.core.take_recalls();
+    recalls.iter().filter(|o| o.session == a).for_each(|o| w.core.let_go(a, &[o.id.0], None));
+    assert_eq!(w.core.take_ended_recalls().len(), 1);
+    w.reattach(b, &[]);
+    assert_eq!(w.core.take_ended_recalls().len(), 2);
+    assert_eq!(ask(&mut w, a, make("g", 0)).0, 0);
 }

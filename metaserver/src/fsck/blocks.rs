@@ -6,7 +6,7 @@ use fjordfs_proto::{BlockId, Extent, InodeId, interval::Run};
 
 use super::{Report, each, each_record, tree::Seen};
 use crate::{
-    keys, leases,
+    block_ids, keys,
     records::{Counters, DeadRun, ExtentRecord, LeasedRange, LiveBlock},
     store::{MetaStore, StoreError},
 };
@@ -126,7 +126,7 @@ fn fates(
             report.problem(format!("block ids are leased to session {session}, which does not exist"));
         }
         let first = keys::second_id(key).unwrap_or_default();
-        for (start, count) in leases::free_runs(&range) {
+        for (start, count) in block_ids::free_runs(&range) {
             report.blocks_leased += count;
             fates.extend((first + start..first + start + count).map(|block| (block, "leased")));
         }

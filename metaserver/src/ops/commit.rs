@@ -15,7 +15,7 @@ use fjordfs_proto::{
 
 use super::{Ctx, fail};
 use crate::{
-    extents, leases,
+    block_ids, extents,
     liveness::{self, Tally},
     records::Inode,
 };
@@ -45,7 +45,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
         }
         files.push((file, runs));
     }
-    leases::claim(ctx.txn, ctx.session, blocks.keys().copied())?;
+    block_ids::claim(ctx.txn, ctx.session, blocks.keys().copied())?;
     abandon(ctx, op.abandoned)?;
     liveness::adopt(ctx.txn, &blocks);
     let files =
@@ -80,7 +80,7 @@ fn tally(blocks: &mut BTreeMap<BlockId, Tally>, extent: &Extent) -> FsResult<()>
 fn abandon(ctx: &mut Ctx<'_>, mut blocks: Vec<u64>) -> FsResult<()> {
     blocks.sort_unstable();
     blocks.dedup();
-    leases::claim(ctx.txn, ctx.session, blocks.iter().copied().map(BlockId))?;
+    block_ids::claim(ctx.txn, ctx.session, blocks.iter().copied().map(BlockId))?;
     for run in blocks.chunk_by(|a, b| a + 1 == *b) {
         liveness::bury(ctx.txn, BlockId(run[0]), run.len() as u64, None);
     }

@@ -7,7 +7,7 @@ use fjordfs_proto::{
 };
 
 use super::{Ctx, fail};
-use crate::leases::{self, LEASE_MAX};
+use crate::block_ids::{self, LEASE_MAX};
 
 /// Fewer ids than asked for are a complete answer.
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &LeaseBlocks) -> FsResult<LeaseBlocksReply> {
@@ -25,6 +25,6 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &LeaseBlocks) -> FsResult<LeaseBlocksRe
         );
     }
     let count = op.count.min(LEASE_MAX);
-    let first = leases::lease(ctx.txn, ctx.session, count)?;
+    let first = block_ids::lease(ctx.txn, ctx.session, count)?;
     Ok(LeaseBlocksReply { first: first.0, count, epoch: ctx.facts.epoch })
 }

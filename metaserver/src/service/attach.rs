@@ -50,9 +50,11 @@ impl Meta for MetaService {
         let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
             .await
             .map_err(|_| Status::deadline_exceeded("no hello came: the first message must carry it"))??;
-        let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
-        let hello =
-            first.hello.ok_or_else(|| Status::invalid_argument("the first message must carry a hello"))?;
+        let mut first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
+        let hello = first
+            .hello
+            .take()
+            .ok_or_else(|| Status::invalid_argument("the first message must carry a hello"))?;
         let outbox = Arc::new(Outbox::default());
         let (caller, welcome) = oneshot::channel();
         self.jobs.submit(Job::Attach { hello: Box::new(hello), outbox: outbox.clone(), caller });
@@ -62,7 +64,7 @@ impl Meta for MetaService {
 
         let room = Arc::new(Semaphore::new(UNITS as usize));
         let reader = Reader { session, jobs: self.jobs.clone(), outbox: outbox.clone(), room };
-        let rest = ClientMessage { hello: None, requests: first.requests, goodbye: first.goodbye };
+        let rest = first;
         tokio::spawn(reader.run(rest, inbound));
         let guard = Guard { session, jobs: self.jobs.clone(), outbox };
         let stream = stream::unfold(guard, |guard| async {
@@ -103,10 +105,16 @@ impl Reader {
                 let why = "only the first message of a stream carries a hello".into();
                 return self.outbox.close(Some(crate::refusal::Refusal::Invalid(why)));
             }
-            if !self.submit(message.requests).await {
+            let ClientMessage { requests, goodbye, beat, recalled, given_back, .. } = message;
+            // Before the requests, which may have to wait for room: others wait for recalls.
+            if requests.is_empty() || beat != 0 || !recalled.is_empty() || given_back.is_some() {
+                let outbox = self.outbox.clone();
+                self.jobs.submit(Job::Sign { session: self.session, outbox, beat, recalled, given_back });
+            }
+            if !self.submit(requests).await {
                 return;
             }
-            if message.goodbye {
+            if goodbye {
                 let outbox = self.outbox.clone();
                 return self.jobs.submit(Job::Goodbye { session: self.session, outbox });
             }
@@ -129,7 +137,6 @@ impl Reader {
     /// Hands requests on as room allows. False when the stream was closed meanwhile.
     async fn submit(&self, requests: Vec<Request>) -> bool {
         let mut batch: Vec<(Request, Permit)> = Vec::with_capacity(requests.len());
-        let alone = requests.is_empty();
         for request in requests {
             let units = units(&request);
             let permit = match self.room.clone().try_acquire_many_owned(units) {
@@ -145,7 +152,7 @@ impl Reader {
             };
             batch.push((request, Some(permit)));
         }
-        if alone || !batch.is_empty() {
+        if !batch.is_empty() {
             self.send(batch);
         }
         true
@@ -182,7 +189,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_from() {
-        let (jobs, arrived) = Jobs::channel();
+        let (jobs, mut arrived) = Jobs::channel();
         let room = Arc::new(Semaphore::new(UNITS as usize));
         let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room: room.clone() };
         let outbox = reader.outbox.clone();
@@ -192,8 +199,8 @@ mod tests {
         let submitted = tokio::spawn(async move { reader.submit(requests).await });
         tokio::time::sleep(Duration::from_millis(100)).await;
 
-        let waiting = || -> Vec<(Request, Permit)> {
-            let batches = arrived.try_iter().map(|job| match job {
+        let mut waiting = || -> Vec<(Request, Permit)> {
+            let batches = std::iter::from_fn(|| arrived.try_recv().ok()).map(|job| match job {
                 Job::Requests { requests, .. } => requests,
                 _ => panic!("only requests were submitted"),
             });
@@ -212,14 +219,5 @@ mod tests {
 
         outbox.close(None);
         assert!(!submitted.await.unwrap(), "closing ends the wait");
-    }
-
-    #[tokio::test]
-    async fn an_empty_message_is_a_sign_of_life() {
-        let (jobs, arrived) = Jobs::channel();
-        let room = Arc::new(Semaphore::new(1));
-        let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room };
-        assert!(reader.submit(Vec::new()).await);
-        assert!(matches!(arrived.try_recv(), Ok(Job::Requests { requests, .. }) if requests.is_empty()));
     }
 }

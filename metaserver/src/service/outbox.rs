@@ -10,7 +10,7 @@ use fjordfs_proto::{
     FsResult,
     pb::{
         common::ClusterMap,
-        meta::{Response, ServerMessage, Welcome, response::Result as Reply},
+        meta::{Recall, Response, ServerMessage, Welcome, response::Result as Reply},
     },
 };
 use parking_lot::Mutex;
@@ -48,6 +48,8 @@ struct State {
     /// Oldest first.
     ready: std::collections::VecDeque<Ready>,
     map: Option<Arc<ClusterMap>>,
+    recalls: Vec<Recall>,
+    beat: u64,
     /// Nothing more will come; with the reason, unless it was the client's wish.
     closed: Option<Option<Refusal>>,
     /// The reason was given.
@@ -83,6 +85,21 @@ impl Outbox {
             state.map = Some(map);
             self.changed.notify_one();
         }
+    }
+
+    /// A recall, to be sent behind the answers that are ready.
+    pub(crate) fn push_recall(&self, recall: Recall) {
+        let mut state = self.state.lock();
+        if state.closed.is_none() {
+            state.recalls.push(recall);
+            self.changed.notify_one();
+        }
+    }
+
+    /// The client's last sign of life.
+    pub(crate) fn push_beat(&self, beat: u64) {
+        self.state.lock().beat = beat;
+        self.changed.notify_one();
     }
 
     /// Ends the stream behind what is ready.
@@ -137,10 +154,12 @@ impl Outbox {
             responses.push(response);
             drop(permit);
         }
-        let map = state.map.take();
-        if !responses.is_empty() || map.is_some() {
-            let map = map.map(|map| ClusterMap::clone(&map));
-            return Some(Some(Ok(ServerMessage { welcome: None, responses, map })));
+        let map = state.map.take().map(|map| ClusterMap::clone(&map));
+        let beat = std::mem::take(&mut state.beat);
+        let recalls = if state.ready.is_empty() { std::mem::take(&mut state.recalls) } else { Vec::new() };
+        let message = ServerMessage { welcome: None, responses, map, beat, recalls };
+        if message != ServerMessage::default() {
+            return Some(Some(Ok(message)));
         }
         let why = state.closed.take()?;
         state.closed = Some(None);

@@ -1,4 +1,5 @@
-//! Open files: opening, data, and what closing promises. Performance critical: `read` and `write` copy nothing.
+//! Open files: opening, data, and what closing promises. Performance critical: `read` and `write` copy nothing of
+//! their own; where the transport has a payload buffer, the filesystem reads into it.
 //!
 //! # Consistency with the kernel's page cache
 //! Pages are kept over `open` while the version of the bytes stands ([`crate::kernel_cache`]). Whatever makes pages wrong in
@@ -14,7 +15,7 @@ use fjordfs_proto::{FsResult, InodeId};
 use super::{Answer, Dispatcher, Opened, unknown_handle};
 use crate::abi::{OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
 use crate::filesystem::{AttrChange, Filesystem, NewFile};
-use crate::reply::{self, Reply};
+use crate::reply::{self, Reply, Validity};
 use crate::request::Caller;
 
 /// An open regular file.
@@ -50,7 +51,7 @@ impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn open(&self, ino: InodeId, flags: u32, open_flags: u32) -> FsResult<Answer> {
         let (mut attr, file) = self.fs.open(ino).await?;
         if truncates(flags) {
-            attr = match self.truncate(ino, open_flags).await {
+            attr = match self.truncate(ino, attr.mode, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
                     self.release(&OpenFile { file, ino }).await;
@@ -74,7 +75,7 @@ impl<F: Filesystem> Dispatcher<F> {
         let ino = InodeId(attr.ino);
         // Somebody else made the file first, and wrote to it.
         if truncates(flags) && attr.size > 0 {
-            attr = match self.truncate(ino, open_flags).await {
+            attr = match self.truncate(ino, attr.mode, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
                     self.release(&OpenFile { file, ino }).await;
@@ -82,27 +83,31 @@ impl<F: Filesystem> Dispatcher<F> {
                 }
             };
         }
-        Ok(self.created(&attr, file, flags))
+        let validity = self.validity_of_name(parent, name, &attr);
+        Ok(self.created(&attr, validity, file, flags))
     }
 
     pub(super) async fn tmpfile(&self, directory: InodeId, new: NewFile, flags: u32) -> FsResult<Answer> {
         let (attr, file) = self.fs.create_unnamed(directory, new).await?;
-        Ok(self.created(&attr, file, flags))
+        Ok(self.created(&attr, self.validity, file, flags))
     }
 
-    fn created(&self, attr: &Attr, file: F::File, flags: u32) -> Answer {
+    fn created(&self, attr: &Attr, validity: Validity, file: F::File, flags: u32) -> Answer {
         let (fh, out) = self.opened(file, InodeId(attr.ino), attr.data_version, flags);
-        let reply = Reply::created(&reply::entry_out(attr, self.validity), &out);
+        let reply = Reply::created(&reply::entry_out(attr, validity), &out);
         Answer { reply, opened: Some(Opened::File(fh)) }
     }
 
-    /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`.
-    async fn truncate(&self, ino: InodeId, open_flags: u32) -> FsResult<Attr> {
+    /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`. `mode` is the file's before.
+    async fn truncate(&self, ino: InodeId, mode: u32, open_flags: u32) -> FsResult<Attr> {
         let clear_suid = open_flags & OPEN_KILL_SUIDGID != 0;
         let change = AttrChange { size: Some(0), clear_suid, ..AttrChange::default() };
-        let result = self.fs.setattr(ino, change).await;
-        self.fresh_attrs.inode_changed(ino);
-        result
+        let attr = self.fs.setattr(ino, change).await?;
+        if attr.mode != mode {
+            // The kernel leaves suid and sgid to us, and keeps the mode it has cached.
+            self.pages_are_stale(ino);
+        }
+        Ok(attr)
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
@@ -125,9 +130,15 @@ impl<F: Filesystem> Dispatcher<F> {
         self.files.get(fh).ok_or_else(|| unknown_handle(fh))
     }
 
-    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32) -> FsResult<Reply> {
+    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Reply> {
         let open = self.file(fh)?;
         let size = (size as usize).min(self.size_max);
+        if let Some(payload) = payload.get_mut(..size)
+            && !payload.is_empty()
+        {
+            let filled = self.fs.read_into(&open.file, offset, payload).await?;
+            return Ok(Reply::InPayload(filled.min(size)));
+        }
         let mut parts = self.fs.read(&open.file, offset, size).await?;
         cut(&mut parts, size);
         Ok(Reply::Parts(parts))

@@ -14,7 +14,7 @@ use crate::request::Caller;
 
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Reply> {
-        Ok(self.entry(self.fs.make(parent, name, node).await?))
+        Ok(self.entry(parent, name, &self.fs.make(parent, name, node).await?))
     }
 
     pub(super) async fn setattr(&self, ino: InodeId, input: &SetattrIn) -> FsResult<Reply> {

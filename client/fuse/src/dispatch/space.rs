@@ -3,7 +3,7 @@
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::{FsError, FsResult};
 
-use super::Dispatcher;
+use super::{Dispatcher, OpenFile};
 use crate::abi::LseekOut;
 use crate::filesystem::{Allocation, CopiedRange, Filesystem};
 use crate::reply::Reply;
@@ -32,14 +32,28 @@ impl<F: Filesystem> Dispatcher<F> {
         let end = offset.checked_add(length).ok_or_else(|| {
             FsError::new(Errno::EFBIG, format!("{length} bytes at {offset} end beyond the largest offset"))
         })?;
-        // The kernel does not say who may keep suid and sgid here, as it does with writes.
+        self.drop_suid(caller, &open);
         let how = Allocation { clear, keep_size, clear_suid: caller.uid != 0 };
         let result = self.fs.allocate(&open.file, offset..end, how).await;
         self.stored(&open, result)
     }
 
-    pub(super) async fn copy_file_range(&self, fh_in: u64, fh_out: u64, range: CopiedRange) -> FsResult<u64> {
+    /// The kernel does not say who may keep suid and sgid here, as it does with writes.
+    fn drop_suid(&self, caller: Caller, open: &OpenFile<F::File>) {
+        if caller.uid != 0 && self.fs.drop_suid(&open.file) {
+            self.pages_are_stale(open.ino);
+        }
+    }
+
+    pub(super) async fn copy_file_range(
+        &self,
+        caller: Caller,
+        fh_in: u64,
+        fh_out: u64,
+        range: CopiedRange,
+    ) -> FsResult<u64> {
         let (source, target) = (self.file(fh_in)?, self.file(fh_out)?);
+        self.drop_suid(caller, &target);
         let copied = self.fs.copy_range(&source.file, &target.file, range).await?;
         // The kernel drops its pages of what was copied over.
         self.kernel_cache.changed_here(target.ino, self.fs.own_versions(&target.file));

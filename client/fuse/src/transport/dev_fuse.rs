@@ -128,6 +128,10 @@ pub(crate) struct DevFuseSlot {
 }
 
 impl Slot for DevFuseSlot {
+    fn payload(&mut self) -> &mut [u8] {
+        &mut []
+    }
+
     fn answer(&mut self, reply: &Reply) -> io::Result<()> {
         send(self.fd.get_ref().as_fd(), self.unique, reply)
     }
@@ -142,6 +146,8 @@ pub(crate) fn send(fd: BorrowedFd<'_>, unique: u64, reply: &Reply) -> io::Result
         Reply::Fixed(body) => (0, body.as_slice()),
         Reply::Bytes(bytes) => (0, bytes),
         Reply::Parts(parts) => return send_parts(fd, unique, parts),
+        // This transport has no payload buffer, so nothing can be in it.
+        Reply::InPayload(_) => return Err(io::ErrorKind::InvalidInput.into()),
     };
     let len = (size_of::<OutHeader>() + body.len()) as u32;
     let header = OutHeader { len, error, unique };

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use fjordfs_fuse::filesystem::{AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
 use fjordfs_fuse::notify::Notifier;
-use fjordfs_fuse::{Mount, MountOptions, mount_filesystem};
+use fjordfs_fuse::{Mount, MountOptions, TransportChoice, TransportKind, mount_filesystem};
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::mode::without_suid;
 use fjordfs_proto::pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time};
@@ -43,6 +43,8 @@ pub struct Control {
     pub panic_on_read: AtomicBool,
     pub fail_flush: AtomicBool,
     pub notifier: Mutex<Option<Notifier>>,
+    /// How long names and attributes may be cached, under leases.
+    pub left: Mutex<Duration>,
 }
 
 #[derive(Clone, Default)]
@@ -186,6 +188,14 @@ impl Filesystem for MemFs {
 
     fn mounted(&self, notifier: Notifier) {
         *self.0.notifier.lock() = Some(notifier);
+    }
+
+    fn name_left(&self, _: InodeId, _: &[u8], _: Option<InodeId>) -> Duration {
+        *self.0.left.lock()
+    }
+
+    fn attr_left(&self, _: &Attr) -> Duration {
+        *self.0.left.lock()
     }
 
     async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
@@ -400,6 +410,29 @@ impl Filesystem for MemFs {
     }
 }
 
+/// Makes two tests of each function, one for each transport.
+#[macro_export]
+macro_rules! over_each_transport {
+    ($($test:ident)*) => {
+        mod over_io_uring {
+            $(#[test] fn $test() { super::$test(fjordfs_fuse::TransportChoice::IoUring); })*
+        }
+        mod over_dev_fuse {
+            $(#[test] fn $test() { super::$test(fjordfs_fuse::TransportChoice::DevFuse); })*
+        }
+    };
+}
+
+/// Why a transport cannot be tested here. Only what the machine lacks: everything else is to fail.
+pub fn lacking(transport: TransportChoice) -> Option<&'static str> {
+    if !Path::new("/dev/fuse").exists() {
+        return Some("no /dev/fuse here");
+    }
+    let uring = Path::new("/sys/module/fuse/parameters/enable_uring");
+    (transport == TransportChoice::IoUring && !uring.exists())
+        .then_some("no FUSE over io_uring in this kernel")
+}
+
 /// A mount that a test can use; unmounted and checked at its end.
 pub struct Mounted {
     pub control: Arc<Control>,
@@ -408,20 +441,34 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// `None`, with the reason printed, where FUSE does not exist.
-    pub fn new(options: &str) -> Option<Mounted> {
-        if !Path::new("/dev/fuse").exists() {
+    /// `None`, with the reason printed, where that does not exist.
+    pub fn new(transport: TransportChoice, options: &str) -> Option<Mounted> {
+        let mut mount_options = MountOptions::new("memory,with comma", "");
+        assert!(mount_options.apply(options, &[]).unwrap().is_empty());
+        mount_options.transport = transport;
+        let mounted = Mounted::with(mount_options)?;
+        let is_uring = matches!(mounted.mount.transport().kind, TransportKind::IoUring { .. });
+        match transport {
+            TransportChoice::IoUring => assert!(is_uring),
+            TransportChoice::DevFuse => assert!(!is_uring),
+            TransportChoice::Auto => {}
+        }
+        Some(mounted)
+    }
+
+    /// Mounts on a folder of its own.
+    pub fn with(mut options: MountOptions) -> Option<Mounted> {
+        if let Some(reason) = lacking(options.transport) {
             #[allow(clippy::print_stdout, reason = "why a test did nothing")]
             {
-                println!("skipped: no /dev/fuse here");
+                println!("skipped: {reason}");
             }
             return None;
         }
         let control = Control::new();
         let dir = tempfile::tempdir().unwrap();
-        let mut mount_options = MountOptions::new("memory,with comma", dir.path());
-        assert!(mount_options.apply(options, &[]).unwrap().is_empty());
-        let mount = mount_filesystem(MemFs(Arc::clone(&control)), &mount_options).unwrap();
+        options.mountpoint = dir.path().to_owned();
+        let mount = mount_filesystem(MemFs(Arc::clone(&control)), &options).unwrap();
         Some(Mounted { control, mount, dir })
     }
 

@@ -1,0 +1,263 @@
+//! The threads that serve a mount: one runtime each, and one transport.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use tokio::runtime::Runtime;
+use tokio::task::LocalSet;
+
+use super::{SessionError, io_error};
+use crate::buffer::BufferPool;
+use crate::dispatch::Dispatcher;
+use crate::filesystem::Filesystem;
+use crate::options::UringOptions;
+use crate::transport::dev_fuse::{self, DevFuse};
+use crate::transport::io_uring::{IoUring, RegisterError, cpus};
+use crate::transport::selection::Plan;
+use crate::worker;
+
+/// What serving threads share.
+pub(super) struct Serving<F: Filesystem> {
+    dispatcher: Arc<Dispatcher<F>>,
+    pool: Arc<BufferPool>,
+    alive: Arc<AtomicUsize>,
+}
+
+impl<F: Filesystem> Clone for Serving<F> {
+    fn clone(&self) -> Self {
+        Serving {
+            dispatcher: Arc::clone(&self.dispatcher),
+            pool: Arc::clone(&self.pool),
+            alive: Arc::clone(&self.alive),
+        }
+    }
+}
+
+impl<F: Filesystem> Serving<F> {
+    fn new(dispatcher: &Arc<Dispatcher<F>>, pool: &Arc<BufferPool>, threads: usize) -> Serving<F> {
+        Serving {
+            dispatcher: Arc::clone(dispatcher),
+            pool: Arc::clone(pool),
+            alive: Arc::new(AtomicUsize::new(threads)),
+        }
+    }
+
+    async fn over_dev_fuse(self, index: usize, device: OwnedFd) {
+        self.dispatcher.filesystem().enter_worker(index);
+        self.read_device(index, device).await;
+        self.end().await;
+    }
+
+    /// With `device`, also what the kernel sends only there.
+    async fn over_uring(self, index: usize, transport: IoUring, device: Option<OwnedFd>) {
+        self.dispatcher.filesystem().enter_worker(index);
+        let reader = device.map(|device| {
+            let serving = self.clone();
+            tokio::task::spawn_local(async move { serving.read_device(index, device).await })
+        });
+        report(index, worker::run(transport, Arc::clone(&self.dispatcher)).await);
+        if let Some(reader) = reader {
+            let _panic_was_reported_by_its_hook = reader.await;
+        }
+        self.end().await;
+    }
+
+    async fn read_device(&self, index: usize, device: OwnedFd) {
+        let served = match DevFuse::new(device, Arc::clone(&self.pool)) {
+            Ok(transport) => worker::run(transport, Arc::clone(&self.dispatcher)).await,
+            Err(e) => Err(e),
+        };
+        report(index, served);
+    }
+
+    /// The last thread closes what the kernel left open.
+    async fn end(self) {
+        if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.dispatcher.close_all().await;
+        }
+    }
+}
+
+fn report(index: usize, served: io::Result<()>) {
+    if let Err(e) = served {
+        tracing::error!(worker = index, "a FUSE worker stopped serving: {e}");
+    }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+fn spawn(index: usize, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("fjord-fuse-{index}")).spawn(run)
+}
+
+/// Starts workers that read /dev/fuse.
+pub(super) fn serve_dev_fuse<F: Filesystem>(
+    device: OwnedFd,
+    threads: usize,
+    dispatcher: &Arc<Dispatcher<F>>,
+    pool: &Arc<BufferPool>,
+) -> Result<Vec<JoinHandle<()>>, SessionError> {
+    // Every descriptor before any thread: a failure here leaves nothing running.
+    let mut devices = Vec::with_capacity(threads);
+    for _ in 1..threads {
+        let clone = dev_fuse::clone_device(device.as_fd());
+        devices.push(clone.map_err(io_error("cloning /dev/fuse for a worker"))?);
+    }
+    devices.push(device);
+    let serving = Serving::new(dispatcher, pool, threads);
+    let start = |(index, device)| {
+        let runtime = runtime().map_err(io_error("starting a worker's runtime"))?;
+        let serving = serving.clone();
+        let run = move || runtime.block_on(LocalSet::new().run_until(serving.over_dev_fuse(index, device)));
+        spawn(index, run).map_err(io_error("starting a worker thread"))
+    };
+    devices.into_iter().enumerate().map(start).collect()
+}
+
+/// Threads with a ring each, which do as they are told until they serve. Dropping this ends them.
+pub(super) struct RingThreads<F: Filesystem> {
+    threads: Vec<RingThread<F>>,
+}
+
+struct RingThread<F: Filesystem> {
+    thread: JoinHandle<()>,
+    orders: Sender<Order<F>>,
+    reports: Receiver<Result<(), RegisterError>>,
+}
+
+enum Order<F: Filesystem> {
+    /// Give the entries of this session to the kernel, and report.
+    Register(OwnedFd),
+    /// Serve; with a device, that too.
+    Serve(Serving<F>, Option<OwnedFd>),
+}
+
+impl<F: Filesystem> RingThreads<F> {
+    /// Makes threads, rings and memory: all of them, or none.
+    pub(super) fn prepare(
+        plan: &Plan,
+        options: &UringOptions,
+        pool: &Arc<BufferPool>,
+    ) -> Result<RingThreads<F>, RegisterError> {
+        let mut threads = RingThreads { threads: Vec::new() };
+        for (index, share) in plan.shares.iter().enumerate() {
+            let (orders, orders_received) = channel();
+            let (report, reports) = channel();
+            let (share, options, pool) = (share.clone(), options.clone(), Arc::clone(pool));
+            let (depth, size_max) = (plan.depth, plan.size_max);
+            let run = move || {
+                let made = make_ring(index, &share, depth, size_max, &options, pool);
+                let reported =
+                    report.send(made.as_ref().map(drop).map_err(|e| RegisterError::Ring(clone_of(e))));
+                if let (Ok((runtime, transport)), Ok(())) = (made, reported) {
+                    obey(index, &runtime, transport, &options, &orders_received, &report);
+                }
+            };
+            let thread = spawn(index, run).map_err(RegisterError::Ring)?;
+            threads.threads.push(RingThread { thread, orders, reports });
+        }
+        threads.reports().map(|()| threads)
+    }
+
+    /// Gives the kernel the entries of all queues.
+    pub(super) fn register(&self, device: &OwnedFd) -> Result<(), RegisterError> {
+        for thread in &self.threads {
+            let device = device.try_clone().map_err(RegisterError::Ring)?;
+            thread.orders.send(Order::Register(device)).map_err(|_| RegisterError::gone())?;
+        }
+        self.reports()
+    }
+
+    /// One report of each thread: the first failure, if there is one.
+    fn reports(&self) -> Result<(), RegisterError> {
+        let reports = self
+            .threads
+            .iter()
+            .map(|thread| thread.reports.recv().unwrap_or_else(|_| Err(RegisterError::gone())));
+        // All of them: nothing is under way any more when this returns.
+        let reports: Vec<_> = reports.collect();
+        reports.into_iter().collect()
+    }
+
+    /// Starts serving, on the first thread also the device itself.
+    pub(super) fn serve(
+        self,
+        dispatcher: &Arc<Dispatcher<F>>,
+        device: OwnedFd,
+        pool: &Arc<BufferPool>,
+    ) -> Vec<JoinHandle<()>> {
+        let serving = Serving::new(dispatcher, pool, self.threads.len());
+        let mut device = Some(device);
+        let serve = |ring: RingThread<F>| {
+            if ring.orders.send(Order::Serve(serving.clone(), device.take())).is_err() {
+                tracing::error!("a FUSE thread is gone before it served; this is a bug, report it");
+            }
+            ring.thread
+        };
+        self.threads.into_iter().map(serve).collect()
+    }
+
+    /// Waits until rings and threads are gone.
+    pub(super) fn end(self) {
+        for RingThread { thread, orders, .. } in self.threads {
+            drop(orders);
+            let _panic_was_reported_by_its_hook = thread.join();
+        }
+    }
+}
+
+/// Everything of a ring's thread that can fail before the kernel knows of it.
+fn make_ring(
+    index: usize,
+    share: &cpus::Share,
+    depth: usize,
+    size_max: usize,
+    options: &UringOptions,
+    pool: Arc<BufferPool>,
+) -> io::Result<(Runtime, IoUring)> {
+    if options.faults.no_ring == Some(index) {
+        return Err(io::Error::other("no ring, by order of a test"));
+    }
+    if let Err(e) = cpus::stay_on(&share.cpus) {
+        tracing::debug!("a FUSE thread runs on any CPU: {e}");
+    }
+    let runtime = runtime()?;
+    let transport = {
+        let _inside = runtime.enter();
+        IoUring::new(&share.queues, depth, size_max, pool, options.poll)?
+    };
+    Ok((runtime, transport))
+}
+
+/// Does as it is told until there is nobody to tell.
+fn obey<F: Filesystem>(
+    index: usize,
+    runtime: &Runtime,
+    transport: IoUring,
+    options: &UringOptions,
+    orders: &Receiver<Order<F>>,
+    report: &Sender<Result<(), RegisterError>>,
+) {
+    while let Ok(order) = orders.recv() {
+        match order {
+            Order::Register(device) => {
+                let _nobody_waits = report.send(transport.register(device.as_fd(), options.faults.bad_queue));
+            }
+            Order::Serve(serving, device) => {
+                return runtime
+                    .block_on(LocalSet::new().run_until(serving.over_uring(index, transport, device)));
+            }
+        }
+    }
+}
+
+/// An `io::Error` for somebody else.
+fn clone_of(e: &io::Error) -> io::Error {
+    e.raw_os_error().map_or_else(|| io::Error::other(e.to_string()), io::Error::from_raw_os_error)
+}

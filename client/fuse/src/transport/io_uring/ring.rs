@@ -1,0 +1,249 @@
+//! One thread's ring and its entries: set-up, commits, completions.
+//!
+//! Performance critical. Commits are collected and submitted together; a request that waits in the kernel comes back from the
+//! same system call that commits the answer before it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use io_uring_06::squeue::Entry128;
+use io_uring_06::{IoUring, cqueue, opcode, types};
+use memmap2::MmapMut;
+
+use super::memory::{self, EntryBuffers};
+use crate::abi::{Pod, UringCommand, uring};
+
+/// /dev/fuse in the ring's table of files, which saves looking it up each time.
+const DEVICE: types::Fixed = types::Fixed(0);
+
+/// Set in `user_data` of a REGISTER; the rest is the entry's index.
+const REGISTERING: u64 = 1 << 63;
+
+/// One request at a time.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    queue: u16,
+    buffers: EntryBuffers,
+}
+
+/// What the kernel reports.
+#[derive(Debug)]
+pub(super) enum Completion {
+    /// The entry of this index has a request.
+    Request(usize),
+    /// The mount has ended.
+    Ended,
+    /// The kernel did not take the answer from the entry of this index, and has forgotten the entry.
+    CommitRefused(usize, io::Error),
+    /// The kernel did not take the entry of this index.
+    RegisterRefused(usize, io::Error),
+}
+
+/// A ring and what it serves. Used by one thread only.
+pub(super) struct Ring {
+    /// Before the memory: the kernel lets go of it first.
+    uring: RefCell<IoUring<Entry128, cqueue::Entry>>,
+    entries: Vec<Entry>,
+    unsubmitted: Cell<usize>,
+    /// Requests that came while entries were registered.
+    early: RefCell<VecDeque<usize>>,
+    _memory: MmapMut,
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.uring.borrow().as_raw_fd()
+    }
+}
+
+/// A ring as this transport needs it.
+pub(super) fn build(entries: usize) -> io::Result<IoUring<Entry128, cqueue::Entry>> {
+    let entries = u32::try_from(entries.next_power_of_two())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "too many entries for one ring"))?;
+    IoUring::builder()
+        // No signal interrupts the thread while it computes: what came is taken in at its next system call.
+        .setup_coop_taskrun()
+        .setup_single_issuer()
+        // One refused submission does not hold up those behind it.
+        .setup_submit_all()
+        .build(entries)
+}
+
+impl Ring {
+    /// A ring for `queues`, with `depth` entries each. To be used on the calling thread.
+    pub(super) fn new(queues: &[u16], depth: usize, size_max: usize) -> io::Result<Ring> {
+        let (memory, buffers) = memory::map(queues.len() * depth, size_max)?;
+        let entries: Vec<Entry> = queues
+            .iter()
+            .flat_map(|&queue| std::iter::repeat_n(queue, depth))
+            .zip(buffers)
+            .map(|(queue, buffers)| Entry { queue, buffers })
+            .collect();
+        Ok(Ring {
+            uring: RefCell::new(build(entries.len())?),
+            entries,
+            unsubmitted: Cell::new(0),
+            early: RefCell::default(),
+            _memory: memory,
+        })
+    }
+
+    /// Gives the kernel all entries. From the moment that it has one of each queue, of all rings, requests come this way.
+    ///
+    /// # Errors
+    /// [`RegisterError::Refused`] when it took none of some queue: then the kernel keeps to /dev/fuse.
+    pub(super) fn register(
+        &self,
+        device: BorrowedFd<'_>,
+        bad_queue: Option<u16>,
+    ) -> Result<(), RegisterError> {
+        self.uring.borrow().submitter().register_files(&[device.as_raw_fd()]).map_err(RegisterError::Ring)?;
+        let iovecs: Vec<_> = self.entries.iter().map(|entry| entry.buffers.iovecs()).collect();
+        for (index, entry) in self.entries.iter().enumerate() {
+            // Fewer iovecs than the kernel insists on, for tests.
+            let count = if bad_queue == Some(entry.queue) { 1 } else { 2 };
+            self.push(register_entry(entry.queue, &iovecs[index], count), REGISTERING | index as u64)
+                .map_err(RegisterError::Ring)?;
+        }
+        while self.unsubmitted.get() > 0 {
+            self.submit().map_err(RegisterError::Ring)?;
+        }
+        let mut taken = vec![true; self.entries.len()];
+        let mut refused = None;
+        while let Some(completion) = self.completion() {
+            match completion {
+                Completion::Request(index) => self.early.borrow_mut().push_back(index),
+                Completion::CommitRefused(index, e) | Completion::RegisterRefused(index, e) => {
+                    if let Some(taken) = taken.get_mut(index) {
+                        *taken = false;
+                    }
+                    refused = Some(e);
+                }
+                Completion::Ended => return Err(RegisterError::Ended),
+            }
+        }
+        let Some(source) = refused else { return Ok(()) };
+        let has_one =
+            |queue: u16| self.entries.iter().zip(&taken).any(|(entry, taken)| entry.queue == queue && *taken);
+        match self.entries.iter().find(|entry| !has_one(entry.queue)) {
+            Some(entry) => Err(RegisterError::Refused { queue: entry.queue, source }),
+            None => {
+                let count = taken.iter().filter(|taken| !**taken).count();
+                tracing::warn!("the kernel refused {count} of {} ring entries: {source}", taken.len());
+                Ok(())
+            }
+        }
+    }
+
+    /// The entry's buffers, for who may touch them.
+    pub(super) fn buffers(&self, index: usize) -> Option<EntryBuffers> {
+        self.entries.get(index).map(|entry| entry.buffers)
+    }
+
+    /// Gives an entry with its answer back to the kernel, at the next `submit`.
+    pub(super) fn commit(&self, index: usize, commit_id: u64) -> io::Result<()> {
+        let entry = self.entries.get(index).ok_or(io::ErrorKind::InvalidInput)?;
+        let command = UringCommand { commit_id, qid: entry.queue, ..UringCommand::default() };
+        self.push(self::command(uring::COMMIT_AND_FETCH, &command), index as u64)
+    }
+
+    /// Gives an entry that the kernel has forgotten to it anew, at the next `submit`.
+    pub(super) fn register_again(&self, index: usize) -> io::Result<()> {
+        let entry = self.entries.get(index).ok_or(io::ErrorKind::InvalidInput)?;
+        let iovecs = entry.buffers.iovecs();
+        self.push(register_entry(entry.queue, &iovecs, 2), REGISTERING | index as u64)?;
+        // At once: the kernel reads the iovecs during the call.
+        self.submit().map(|_| ())
+    }
+
+    fn push(&self, submission: Entry128, user_data: u64) -> io::Result<()> {
+        let mut uring = self.uring.borrow_mut();
+        // SAFETY: the buffers live as long as the ring (`_memory`), iovecs until they are submitted (`register` and `register_again` see
+        // to that), and the command has no other pointers.
+        let pushed = unsafe { uring.submission().push(&submission.user_data(user_data)) };
+        // There is room for one submission of each entry, and an entry has one at a time.
+        pushed.map_err(|_| io::Error::other("the submission queue is full"))?;
+        self.unsubmitted.set(self.unsubmitted.get() + 1);
+        Ok(())
+    }
+
+    /// Whether there is something to submit.
+    pub(super) fn has_unsubmitted(&self) -> bool {
+        self.unsubmitted.get() > 0
+    }
+
+    /// Hands over what was pushed. Requests that wait in the kernel are then completed.
+    pub(super) fn submit(&self) -> io::Result<usize> {
+        let submitted = match self.uring.borrow().submit() {
+            Ok(submitted) => submitted,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) => return Err(e),
+        };
+        self.unsubmitted.set(self.unsubmitted.get().saturating_sub(submitted));
+        Ok(submitted)
+    }
+
+    /// What has happened next, if anything has.
+    pub(super) fn completion(&self) -> Option<Completion> {
+        if let Some(index) = self.early.borrow_mut().pop_front() {
+            return Some(Completion::Request(index));
+        }
+        let completed = self.uring.borrow_mut().completion().next()?;
+        let index = (completed.user_data() & !REGISTERING) as usize;
+        let was_registering = completed.user_data() & REGISTERING != 0;
+        Some(match completed.result() {
+            0.. => Completion::Request(index),
+            result => match (-result, io::Error::from_raw_os_error(-result)) {
+                (libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV | libc::ECANCELED, _) => {
+                    Completion::Ended
+                }
+                (_, e) if was_registering => Completion::RegisterRefused(index, e),
+                (_, e) => Completion::CommitRefused(index, e),
+            },
+        })
+    }
+}
+
+/// Why entries could not be registered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegisterError {
+    /// The kernel goes on with /dev/fuse: a REGISTER that fails switches io_uring off for the mount.
+    #[error("the kernel refused the ring entries of CPU {queue}: {source}")]
+    Refused { queue: u16, source: io::Error },
+    /// The kernel waits for entries that will not come.
+    #[error("the ring does not work: {0}")]
+    Ring(io::Error),
+    /// Unmounted meanwhile.
+    #[error("unmounted before it was in service")]
+    Ended,
+}
+
+impl RegisterError {
+    /// The ring's thread has ended, which it does not do by itself.
+    pub(crate) fn gone() -> RegisterError {
+        RegisterError::Ring(io::Error::other("its thread is gone"))
+    }
+}
+
+fn command(code: u32, command: &UringCommand) -> Entry128 {
+    let mut bytes = [0; 80];
+    bytes[..size_of::<UringCommand>()].copy_from_slice(command.as_bytes());
+    opcode::UringCmd80::new(DEVICE, code).cmd(bytes).build()
+}
+
+fn register_entry(queue: u16, iovecs: &[libc::iovec; 2], count: u32) -> Entry128 {
+    let command = UringCommand { qid: queue, ..UringCommand::default() };
+    let mut entry = self::command(uring::REGISTER, &command);
+    // Fields of `struct io_uring_sqe` that `UringCmd80` has no setter for.
+    const ADDR: usize = 16;
+    const LEN: usize = 24;
+    let bytes = (&raw mut entry).cast::<u8>();
+    // SAFETY: an `Entry128` is the kernel's 128 byte structure, plain integers; both fields are within it.
+    unsafe {
+        bytes.add(ADDR).cast::<u64>().write_unaligned(iovecs.as_ptr().addr() as u64);
+        bytes.add(LEN).cast::<u32>().write_unaligned(count);
+    }
+    entry
+}

@@ -1,0 +1,315 @@
+//! What is cached under leases. Pure: no clock, no lock, no I/O.
+//!
+//! # Invariants
+//! - An inode is in the table only while this session holds a lease on it.
+//! - Names and attributes come from answers that may be cached, in the order in which the server executed them; an
+//!   answer that may not be cached takes out what its operation was about.
+//! - A name or an inode that an unanswered operation of this client is about to change is not shown: somebody else
+//!   may have been told of the change before this client is.
+
+use std::{collections::HashMap, num::NonZeroUsize};
+
+use bytes::Bytes;
+use fjordfs_proto::{
+    FsResult, InodeId,
+    error::Errno,
+    pb::meta::{Attr, Entry, FileKind, Make, Rename, request::Op, response::Result as Reply},
+};
+use lru::LruCache;
+
+/// RENAME_EXCHANGE of `renameat2(2)`.
+const EXCHANGE: u32 = 2;
+
+/// Targets of symbolic links kept: a few hundred bytes each at most, mostly less.
+const TARGETS_MAX: usize = 1 << 14;
+
+/// What is known under a name; `None` is that nothing is there.
+pub(super) type Named = Option<InodeId>;
+
+/// What is cached of one inode.
+#[derive(Debug, Default)]
+struct Cached {
+    attr: Option<Attr>,
+    names: HashMap<Bytes, Named>,
+    /// A directory whose names are all in `names`.
+    complete: bool,
+}
+
+/// Bounds of the table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) inodes: usize,
+    pub(super) names: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Table {
+    inodes: LruCache<InodeId, Cached>,
+    names: usize,
+    bounds: Bounds,
+    /// Names that unanswered operations change, and how many of those there are.
+    names_in_doubt: HashMap<(InodeId, Bytes), u32>,
+    attrs_in_doubt: HashMap<InodeId, u32>,
+    /// Where symbolic links point. A link never changes, and inode numbers are not used again, so these need no
+    /// lease; and who has found a link can follow it although it was removed meanwhile.
+    targets: LruCache<InodeId, Bytes>,
+    /// Highest serial of an answer taken in.
+    serial: u64,
+}
+
+impl Table {
+    pub(super) fn new(bounds: Bounds) -> Table {
+        Table {
+            inodes: LruCache::unbounded(),
+            names: 0,
+            bounds,
+            names_in_doubt: HashMap::new(),
+            attrs_in_doubt: HashMap::new(),
+            targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
+            serial: 0,
+        }
+    }
+
+    // ---- looking ----
+
+    /// What is under a name, if that is known.
+    pub(super) fn name(&mut self, parent: InodeId, name: &[u8]) -> Option<Named> {
+        let cached = self.inodes.get(&parent)?;
+        let found = match cached.names.get(name) {
+            Some(found) => *found,
+            None if cached.complete => None,
+            None => return None,
+        };
+        let doubtful = !self.names_in_doubt.is_empty()
+            && self.names_in_doubt.contains_key(&(parent, Bytes::copy_from_slice(name)));
+        (!doubtful).then_some(found)
+    }
+
+    /// The attributes of an inode, if they are known.
+    pub(super) fn attr(&mut self, ino: InodeId) -> Option<Attr> {
+        let attr = self.inodes.get(&ino)?.attr?;
+        (!self.attrs_in_doubt.contains_key(&ino)).then_some(attr)
+    }
+
+    /// Where a symbolic link points.
+    pub(super) fn target(&mut self, ino: InodeId) -> Option<Bytes> {
+        self.targets.get(&ino).cloned()
+    }
+
+    pub(super) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    // ---- operations of this client ----
+
+    /// An operation is about to be sent.
+    pub(super) fn sent(&mut self, op: &Op) {
+        for name in names_changed(op) {
+            *self.names_in_doubt.entry(name).or_default() += 1;
+        }
+        if let Op::SetAttr(op) = op {
+            *self.attrs_in_doubt.entry(InodeId(op.ino)).or_default() += 1;
+        }
+    }
+
+    /// An operation was answered, or will never be.
+    pub(super) fn settled(&mut self, op: &Op) {
+        for name in names_changed(op) {
+            lower(&mut self.names_in_doubt, &name);
+        }
+        if let Op::SetAttr(op) = op {
+            lower(&mut self.attrs_in_doubt, &InodeId(op.ino));
+        }
+    }
+
+    /// Takes in an answer with its serial, and the attributes of what it changed besides.
+    pub(super) fn learn(&mut self, op: &Op, result: &FsResult<Reply>, serial: u64, changed: &[Attr]) {
+        if let Ok(Reply::Entry(Entry { attr: Some(attr), target })) = result
+            && !target.is_empty()
+        {
+            self.targets.put(InodeId(attr.ino), Bytes::copy_from_slice(target));
+        }
+        if serial == 0 {
+            return self.doubt(op);
+        }
+        self.serial = self.serial.max(serial);
+        match (op, result) {
+            (Op::Lookup(op), Ok(Reply::Entry(entry))) => self.found(op.parent, &op.name, entry),
+            (Op::Lookup(op), Err(e)) if e.errno == Errno::ENOENT => {
+                self.set_name(InodeId(op.parent), op.name.clone(), None);
+            }
+            (Op::Make(op), Ok(Reply::Entry(entry))) => {
+                self.found(op.parent, &op.name, entry);
+                self.made(op, entry);
+            }
+            (Op::Link(op), Ok(Reply::Entry(entry))) => self.found(op.parent, &op.name, entry),
+            (Op::Remove(op), Ok(_)) => self.set_name(InodeId(op.parent), op.name.clone(), None),
+            (Op::Rename(op), Ok(_)) if !changed.is_empty() => self.renamed(op),
+            (_, Ok(Reply::Entry(entry))) => self.set_attrs(&entry.attr),
+            (_, Ok(Reply::Open(open))) => self.set_attrs(&open.attr),
+            (_, Ok(Reply::Commit(commit))) => {
+                self.set_attrs(commit.files.iter().filter_map(|f| f.attr.as_ref()))
+            }
+            (Op::ReadDir(op), Ok(Reply::ReadDir(page))) => {
+                for entry in page.entries.iter().filter(|entry| entry.attr.is_some()) {
+                    self.set_name(InodeId(op.ino), entry.name.clone(), Some(InodeId(entry.ino)));
+                    self.set_attrs(&entry.attr);
+                }
+            }
+            _ => {}
+        }
+        for attr in changed {
+            self.update(attr);
+        }
+    }
+
+    fn found(&mut self, parent: u64, name: &Bytes, entry: &Entry) {
+        if let Some(attr) = &entry.attr {
+            self.set_name(InodeId(parent), name.clone(), Some(InodeId(attr.ino)));
+            self.set_attrs([attr]);
+        }
+    }
+
+    /// Nobody else has had a directory yet that was just made: it is empty.
+    fn made(&mut self, op: &Make, entry: &Entry) {
+        if op.kind() == FileKind::Directory
+            && let Some(cached) = entry.attr.and_then(|attr| self.inodes.get_mut(&InodeId(attr.ino)))
+        {
+            cached.complete = true;
+        }
+    }
+
+    fn renamed(&mut self, op: &Rename) {
+        let (from, to) = (InodeId(op.parent), InodeId(op.new_parent));
+        let moved = self.inodes.peek(&from).and_then(|cached| cached.names.get(&op.name)).copied().flatten();
+        let replaced =
+            self.inodes.peek(&to).and_then(|cached| cached.names.get(&op.new_name)).copied().flatten();
+        match op.flags & EXCHANGE {
+            0 => self.set_name(from, op.name.clone(), None),
+            _ => self.set_or_forget(from, &op.name, replaced),
+        }
+        self.set_or_forget(to, &op.new_name, moved);
+    }
+
+    fn set_or_forget(&mut self, parent: InodeId, name: &Bytes, to: Named) {
+        match to {
+            Some(ino) => self.set_name(parent, name.clone(), Some(ino)),
+            None => self.forget_name(parent, name),
+        }
+    }
+
+    fn set_name(&mut self, parent: InodeId, name: Bytes, to: Named) {
+        // A name is a slice of the message it came in, which it must not keep alive.
+        let name = Bytes::copy_from_slice(&name);
+        let cached = self.inodes.get_or_insert_mut(parent, Cached::default);
+        if cached.names.insert(name, to).is_none() {
+            self.names += 1;
+        }
+    }
+
+    fn forget_name(&mut self, parent: InodeId, name: &[u8]) {
+        if let Some(cached) = self.inodes.peek_mut(&parent) {
+            cached.complete = false;
+            if cached.names.remove(name).is_some() {
+                self.names -= 1;
+            }
+        }
+    }
+
+    fn set_attrs<'a>(&mut self, attrs: impl IntoIterator<Item = &'a Attr>) {
+        for attr in attrs {
+            self.inodes.get_or_insert_mut(InodeId(attr.ino), Cached::default).attr = Some(*attr);
+        }
+    }
+
+    /// New attributes of an inode that the answer did not grant a lease on.
+    fn update(&mut self, attr: &Attr) {
+        let ino = InodeId(attr.ino);
+        if attr.nlink == 0 {
+            self.forget(ino);
+        } else if let Some(cached) = self.inodes.peek_mut(&ino) {
+            cached.attr = Some(*attr);
+        }
+    }
+
+    /// What became of an operation may be old news by now.
+    fn doubt(&mut self, op: &Op) {
+        for (parent, name) in names_changed(op) {
+            self.forget_name(parent, &name);
+            self.forget_attr(parent);
+        }
+        match op {
+            Op::SetAttr(op) => self.forget_attr(InodeId(op.ino)),
+            Op::Link(op) => self.forget_attr(InodeId(op.ino)),
+            Op::Commit(op) => op.files.iter().for_each(|file| self.forget_attr(InodeId(file.ino))),
+            _ => {}
+        }
+    }
+
+    fn forget_attr(&mut self, ino: InodeId) {
+        if let Some(cached) = self.inodes.peek_mut(&ino) {
+            cached.attr = None;
+        }
+    }
+
+    // ---- letting go ----
+
+    /// Drops everything of an inode; whether it may be a directory.
+    pub(super) fn forget(&mut self, ino: InodeId) -> bool {
+        let Some(cached) = self.inodes.pop(&ino) else { return true };
+        self.names -= cached.names.len();
+        cached.attr.is_none_or(|attr| attr.kind() == FileKind::Directory)
+    }
+
+    /// Drops everything; what there was.
+    pub(super) fn clear(&mut self) -> Vec<InodeId> {
+        let all = self.inodes.iter().map(|(ino, _)| *ino).collect();
+        self.inodes.clear();
+        self.names = 0;
+        all
+    }
+
+    /// Drops what was not used for longest while the table is over its bounds, with some room to spare so that this
+    /// is not needed at every answer.
+    pub(super) fn shrink(&mut self) -> Vec<InodeId> {
+        if self.inodes.len() <= self.bounds.inodes && self.names <= self.bounds.names {
+            return Vec::new();
+        }
+        let (inodes, names) =
+            (self.bounds.inodes - self.bounds.inodes / 16, self.bounds.names - self.bounds.names / 16);
+        let mut dropped = Vec::new();
+        while self.inodes.len() > inodes || self.names > names {
+            let Some((ino, cached)) = self.inodes.pop_lru() else { break };
+            self.names -= cached.names.len();
+            dropped.push(ino);
+        }
+        dropped
+    }
+}
+
+fn lower<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// Names that an operation changes.
+fn names_changed(op: &Op) -> Vec<(InodeId, Bytes)> {
+    match op {
+        Op::Make(op) => vec![(InodeId(op.parent), op.name.clone())],
+        Op::Link(op) => vec![(InodeId(op.parent), op.name.clone())],
+        Op::Remove(op) => vec![(InodeId(op.parent), op.name.clone())],
+        Op::Rename(op) => {
+            vec![(InodeId(op.parent), op.name.clone()), (InodeId(op.new_parent), op.new_name.clone())]
+        }
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+#[path = "table_tests.rs"]
+mod tests;
