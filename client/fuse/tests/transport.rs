@@ -179,6 +179,30 @@ fn a_lazy_unmount_lets_requests_in_flight_finish() {
 }
 
 #[test]
+fn a_forced_end_with_every_entry_busy_is_noticed_when_they_are_done() {
+    // Writes are not given up, so no entry is the kernel's when the mount ends.
+    let Some(mut mounted) = Mounted::new(TransportChoice::IoUring, "uring_depth=1") else { return };
+    let path = mounted.path("slow");
+    fs::write(&path, "data").unwrap();
+    *mounted.control.slow.lock() = Duration::from_secs(1);
+    let writers: Vec<_> = (0..8)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || fs::OpenOptions::new().write(true).open(path)?.write_at(b"DATA", 0))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let mountpoint = std::ffi::CString::new(mounted.dir.path().to_str().unwrap()).unwrap();
+    // SAFETY: a NUL-terminated path.
+    unsafe { libc::umount2(mountpoint.as_ptr(), libc::MNT_FORCE) };
+    let began = Instant::now();
+    assert!(writers.into_iter().any(|writer| writer.join().unwrap().is_err()));
+    mounted.mount.wait();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    mounted.mount.unmounter().unmount(true).unwrap();
+}
+
+#[test]
 fn many_mounts_come_and_go() {
     for _ in 0..20 {
         let Some(mounted) = Mounted::new(TransportChoice::IoUring, "uring_depth=2") else { return };
