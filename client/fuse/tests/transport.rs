@@ -6,7 +6,7 @@ mod support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fjordfs_fuse::{MountOptions, TransportChoice, TransportKind, mount_filesystem};
@@ -90,6 +90,35 @@ fn a_queue_that_the_kernel_refuses_is_a_reason() {
     // Other queues have their entries by then, or get them later.
     for queue in 0..std::thread::available_parallelism().unwrap().get() {
         falls_back(|options| options.uring.faults.bad_queue = Some(queue as u16), "the kernel refused");
+    }
+}
+
+#[test]
+fn callers_that_wait_for_the_rings_are_served() {
+    if support::lacking(TransportChoice::IoUring).is_some() {
+        return;
+    }
+    for _ in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options =
+            MountOptions { mountpoint: dir.path().to_owned(), ..options(TransportChoice::IoUring) };
+        // Many, so that callers come while some are still being registered.
+        (options.uring.depth, options.uring.memory_max) = (256, 1 << 40);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let _absent_either_way = fs::metadata(dir.path().join("x"));
+                    }
+                });
+            }
+            let mut mount = mount_filesystem(MemFs(Control::new()), &options).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            stop.store(true, Ordering::Relaxed);
+            mount.unmounter().unmount(true).unwrap();
+            mount.wait();
+        });
     }
 }
 
