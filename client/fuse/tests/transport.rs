@@ -6,7 +6,7 @@ mod support;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fjordfs_fuse::{MountOptions, TransportChoice, TransportKind, mount_filesystem};
@@ -94,6 +94,35 @@ fn a_queue_that_the_kernel_refuses_is_a_reason() {
 }
 
 #[test]
+fn callers_that_wait_for_the_rings_are_served() {
+    if support::lacking(TransportChoice::IoUring).is_some() {
+        return;
+    }
+    for _ in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options =
+            MountOptions { mountpoint: dir.path().to_owned(), ..options(TransportChoice::IoUring) };
+        // Many, so that callers come while some are still being registered.
+        (options.uring.depth, options.uring.memory_max) = (256, 1 << 40);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let _absent_either_way = fs::metadata(dir.path().join("x"));
+                    }
+                });
+            }
+            let mut mount = mount_filesystem(MemFs(Control::new()), &options).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            stop.store(true, Ordering::Relaxed);
+            mount.unmounter().unmount(true).unwrap();
+            mount.wait();
+        });
+    }
+}
+
+#[test]
 fn few_entries_and_threads_serve_many_callers() {
     for list in [
         "uring_depth=1",
@@ -176,6 +205,30 @@ fn a_lazy_unmount_lets_requests_in_flight_finish() {
     mounted.mount.unmounter().unmount(true).unwrap();
     assert_eq!(reader.join().unwrap(), b"DATA");
     mounted.mount.wait();
+}
+
+#[test]
+fn a_forced_end_with_every_entry_busy_is_noticed_when_they_are_done() {
+    // Writes are not given up, so no entry is the kernel's when the mount ends.
+    let Some(mut mounted) = Mounted::new(TransportChoice::IoUring, "uring_depth=1") else { return };
+    let path = mounted.path("slow");
+    fs::write(&path, "data").unwrap();
+    *mounted.control.slow.lock() = Duration::from_secs(1);
+    let writers: Vec<_> = (0..8)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || fs::OpenOptions::new().write(true).open(path)?.write_at(b"DATA", 0))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let mountpoint = std::ffi::CString::new(mounted.dir.path().to_str().unwrap()).unwrap();
+    // SAFETY: a NUL-terminated path.
+    unsafe { libc::umount2(mountpoint.as_ptr(), libc::MNT_FORCE) };
+    let began = Instant::now();
+    assert!(writers.into_iter().any(|writer| writer.join().unwrap().is_err()));
+    mounted.mount.wait();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    mounted.mount.unmounter().unmount(true).unwrap();
 }
 
 #[test]

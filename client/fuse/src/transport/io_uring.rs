@@ -169,9 +169,7 @@ impl Transport for IoUring {
                         "one request fewer can be in flight on a CPU, its ring entry was refused: {e}"
                     );
                 }
-                None if ring.has_unsubmitted() => {
-                    ring.submit()?;
-                }
+                None if ring.has_unsubmitted() => ring.submit()?,
                 None if idle_since.get_or_insert_with(Instant::now).elapsed() < self.poll => {
                     // Sockets are looked at too.
                     tokio::task::yield_now().await;

@@ -46,6 +46,8 @@ pub(super) struct Ring {
     /// Before the memory: the kernel lets go of it first.
     uring: RefCell<IoUring<Entry128, cqueue::Entry>>,
     entries: Vec<Entry>,
+    /// What REGISTER points to, for each entry.
+    iovecs: Vec<[libc::iovec; 2]>,
     unsubmitted: Cell<usize>,
     /// Requests that came while entries were registered.
     early: RefCell<VecDeque<usize>>,
@@ -75,6 +77,7 @@ impl Ring {
     /// A ring for `queues`, with `depth` entries each. To be used on the calling thread.
     pub(super) fn new(queues: &[u16], depth: usize, size_max: usize) -> io::Result<Ring> {
         let (memory, buffers) = memory::map(queues.len() * depth, size_max)?;
+        let iovecs = buffers.iter().map(EntryBuffers::iovecs).collect();
         let entries: Vec<Entry> = queues
             .iter()
             .flat_map(|&queue| std::iter::repeat_n(queue, depth))
@@ -84,6 +87,7 @@ impl Ring {
         Ok(Ring {
             uring: RefCell::new(build(entries.len())?),
             entries,
+            iovecs,
             unsubmitted: Cell::new(0),
             early: RefCell::default(),
             _memory: memory,
@@ -100,11 +104,10 @@ impl Ring {
         bad_queue: Option<u16>,
     ) -> Result<(), RegisterError> {
         self.uring.borrow().submitter().register_files(&[device.as_raw_fd()]).map_err(RegisterError::Ring)?;
-        let iovecs: Vec<_> = self.entries.iter().map(|entry| entry.buffers.iovecs()).collect();
-        for (index, entry) in self.entries.iter().enumerate() {
+        for (index, (entry, iovecs)) in self.entries.iter().zip(&self.iovecs).enumerate() {
             // Fewer iovecs than the kernel insists on, for tests.
             let count = if bad_queue == Some(entry.queue) { 1 } else { 2 };
-            self.push(register_entry(entry.queue, &iovecs[index], count), REGISTERING | index as u64)
+            self.push(register_entry(entry.queue, iovecs, count), REGISTERING | index as u64)
                 .map_err(RegisterError::Ring)?;
         }
         while self.unsubmitted.get() > 0 {
@@ -112,8 +115,9 @@ impl Ring {
         }
         let mut taken = vec![true; self.entries.len()];
         let mut refused = None;
-        while let Some(completion) = self.completion() {
+        while let Some(completion) = self.take_completion() {
             match completion {
+                // Another thread's entries were the last that the kernel waited for.
                 Completion::Request(index) => self.early.borrow_mut().push_back(index),
                 Completion::CommitRefused(index, e) | Completion::RegisterRefused(index, e) => {
                     if let Some(taken) = taken.get_mut(index) {
@@ -151,17 +155,14 @@ impl Ring {
 
     /// Gives an entry that the kernel has forgotten to it anew, at the next `submit`.
     pub(super) fn register_again(&self, index: usize) -> io::Result<()> {
-        let entry = self.entries.get(index).ok_or(io::ErrorKind::InvalidInput)?;
-        let iovecs = entry.buffers.iovecs();
-        self.push(register_entry(entry.queue, &iovecs, 2), REGISTERING | index as u64)?;
-        // At once: the kernel reads the iovecs during the call.
-        self.submit().map(|_| ())
+        let (entry, iovecs) =
+            self.entries.get(index).zip(self.iovecs.get(index)).ok_or(io::ErrorKind::InvalidInput)?;
+        self.push(register_entry(entry.queue, iovecs, 2), REGISTERING | index as u64)
     }
 
     fn push(&self, submission: Entry128, user_data: u64) -> io::Result<()> {
         let mut uring = self.uring.borrow_mut();
-        // SAFETY: the buffers live as long as the ring (`_memory`), iovecs until they are submitted (`register` and `register_again` see
-        // to that), and the command has no other pointers.
+        // SAFETY: the command points to buffers (`_memory`) and iovecs that live, unmoved, as long as the ring.
         let pushed = unsafe { uring.submission().push(&submission.user_data(user_data)) };
         // There is room for one submission of each entry, and an entry has one at a time.
         pushed.map_err(|_| io::Error::other("the submission queue is full"))?;
@@ -175,21 +176,23 @@ impl Ring {
     }
 
     /// Hands over what was pushed. Requests that wait in the kernel are then completed.
-    pub(super) fn submit(&self) -> io::Result<usize> {
-        let submitted = match self.uring.borrow().submit() {
-            Ok(submitted) => submitted,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+    pub(super) fn submit(&self) -> io::Result<()> {
+        match self.uring.borrow().submit() {
+            Ok(submitted) => self.unsubmitted.set(self.unsubmitted.get().saturating_sub(submitted)),
+            // The caller comes back while there is something to submit.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
-        };
-        self.unsubmitted.set(self.unsubmitted.get().saturating_sub(submitted));
-        Ok(submitted)
+        }
+        Ok(())
     }
 
     /// What has happened next, if anything has.
     pub(super) fn completion(&self) -> Option<Completion> {
-        if let Some(index) = self.early.borrow_mut().pop_front() {
-            return Some(Completion::Request(index));
-        }
+        let early = self.early.borrow_mut().pop_front();
+        early.map(Completion::Request).or_else(|| self.take_completion())
+    }
+
+    fn take_completion(&self) -> Option<Completion> {
         let completed = self.uring.borrow_mut().completion().next()?;
         let index = (completed.user_data() & !REGISTERING) as usize;
         let was_registering = completed.user_data() & REGISTERING != 0;
