@@ -122,6 +122,11 @@ impl BlockCache {
         }
     }
 
+    /// Forgets a chunk: its reader will not come back to it.
+    pub(crate) fn drop_chunk(&self, block: BlockId, index: u32) {
+        self.chunks.remove(&(block, index));
+    }
+
     async fn chunk(&self, block: BlockId, policy: Policy, index: u32) -> FsResult<Bytes> {
         let offset = index * CHUNK;
         let length = CHUNK.min(BLOCK_SIZE_MAX as u32 - offset);

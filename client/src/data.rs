@@ -4,6 +4,7 @@
 //! Page CRCs are computed before a block leaves this process and checked when its pages come back. A page that does
 //! not match is a miss: the next copy is asked, and bytes that did not verify are never handed out.
 
+mod buffers;
 mod connection;
 mod pool;
 mod read;

@@ -17,6 +17,9 @@ pub struct Options {
     pub dirty_age_max: Duration,
     /// How far a sequential reader is read ahead, bytes.
     pub readahead: u64,
+    /// Whether what a sequential reader has passed is dropped from this client's memory. For readers that cache below, as
+    /// the kernel does for a mount: the memory is better used for what comes next.
+    pub drop_behind: bool,
     /// Threads of the engine that carries connections and background work.
     pub threads: usize,
 }
@@ -30,6 +33,7 @@ impl Default for Options {
             hedge_delay: Duration::from_millis(500),
             dirty_age_max: Duration::from_secs(1),
             readahead: 16 << 20,
+            drop_behind: false,
             threads: 2,
         }
     }

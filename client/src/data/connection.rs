@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use fjordfs_proto::{
     FsError, FsResult, PROTOCOL_VERSION, ServerId,
     error::Errno,
@@ -34,6 +34,7 @@ use tokio::{
 };
 use tracing::debug;
 
+use super::buffers::Buffers;
 use crate::engine::Engine;
 
 /// How long a server may take to accept and greet.
@@ -59,6 +60,7 @@ type Waiters = Mutex<HashMap<u64, oneshot::Sender<FsResult<Reply>>>>;
 
 struct Shared {
     address: String,
+    buffers: Arc<Buffers>,
     waiters: Waiters,
     broken: AtomicBool,
 }
@@ -92,6 +94,7 @@ impl Connection {
         server: ServerId,
         cluster_id: &str,
         client: &str,
+        buffers: Arc<Buffers>,
     ) -> FsResult<Arc<Connection>> {
         let failed =
             |why: String| FsError::new(Errno::EIO, format!("data server {server} at {address}: {why}"));
@@ -103,6 +106,7 @@ impl Connection {
         let (reader, writer) = socket.into_split();
         let shared = Arc::new(Shared {
             address: address.to_owned(),
+            buffers,
             waiters: Waiters::default(),
             broken: AtomicBool::new(false),
         });
@@ -223,8 +227,8 @@ async fn read_frames(socket: &mut OwnedReadHalf, shared: &Shared) -> Result<(), 
             Err(e) => return Err(e.to_string()),
         }
         let header = Header::decode(&head).map_err(|e| e.to_string())?;
-        let body = read_bytes(socket, header.body_len as usize).await?;
-        let payload = read_bytes(socket, header.payload_len as usize).await?;
+        let body = read_bytes(socket, &shared.buffers, header.body_len as usize).await?;
+        let payload = read_bytes(socket, &shared.buffers, header.payload_len as usize).await?;
         let waiter = shared.waiters.lock().remove(&header.request);
         if let Some(waiter) = waiter {
             let result = match header.status {
@@ -237,14 +241,18 @@ async fn read_frames(socket: &mut OwnedReadHalf, shared: &Shared) -> Result<(), 
 }
 
 /// Exactly `len` bytes, read straight into their own buffer.
-async fn read_bytes(socket: &mut OwnedReadHalf, len: usize) -> Result<Bytes, String> {
-    let mut bytes = BytesMut::with_capacity(len);
-    while bytes.len() < len {
-        let missing = len - bytes.len();
-        let n = (&mut *socket).take(missing as u64).read_buf(&mut bytes).await.map_err(|e| e.to_string())?;
+async fn read_bytes(socket: &mut OwnedReadHalf, buffers: &Arc<Buffers>, len: usize) -> Result<Bytes, String> {
+    let mut filling = buffers.take(len);
+    while filling.bytes.len() < len {
+        let missing = len - filling.bytes.len();
+        let n = (&mut *socket)
+            .take(missing as u64)
+            .read_buf(&mut filling.bytes)
+            .await
+            .map_err(|e| e.to_string())?;
         if n == 0 {
             return Err("closed in the middle of a frame".into());
         }
     }
-    Ok(bytes.freeze())
+    Ok(filling.freeze())
 }

@@ -9,7 +9,7 @@ use std::{
 use fjordfs_proto::{FsError, FsResult, ServerId};
 use parking_lot::Mutex;
 
-use super::connection::Connection;
+use super::{buffers::Buffers, connection::Connection};
 use crate::engine::{Engine, LaneId, lane};
 
 /// After a failed attempt, the server is not tried again for this long: its other users get the same error at once
@@ -20,6 +20,7 @@ pub(super) struct Pool {
     engine: Arc<Engine>,
     cluster_id: String,
     client: String,
+    buffers: Arc<Buffers>,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
 }
 
@@ -38,7 +39,7 @@ struct State {
 
 impl Pool {
     pub(super) fn new(engine: Arc<Engine>, cluster_id: String, client: String) -> Pool {
-        Pool { engine, cluster_id, client, slots: Mutex::default() }
+        Pool { engine, cluster_id, client, buffers: Arc::default(), slots: Mutex::default() }
     }
 
     /// A usable connection of this thread's lane to `server`, which the map says is at `address`.
@@ -56,7 +57,9 @@ impl Pool {
         {
             return Err(error.clone());
         }
-        match Connection::open(&self.engine, address, server, &self.cluster_id, &self.client).await {
+        let buffers = self.buffers.clone();
+        let (cluster_id, client) = (&self.cluster_id, &self.client);
+        match Connection::open(&self.engine, address, server, cluster_id, client, buffers).await {
             Ok(connection) => {
                 state.failed = None;
                 state.connection = Some(connection.clone());

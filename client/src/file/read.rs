@@ -7,6 +7,7 @@ use bytes::Bytes;
 use fjordfs_proto::{
     Extent, FsError, FsResult, InodeId,
     error::Errno,
+    extent::BlockPiece,
     interval::Run,
     pb::meta::{ExtentsReply, GetExtents, request::Op, response},
 };
@@ -28,6 +29,9 @@ const EXTENTS_PAGE: u32 = 4096;
 /// A file up to this size shares its block with others, so it is read with regard to its neighbours.
 const SMALL_FILE: u64 = CHUNK as u64;
 
+/// A sequential reader's requests may overtake each other by this much.
+const REORDERED_MAX: u64 = 4 * CHUNK as u64;
+
 /// How often a read starts over because the file changed under it.
 const ATTEMPTS: usize = 16;
 
@@ -43,6 +47,8 @@ pub(super) struct Cursor {
     streak: u32,
     /// File offset up to which chunks were asked for ahead.
     ahead: u64,
+    /// File offset up to which chunks were dropped behind.
+    behind: u64,
 }
 
 impl Cursor {
@@ -57,6 +63,7 @@ impl Cursor {
         } else {
             self.streak = 0;
             self.ahead = 0;
+            self.behind = range.start;
         }
         self.next = if near { self.next.max(range.end) } else { range.end };
         self.streak >= 2 || (range.start == 0 && large)
@@ -108,7 +115,7 @@ impl Handle {
             return Fetch::Neighbours;
         }
         let window = self.client.options.readahead;
-        let ahead = {
+        let (ahead, passed) = {
             let mut cursor = self.cursor.lock();
             if !cursor.note(&range) {
                 return Fetch::Pages;
@@ -121,14 +128,29 @@ impl Handle {
                 return Fetch::Chunks;
             }
             cursor.ahead = cursor.ahead.max(target);
-            from..target
+            let passed = cursor.behind..range.start.saturating_sub(REORDERED_MAX).max(cursor.behind);
+            cursor.behind = passed.end;
+            (from..target, passed)
         };
         self.prefetch(ahead);
+        if self.client.options.drop_behind {
+            self.chunks_of(passed, |piece, index| self.client.cache.drop_chunk(piece.block, index));
+        }
         Fetch::Chunks
     }
 
     /// Asks for the chunks of a file range that are in blocks.
     fn prefetch(&self, range: Range<u64>) {
+        self.chunks_of(range, |piece, index| {
+            let client = self.client.clone();
+            self.client.engine.spawn_here(async move {
+                client.cache.prefetch(piece.block, piece.policy, index).await;
+            });
+        });
+    }
+
+    /// Calls `each` with every chunk that a file range has bytes in, as far as its extents are known.
+    fn chunks_of(&self, range: Range<u64>, each: impl Fn(BlockPiece, u32)) {
         if range.is_empty() {
             return;
         }
@@ -139,10 +161,7 @@ impl Handle {
         for part in parts {
             let Part::Block(piece) = part else { continue };
             for index in piece.offset / CHUNK..=(piece.offset + piece.length - 1) / CHUNK {
-                let client = self.client.clone();
-                self.client.engine.spawn_here(async move {
-                    client.cache.prefetch(piece.block, piece.policy, index).await;
-                });
+                each(piece, index);
             }
         }
     }

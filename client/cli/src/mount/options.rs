@@ -63,7 +63,7 @@ pub(crate) fn parse(list: &str, meta: &str, dir: &Path, sloppy: bool) -> anyhow:
     let description = format!("{} {} {}", data::hostname(), std::process::id(), dir.display());
     let mut settings = Settings {
         fuse: MountOptions::new(meta, dir),
-        client: Options { description, ..Options::default() },
+        client: Options { description, drop_behind: true, ..Options::default() },
         log: None,
     };
     for option in list.split(',') {
