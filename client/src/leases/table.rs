@@ -139,7 +139,7 @@ impl Table {
             (Op::Lookup(op), Err(e)) if e.errno == Errno::ENOENT => {
                 self.set_name(InodeId(op.parent), op.name.clone(), None);
             }
-            (Op::Make(op), Ok(Reply::Entry(entry))) => {
+            (Op::Make(op), Ok(Reply::Entry(entry))) if !op.unnamed => {
                 self.found(op.parent, &op.name, entry);
                 self.made(op, entry);
             }

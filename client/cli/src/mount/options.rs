@@ -24,17 +24,21 @@ Options (-o, separated by commas):
   readahead=SIZE        how far sequential readers are read ahead (default 16MiB)
   dirty_age=TIME        commit what was written after this long at the latest (default 1s)
   engine_threads=N      threads for connections and background work (default 2)
-  threads=N             threads that serve the kernel (default: one for each core, at least 2; over io_uring at most one each)
-  transport=KIND        io_uring, dev_fuse, or auto (default): io_uring where the kernel has it; the log says which, and why
+  threads=N             threads that serve the kernel (default: one for each core, at least 2;
+                        over io_uring at most one each)
+  transport=KIND        io_uring, dev_fuse, or auto (default): io_uring where the kernel has it;
+                        the log says which, and why
   uring_depth=N         requests in flight per CPU over io_uring (default 32)
   uring_payload=SIZE    largest request over io_uring (default: request_size_max)
-  uring_memory=SIZE     most memory for requests over io_uring (default 256MiB): depth is reduced to fit
-  poll_us=N             look for requests this long before sleeping, over io_uring (default 0): quicker answers to few
-                        callers, for that much more CPU
+  uring_memory=SIZE     most memory for requests over io_uring (default 256MiB): the depth is
+                        reduced to fit
+  poll_us=N             look for requests this long before sleeping, over io_uring (default 0):
+                        quicker answers to few callers, for that much more CPU
   request_size_max=N    largest request of the kernel, bytes (default 1048576)
   read_ahead_kb=N       the kernel's own readahead (default 4096, needs root)
   entry_timeout=SECONDS, attr_timeout=SECONDS
-                        how long the kernel trusts names and attributes (default 0)
+                        how long the kernel trusts names and attributes at least, with or
+                        without a lease (default 0: only with one)
   fsname=NAME           the device name to show
   log=FILE              log of a mount in the background
 
