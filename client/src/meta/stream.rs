@@ -34,6 +34,9 @@ use crate::{Options, leases::Leases};
 /// Requests in one message; more go into the next one.
 const REQUESTS_PER_MESSAGE: usize = 256;
 
+/// Nobody waits for the answer to a close, so one that is alone travels with the next request, or after this time.
+const CLOSES_WAIT: Duration = Duration::from_millis(20);
+
 /// Wait between attempts to reach the metaserver: from, to.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -303,6 +306,7 @@ impl Driver {
         let interval = self.beats.interval;
         let mut beat = tokio::time::interval_at(Instant::now() + interval, interval);
         let mut batch = Vec::with_capacity(REQUESTS_PER_MESSAGE);
+        let mut closes_due: Option<Instant> = None;
         loop {
             if self.goodbye && self.unanswered.is_empty() && self.waiting.is_empty() {
                 let message = ClientMessage { goodbye: true, ..Default::default() };
@@ -335,12 +339,19 @@ impl Driver {
                         return End::Broken("closed".into());
                     }
                 }
+                () = tokio::time::sleep_until(closes_due.unwrap_or_else(Instant::now)), if closes_due.is_some() => {}
                 _ = beat.tick() => {
                     if outgoing.send(self.beats.next()).await.is_err() {
                         return End::Broken("closed".into());
                     }
                 }
             }
+            let overdue = closes_due.is_some_and(|due| due <= Instant::now());
+            if !self.goodbye && !overdue && self.only_closes_wait() {
+                closes_due.get_or_insert_with(|| Instant::now() + CLOSES_WAIT);
+                continue;
+            }
+            closes_due = None;
             let requests = self.admit();
             if !requests.is_empty() {
                 let message = ClientMessage { requests, ..Default::default() };
@@ -349,6 +360,10 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn only_closes_wait(&self) -> bool {
+        !self.waiting.is_empty() && self.waiting.iter().all(|(op, _)| matches!(op, Op::Close(_)))
     }
 
     /// Gives ids and slots to waiting calls, in order, as far as slots go.
