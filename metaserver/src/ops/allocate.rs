@@ -32,13 +32,11 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Allocate) -> FsResult<Entry> {
     if (inode.allocated, inode.size) != (allocated, size) {
         inode.data_version += 1;
     }
-    if op.clear || inode.size != size {
-        inode.mtime = Some(ctx.now);
-    }
     if op.clear_suid {
         inode.mode = without_suid(inode.mode);
     }
-    inode.ctime = Some(ctx.now);
+    // Whatever became of the bytes, as local filesystems do.
+    (inode.mtime, inode.ctime) = (Some(ctx.now), Some(ctx.now));
     ctx.txn.put_inode(ino, &inode);
     Ok(entry(ino, &inode))
 }
