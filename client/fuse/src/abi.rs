@@ -112,7 +112,7 @@ pub(crate) mod opcode {
 }
 
 /// Flags of INIT, both 32-bit halves as one number.
-#[allow(dead_code, reason = "the ones left out on purpose are named in session.rs")]
+#[allow(dead_code, reason = "the ones left out on purpose are named in session/init.rs")]
 pub(crate) mod init_flag {
     pub(crate) const ASYNC_READ: u64 = 1 << 0;
     pub(crate) const POSIX_LOCKS: u64 = 1 << 1;
