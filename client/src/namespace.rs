@@ -212,13 +212,20 @@ impl Client {
     /// Removes a name that is not a directory's.
     pub async fn unlink(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
         self.inner
-            .empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: false }))
+            .empty(Op::Remove(Remove {
+                parent: parent.0,
+                name: name_of(name)?,
+                directory: false,
+                time: None,
+            }))
             .await
     }
 
     /// Removes an empty directory.
     pub async fn rmdir(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
-        self.inner.empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: true })).await
+        self.inner
+            .empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: true, time: None }))
+            .await
     }
 
     /// Renames; `flags` as `renameat2(2)`: `RENAME_NOREPLACE`, `RENAME_EXCHANGE`.

@@ -19,9 +19,10 @@ use std::{
 };
 
 use fjordfs_proto::{
-    FsError, FsResult, Policy, ROOT_INODE, SessionId,
+    FsError, FsResult, InodeId, Policy, ROOT_INODE, SessionId,
     pb::meta::{
-        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Response, StatusReply, Time,
+        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Request, Response, StatusReply,
+        Time,
     },
 };
 
@@ -57,6 +58,10 @@ const STALL: Duration = Duration::from_secs(2);
 /// that it may cache waits as long as this.
 const LEASE_MAX: Duration = Duration::from_secs(5);
 
+/// Longest time for which a start waits for what clients of before have decided by themselves. One that is silent is
+/// waited for no longer than [`LEASE_MAX`].
+const GRACE_MAX: Duration = Duration::from_secs(15);
+
 /// Both clocks, read once per burst.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
@@ -82,6 +87,14 @@ pub(crate) struct Answer {
     pub(crate) recalls: Vec<RecallId>,
 }
 
+/// What becomes of a request.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Answered(Answer),
+    /// Nothing yet: it is to be tried again at the end of these recalls.
+    Postponed(Request, Vec<RecallId>),
+}
+
 /// See the module.
 pub(crate) struct Core {
     store: Arc<dyn MetaStore>,
@@ -105,6 +118,10 @@ pub(crate) struct Core {
     last_tick: Instant,
     /// When the last missing session came back or timed out.
     complete_since: Option<Instant>,
+    /// Delegated to others, so that the operation under way is postponed.
+    conflicts: Vec<InodeId>,
+    /// When sessions of before the start are not waited for any longer.
+    grace_until: Instant,
     /// Orphans beyond this inode are still to be looked at.
     reap: Option<u64>,
 }
@@ -168,6 +185,8 @@ impl Core {
             lease_time: LEASE_MAX.min(config.session_timeout / 3),
             last_tick: now.mono,
             complete_since: None,
+            conflicts: Vec::new(),
+            grace_until: now.mono + GRACE_MAX,
             reap: None,
         };
         if !core.sessions.any_missing() {
@@ -345,10 +364,18 @@ impl Core {
             self.sessions.forgive(stalled);
             self.leases.forgive(stalled);
             self.members.forgive(stalled);
+            self.grace_until += stalled;
         }
         for session in self.sessions.expired(self.lease_time, now.mono) {
             self.leases.end_all(session);
         }
+        if self.leases.in_grace() && now.mono >= self.grace_until {
+            tracing::warn!(
+                "clients of before the start have not sent everything yet; they are not waited for any longer"
+            );
+            self.leases.end_grace();
+        }
+        self.leases.calm_down(now.mono);
         if self.failed.is_some() {
             return;
         }

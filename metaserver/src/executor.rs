@@ -25,7 +25,7 @@ use fjordfs_proto::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    core::{Answer, Core, Event, Moment},
+    core::{Answer, Core, Event, Moment, Outcome},
     leases::{Order, RecallId},
     refusal::Refusal,
     service::outbox::{Outbox, Permit, Ready},
@@ -62,6 +62,7 @@ pub(crate) enum Job {
         beat: u64,
         recalled: Vec<u64>,
         given_back: Option<GivenBack>,
+        demoted: Option<GivenBack>,
     },
     /// Requests of one stream, in its order.
     Requests {
@@ -109,6 +110,13 @@ struct Pending {
     recalls: Vec<RecallId>,
 }
 
+/// A request that could not be executed yet.
+struct Postponed {
+    session: SessionId,
+    outbox: Arc<Outbox>,
+    request: Request,
+}
+
 /// A call's answer: told whether the burst was committed.
 struct Call {
     sync: bool,
@@ -126,7 +134,11 @@ pub(crate) struct Executor {
     answers: Vec<Pending>,
     calls: Vec<Call>,
     /// Answers of earlier bursts that wait for recalls.
-    held: Held,
+    held: Held<(Pending, Ticket)>,
+    /// Requests that wait for delegations.
+    postponed: Held<Postponed>,
+    /// Those that wait no longer.
+    ready: Vec<Postponed>,
     /// Epoch of the map that streams were sent.
     epoch: Epoch,
     next_tick: Instant,
@@ -146,6 +158,8 @@ impl Executor {
             answers: Vec::new(),
             calls: Vec::new(),
             held: Held::default(),
+            postponed: Held::default(),
+            ready: Vec::new(),
             next_tick: Instant::now(),
         };
         (submit, executor)
@@ -169,6 +183,7 @@ impl Executor {
             }
             more = self.core.background(now);
             self.finish();
+            more |= !self.ready.is_empty();
         }
         for outbox in self.streams.values() {
             outbox.close(Some(Refusal::Unavailable(
@@ -198,6 +213,12 @@ impl Executor {
     fn burst(&mut self, first: Option<Job>, now: Moment) -> bool {
         let mut next = first;
         let mut requests = 0;
+        // Before anything new: whoever waited for a delegation shall not lose it again to who asks later.
+        for Postponed { session, outbox, request } in std::mem::take(&mut self.ready) {
+            if self.is_current(session, &outbox) {
+                self.request(session, &outbox, request, None, now);
+            }
+        }
         while let Some(job) = next {
             requests += match &job {
                 Job::Stop => return false,
@@ -216,10 +237,11 @@ impl Executor {
     fn execute(&mut self, job: Job, now: Moment) {
         match job {
             Job::Attach { hello, outbox, caller } => self.attach(&hello, outbox, caller, now),
-            Job::Sign { session, outbox, beat, recalled, given_back } => {
+            Job::Sign { session, outbox, beat, recalled, given_back, demoted } => {
                 if self.is_current(session, &outbox) && self.core.hear(session, now) {
-                    self.core.let_go(session, &recalled, given_back.as_ref());
+                    self.core.let_go(session, &recalled, given_back.as_ref(), demoted.as_ref());
                     if beat != 0 {
+                        self.core.settled(session);
                         outbox.push_beat(beat);
                     }
                 }
@@ -228,14 +250,7 @@ impl Executor {
                 // A stream that was replaced may have left requests behind; the client sends them again on the new one.
                 if self.is_current(session, &outbox) && self.core.hear(session, now) {
                     for (request, permit) in requests {
-                        let Answer { response, sync, recalls } = self.core.request(session, request, now);
-                        self.answers.push(Pending {
-                            outbox: outbox.clone(),
-                            response,
-                            permit,
-                            sync,
-                            recalls,
-                        });
+                        self.request(session, &outbox, request, permit, now);
                     }
                 }
             }
@@ -268,6 +283,25 @@ impl Executor {
                 self.reply(false, caller, Ok(status));
             }
             Job::Stop => {}
+        }
+    }
+
+    fn request(
+        &mut self,
+        session: SessionId,
+        outbox: &Arc<Outbox>,
+        request: Request,
+        permit: Permit,
+        now: Moment,
+    ) {
+        match self.core.request(session, request, now) {
+            Outcome::Answered(Answer { response, sync, recalls }) => {
+                self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync, recalls });
+            }
+            // Its share of memory is given back, as with answers that are held.
+            Outcome::Postponed(request, recalls) => {
+                self.postponed.hold(Postponed { session, outbox: outbox.clone(), request }, recalls);
+            }
         }
     }
 
@@ -342,11 +376,18 @@ impl Executor {
         for mut pending in std::mem::take(&mut self.answers) {
             match std::mem::take(&mut pending.recalls) {
                 recalls if recalls.is_empty() => free.push((pending, committed)),
-                recalls => self.held.hold(pending, committed, recalls),
+                recalls => {
+                    // Given back at once: the message with which its client obeys a recall must not wait for the room that its
+                    // own answers take.
+                    pending.permit = None;
+                    self.held.hold((pending, committed), recalls);
+                }
             }
         }
         // Behind the answers of the burst that ended the recalls: nothing waits for them any more.
-        free.extend(self.held.release(self.core.take_ended_recalls()));
+        let ended = self.core.take_ended_recalls();
+        free.extend(self.held.release(&ended));
+        self.ready = self.postponed.release(&ended);
         // Answers of one stream stand together mostly: each run of them is one push, so one message and one wake-up.
         let mut run: Vec<Ready> = Vec::new();
         let mut owner: Option<Arc<Outbox>> = None;

@@ -1,16 +1,22 @@
-//! Who may cache what, and how it is taken back.
+//! Who may cache what, who may decide what by itself, and how both are taken back.
 //!
 //! A session holds a lease on every inode it was told something of, until it gives it back or is recalled. An
 //! operation is executed at once, but nobody is told of its effect, neither who asked for it nor who reads it, while
 //! another session may still use what it has cached of the inodes concerned: the **recalls**. So a holder never shows
 //! what somebody else has already seen changed.
 //!
-//! A recall ends when its holder says so, when the holder's session or stream is over, or when the holder has been
-//! silent for the length of a lease: by then it has stopped using its leases by its own clock. A holder that is heard
-//! but does not obey loses its session.
+//! A **delegation** is a lease that nobody else has beside it. Its holder decides operations on the inode by itself and sends them
+//! later, so what another session asks of the inode is not executed until the delegation has been recalled: it would see
+//! what is over already. Delegations are granted to sessions that change something, and not on inodes that
+//! were recalled from somebody a moment ago: what several sessions use by turns is better shared.
 //!
-//! In memory only. After a start nobody knows who caches what, so every session of before counts as a holder of everything
-//! until it attaches again, which ends its leases, or a lease's time has passed.
+//! A recall ends when its holder says so, when the holder's session is over, or when the holder has been silent for the
+//! length of a lease: by then it has stopped using its leases by its own clock. A holder that is heard but does not
+//! obey loses its session. A holder that comes back on a new stream has first sent what it had decided, so that it
+//! obeys recalls from before as any others.
+//!
+//! In memory only. After a start nobody knows who caches or decides what. Until every session of before has sent what it had
+//! decided, or has been silent for a lease's time, there is a **grace**: only such operations are executed.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -19,9 +25,17 @@ use std::{
 
 use fjordfs_proto::{InodeId, SessionId};
 
+/// For this long after a recall an inode is not delegated.
+const CONTENDED: Duration = Duration::from_secs(1);
+
 /// Number of a recall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct RecallId(pub(crate) u64);
+
+impl RecallId {
+    /// The end of the grace after a start, which can be waited for as for a recall.
+    pub(crate) const GRACE: RecallId = RecallId(0);
+}
 
 /// A recall that has not ended.
 #[derive(Debug)]
@@ -37,6 +51,8 @@ struct Held {
     /// With the serial of the last answer that granted it.
     inodes: HashMap<InodeId, u64>,
     recalls: HashMap<InodeId, RecallId>,
+    /// How many of the leases are delegations.
+    delegations: usize,
 }
 
 /// A recall to be sent.
@@ -51,11 +67,14 @@ pub(crate) struct Order {
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
     holders: HashMap<InodeId, Vec<SessionId>>,
+    delegations: HashMap<InodeId, SessionId>,
     sessions: HashMap<SessionId, Held>,
     /// Sessions of before the start that may hold anything.
     unknown: HashSet<SessionId>,
     recalls: BTreeMap<RecallId, Recall>,
     recalled: HashMap<InodeId, Vec<RecallId>>,
+    /// Inodes that were recalled lately, and when.
+    contended: HashMap<InodeId, Instant>,
     last_id: u64,
     orders: Vec<Order>,
     ended: Vec<RecallId>,
@@ -67,11 +86,68 @@ impl Leases {
         self.unknown.insert(session);
     }
 
+    /// Whether sessions of before the start may still have something to send.
+    pub(crate) fn in_grace(&self) -> bool {
+        !self.unknown.is_empty()
+    }
+
     /// A session was told of an inode, in the answer with this serial.
     pub(crate) fn grant(&mut self, session: SessionId, ino: InodeId, serial: u64) {
         if self.sessions.entry(session).or_default().inodes.insert(ino, serial).is_none() {
             self.holders.entry(ino).or_default().push(session);
         }
+    }
+
+    /// Makes a lease a delegation, if nothing speaks against it; whether it is one now.
+    pub(crate) fn delegate(&mut self, session: SessionId, ino: InodeId, now: Instant) -> bool {
+        if let Some(holder) = self.delegations.get(&ino) {
+            return *holder == session;
+        }
+        let alone = self.holders.get(&ino).is_some_and(|holders| holders[..] == [session]);
+        let contended =
+            self.contended.get(&ino).is_some_and(|at| now.saturating_duration_since(*at) < CONTENDED);
+        if alone && !contended && !self.in_grace() && !self.recalled.contains_key(&ino) {
+            self.note_delegation(session, ino);
+            return true;
+        }
+        false
+    }
+
+    /// An inode that a session has made by itself: nobody else can have heard of it.
+    pub(crate) fn delegate_new(&mut self, session: SessionId, ino: InodeId) {
+        // The session has known since before any serial that it has seen.
+        self.grant(session, ino, 0);
+        self.note_delegation(session, ino);
+    }
+
+    fn note_delegation(&mut self, session: SessionId, ino: InodeId) {
+        if self.delegations.insert(ino, session).is_none() {
+            self.sessions.entry(session).or_default().delegations += 1;
+        }
+    }
+
+    /// Whether somebody else has a delegation on anything.
+    pub(crate) fn may_conflict(&self, session: SessionId) -> bool {
+        self.delegations.len() > self.sessions.get(&session).map_or(0, |held| held.delegations)
+    }
+
+    /// Of these inodes, the ones that are delegated to somebody else.
+    pub(crate) fn conflicts(&self, session: SessionId, inodes: &[InodeId]) -> Vec<InodeId> {
+        if !self.may_conflict(session) {
+            return Vec::new();
+        }
+        let foreign = |ino: &&InodeId| self.delegations.get(ino).is_some_and(|holder| *holder != session);
+        inodes.iter().filter(foreign).copied().collect()
+    }
+
+    /// Recalls delegations; their recalls.
+    pub(crate) fn take_back(&mut self, inodes: &[InodeId], now: Instant) -> Vec<RecallId> {
+        for ino in inodes {
+            if let Some(holder) = self.delegations.get(ino).copied() {
+                self.recall(holder, *ino, now);
+            }
+        }
+        self.pending(None, inodes)
     }
 
     /// How many inodes a session may cache something of.
@@ -83,6 +159,10 @@ impl Leases {
     /// too: its answer will wait, and others may learn of the change before it does.
     pub(crate) fn changed(&mut self, actor: Option<SessionId>, inodes: &[InodeId], now: Instant) {
         for &ino in inodes {
+            if actor.is_some() && self.delegations.get(&ino).copied() == actor {
+                // Nobody else has a lease, and the change may be one that was decided long ago.
+                continue;
+            }
             // A session that may hold anything is not known to hold something: it has not attached since.
             let known = self.holders.get(&ino).into_iter().flatten();
             let holders: Vec<SessionId> = known.chain(&self.unknown).copied().collect();
@@ -102,18 +182,26 @@ impl Leases {
         self.last_id += 1;
         let id = RecallId(self.last_id);
         held.recalls.insert(ino, id);
+        self.contended.insert(ino, now);
         self.recalled.entry(ino).or_default().push(id);
         self.recalls.insert(id, Recall { session, ino, since: now });
         self.orders.push(Order { session, id, ino });
     }
 
-    /// Recalls that must end before anybody is told something of these inodes.
-    pub(crate) fn pending(&self, inodes: &[InodeId]) -> Vec<RecallId> {
+    /// Recalls that must end before anybody is told something of these inodes. `actor` has seen and done more with what is
+    /// delegated to it than the server: it need not wait for itself.
+    pub(crate) fn pending(&self, actor: Option<SessionId>, inodes: &[InodeId]) -> Vec<RecallId> {
         if self.recalls.is_empty() {
             return Vec::new();
         }
-        let mut ids: Vec<RecallId> =
-            inodes.iter().filter_map(|ino| self.recalled.get(ino)).flatten().copied().collect();
+        let foreign = |ino: &&InodeId| actor.is_none() || self.delegations.get(ino).copied() != actor;
+        let mut ids: Vec<RecallId> = inodes
+            .iter()
+            .filter(foreign)
+            .filter_map(|ino| self.recalled.get(ino))
+            .flatten()
+            .copied()
+            .collect();
         ids.sort_unstable();
         ids.dedup();
         ids
@@ -136,15 +224,43 @@ impl Leases {
     /// The session has dropped what it was told of these inodes up to `as_of`.
     pub(crate) fn given_back(&mut self, session: SessionId, inodes: &[u64], as_of: u64) {
         for ino in inodes.iter().copied().map(InodeId) {
-            let granted = self.sessions.get(&session).and_then(|held| held.inodes.get(&ino));
-            if granted.is_some_and(|serial| *serial <= as_of) {
+            if self.granted_by(session, ino, as_of) {
                 self.release(session, ino);
+            }
+        }
+    }
+
+    /// The session decides nothing about these inodes by itself any more, as far as delegated up to `as_of`.
+    pub(crate) fn demoted(&mut self, session: SessionId, inodes: &[u64], as_of: u64) {
+        for ino in inodes.iter().copied().map(InodeId) {
+            if self.granted_by(session, ino, as_of) {
+                self.end_delegation(session, ino);
+            }
+        }
+    }
+
+    fn granted_by(&self, session: SessionId, ino: InodeId, as_of: u64) -> bool {
+        let granted = self.sessions.get(&session).and_then(|held| held.inodes.get(&ino));
+        granted.is_some_and(|serial| *serial <= as_of)
+    }
+
+    /// The inode is gone, and the session knows: it was the one that removed it.
+    pub(crate) fn gone(&mut self, session: SessionId, ino: InodeId) {
+        self.release(session, ino);
+    }
+
+    fn end_delegation(&mut self, session: SessionId, ino: InodeId) {
+        if self.delegations.get(&ino) == Some(&session) {
+            self.delegations.remove(&ino);
+            if let Some(held) = self.sessions.get_mut(&session) {
+                held.delegations -= 1;
             }
         }
     }
 
     /// The session caches nothing of the inode any more.
     fn release(&mut self, session: SessionId, ino: InodeId) {
+        self.end_delegation(session, ino);
         let Some(held) = self.sessions.get_mut(&session) else { return };
         held.inodes.remove(&ino);
         let recall = held.recalls.remove(&ino);
@@ -170,9 +286,43 @@ impl Leases {
         self.ended.push(id);
     }
 
-    /// The session caches nothing any more: it is over, came back on a new stream, or was silent for a lease's time.
+    /// The session has a new stream. Of before a start: it caches nothing any more, but may have something to send.
+    /// Otherwise recalls that were sent on the old stream are sent again.
+    pub(crate) fn attached(&mut self, session: SessionId) {
+        if self.unknown.contains(&session) {
+            self.release_all(session);
+            return;
+        }
+        self.orders.retain(|order| order.session != session);
+        let Some(held) = self.sessions.get(&session) else { return };
+        let mut again: Vec<Order> =
+            held.recalls.iter().map(|(&ino, &id)| Order { session, id, ino }).collect();
+        again.sort_unstable_by_key(|order| order.id);
+        self.orders.append(&mut again);
+    }
+
+    /// The session has sent what it had decided before it attached.
+    pub(crate) fn settled(&mut self, session: SessionId) {
+        if self.unknown.remove(&session) && self.unknown.is_empty() {
+            self.ended.push(RecallId::GRACE);
+        }
+    }
+
+    /// Whoever has not sent anything by now is not waited for any longer.
+    pub(crate) fn end_grace(&mut self) {
+        for session in std::mem::take(&mut self.unknown) {
+            self.release_all(session);
+        }
+        self.ended.push(RecallId::GRACE);
+    }
+
+    /// The session caches nothing any more: it is over, or was silent for a lease's time.
     pub(crate) fn end_all(&mut self, session: SessionId) {
-        self.unknown.remove(&session);
+        self.settled(session);
+        self.release_all(session);
+    }
+
+    fn release_all(&mut self, session: SessionId) {
         let Some(held) = self.sessions.get(&session) else { return };
         let inodes: Vec<InodeId> = held.inodes.keys().chain(held.recalls.keys()).copied().collect();
         for ino in inodes {
@@ -192,6 +342,11 @@ impl Leases {
         sessions
     }
 
+    /// Forgets what was contended long ago.
+    pub(crate) fn calm_down(&mut self, now: Instant) {
+        self.contended.retain(|_, at| now.saturating_duration_since(*at) < CONTENDED);
+    }
+
     /// Nobody could be heard for this long.
     pub(crate) fn forgive(&mut self, stalled: Duration) {
         for recall in self.recalls.values_mut() {
@@ -204,7 +359,7 @@ impl Leases {
         std::mem::take(&mut self.orders)
     }
 
-    /// Recalls that have ended since.
+    /// Recalls that have ended since, and the grace if it has.
     pub(crate) fn take_ended(&mut self) -> Vec<RecallId> {
         std::mem::take(&mut self.ended)
     }
@@ -223,7 +378,7 @@ mod tests {
         let mut leases = Leases::default();
         leases.grant(A, I, 1);
         leases.changed(Some(A), &[I], Instant::now());
-        assert_eq!((leases.pending(&[I]), leases.take_orders()), (vec![], vec![]));
+        assert_eq!((leases.pending(None, &[I]), leases.take_orders()), (vec![], vec![]));
     }
 
     #[test]
@@ -237,13 +392,13 @@ mod tests {
         assert_eq!(orders.iter().map(|o| o.session).collect::<Vec<_>>(), [A, B]);
         leases.changed(Some(A), &[I], now);
         assert!(leases.take_orders().is_empty(), "recalled already");
-        assert_eq!(leases.pending(&[I, I, InodeId(8)]).len(), 2);
+        assert_eq!(leases.pending(None, &[I, I, InodeId(8)]).len(), 2);
         leases.obeyed(A, orders[1].id);
-        assert_eq!(leases.pending(&[I]).len(), 2, "B's recall is not A's to obey");
+        assert_eq!(leases.pending(None, &[I]).len(), 2, "B's recall is not A's to obey");
         leases.obeyed(A, orders[0].id);
         leases.obeyed(B, orders[1].id);
         assert_eq!(leases.take_ended(), [orders[0].id, orders[1].id]);
-        assert!(leases.pending(&[I]).is_empty() && leases.held(A) + leases.held(B) == 0);
+        assert!(leases.pending(None, &[I]).is_empty() && leases.held(A) + leases.held(B) == 0);
     }
 
     #[test]
@@ -274,9 +429,82 @@ mod tests {
         let mut leases = Leases::default();
         leases.add_unknown(B);
         leases.changed(Some(A), &[I], Instant::now());
-        assert_eq!(leases.pending(&[I]).len(), 1);
+        assert_eq!(leases.pending(None, &[I]).len(), 1);
         leases.end_all(B);
         leases.changed(Some(A), &[I], Instant::now());
-        assert!(leases.pending(&[I]).is_empty());
+        assert!(leases.pending(None, &[I]).is_empty());
+    }
+
+    #[test]
+    fn a_delegation_needs_to_be_alone_and_unrecalled() {
+        let mut leases = Leases::default();
+        let now = Instant::now();
+        assert!(!leases.delegate(A, I, now), "no lease");
+        leases.grant(A, I, 1);
+        leases.grant(B, I, 1);
+        assert!(!leases.delegate(A, I, now), "two holders");
+        leases.changed(Some(A), &[I], now);
+        for order in leases.take_orders() {
+            leases.obeyed(order.session, order.id);
+        }
+        leases.grant(A, I, 2);
+        assert!(!leases.delegate(A, I, now), "contended");
+        assert!(leases.delegate(A, I, now + CONTENDED));
+        assert!(leases.delegate(A, I, now) && !leases.delegate(B, I, now));
+    }
+
+    #[test]
+    fn others_wait_for_a_delegation_and_its_holder_does_not() {
+        let mut leases = Leases::default();
+        let now = Instant::now();
+        leases.delegate_new(A, I);
+        assert!(!leases.may_conflict(A) && leases.may_conflict(B));
+        assert_eq!((leases.conflicts(A, &[I]), leases.conflicts(B, &[InodeId(1), I])), (vec![], vec![I]));
+        let recalls = leases.take_back(&[I], now);
+        assert_eq!((recalls.len(), leases.take_orders().len()), (1, 1));
+        // What A has decided arrives.
+        leases.changed(Some(A), &[I], now);
+        assert!(leases.pending(Some(A), &[I]).is_empty() && leases.take_orders().is_empty());
+        assert_eq!(leases.pending(Some(B), &[I]), recalls);
+        leases.obeyed(A, recalls[0]);
+        assert_eq!((leases.take_ended(), leases.may_conflict(B)), (recalls, false));
+    }
+
+    #[test]
+    fn a_demoted_delegation_is_still_a_lease() {
+        let mut leases = Leases::default();
+        leases.delegate_new(A, I);
+        leases.grant(A, I, 3);
+        leases.demoted(A, &[I.0], 2);
+        assert!(leases.may_conflict(B), "delegated later than that");
+        leases.demoted(A, &[I.0], 3);
+        assert!(!leases.may_conflict(B));
+        leases.changed(Some(B), &[I], Instant::now());
+        assert_eq!(leases.take_orders().len(), 1);
+    }
+
+    #[test]
+    fn a_session_that_comes_back_is_recalled_again() {
+        let mut leases = Leases::default();
+        leases.delegate_new(A, I);
+        let recalls = leases.take_back(&[I], Instant::now());
+        let orders = leases.take_orders();
+        leases.attached(A);
+        assert_eq!(leases.take_orders(), orders);
+        leases.end_all(A);
+        assert_eq!(leases.take_ended(), recalls);
+    }
+
+    #[test]
+    fn the_grace_ends_with_the_last_session_of_before() {
+        let mut leases = Leases::default();
+        leases.add_unknown(A);
+        leases.add_unknown(B);
+        leases.attached(A);
+        leases.settled(A);
+        assert!(leases.in_grace() && leases.take_ended().is_empty());
+        leases.end_all(B);
+        assert!(!leases.in_grace());
+        assert_eq!(leases.take_ended(), [RecallId::GRACE]);
     }
 }

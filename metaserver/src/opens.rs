@@ -85,6 +85,18 @@ impl Opens {
         self.sessions.get(&session).map_or(0, HashMap::len)
     }
 
+    /// What has been opened so far, for [`Opens::undo_to`].
+    pub(crate) fn mark(&self) -> usize {
+        self.fresh.len()
+    }
+
+    /// The operation that has opened something since is not executed now.
+    pub(crate) fn undo_to(&mut self, mark: usize) {
+        for (session, handle) in self.fresh.split_off(mark.min(self.fresh.len())) {
+            self.close(session, handle);
+        }
+    }
+
     /// The burst is committed: what it opened stays open.
     pub(crate) fn committed(&mut self) {
         self.fresh.clear();
@@ -92,8 +104,6 @@ impl Opens {
 
     /// The burst failed, and its clients were told so: what it opened is not open.
     pub(crate) fn abandon(&mut self) {
-        for (session, handle) in std::mem::take(&mut self.fresh) {
-            self.close(session, handle);
-        }
+        self.undo_to(0);
     }
 }

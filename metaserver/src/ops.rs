@@ -10,6 +10,7 @@ mod get_extents;
 mod get_parent;
 mod getattr;
 mod lease_blocks;
+mod lease_inodes;
 mod link;
 mod lookup;
 mod make;
@@ -38,6 +39,9 @@ use crate::{opens::Opens, records::Inode, txn::Txn};
 pub(crate) use make::make_root;
 pub(crate) use told::Told;
 
+/// Numbers leased to a session for inodes that it makes by itself, oldest first.
+pub(crate) type InodeRanges = Vec<std::ops::Range<u64>>;
+
 /// What operations know of the cluster.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ClusterFacts {
@@ -58,37 +62,9 @@ pub(crate) struct Ctx<'a> {
     pub(crate) session: SessionId,
     pub(crate) now: Time,
     pub(crate) facts: ClusterFacts,
+    pub(crate) inodes: &'a mut InodeRanges,
     /// Set by an operation that needs placement groups of this width.
     pub(crate) width_wanted: Option<usize>,
-}
-
-/// Operations whose effect is durable and that are executed exactly once.
-pub(crate) fn is_mutation(op: &Op) -> bool {
-    match op {
-        Op::SetAttr(_)
-        | Op::Make(_)
-        | Op::Link(_)
-        | Op::Remove(_)
-        | Op::Rename(_)
-        | Op::Commit(_)
-        | Op::SetXattr(_)
-        | Op::RemoveXattr(_)
-        | Op::Allocate(_)
-        | Op::CopyRange(_)
-        | Op::LeaseBlocks(_) => true,
-        Op::Lookup(_)
-        | Op::GetAttr(_)
-        | Op::ReadLink(_)
-        | Op::Open(_)
-        | Op::Close(_)
-        | Op::GetExtents(_)
-        | Op::ReadDir(_)
-        | Op::StatFs(_)
-        | Op::Sync(_)
-        | Op::GetXattr(_)
-        | Op::ListXattrs(_)
-        | Op::GetParent(_) => false,
-    }
 }
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.
@@ -99,6 +75,7 @@ pub(crate) fn needs_space(op: &Op) -> bool {
             | Op::Link(_)
             | Op::Commit(_)
             | Op::LeaseBlocks(_)
+            | Op::LeaseInodes(_)
             | Op::Rename(_)
             | Op::SetXattr(_)
             | Op::CopyRange(_)
@@ -109,10 +86,25 @@ pub(crate) fn needs_space(op: &Op) -> bool {
 /// A leased id that was forgotten would be leased twice, and two blocks would have one name.
 pub(crate) fn needs_sync(op: &Op) -> bool {
     match op {
-        Op::Sync(_) | Op::LeaseBlocks(_) => true,
+        Op::Sync(_) | Op::LeaseBlocks(_) | Op::LeaseInodes(_) => true,
         Op::Commit(commit) => commit.sync,
         _ => false,
     }
+}
+
+/// What goes on while clients of before a restart may still have something to send that they have decided: operations of
+/// that kind, and those that no such decision can contradict.
+pub(crate) fn goes_on_in_grace(op: &Op, deferred: bool) -> bool {
+    deferred
+        || matches!(
+            op,
+            Op::Commit(_)
+                | Op::Close(_)
+                | Op::Sync(_)
+                | Op::StatFs(_)
+                | Op::LeaseBlocks(_)
+                | Op::LeaseInodes(_)
+        )
 }
 
 /// Executes one operation.
@@ -133,6 +125,7 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::ReadDir(op) => Reply::ReadDir(readdir::run(ctx, &op)?),
         Op::StatFs(_) => Reply::StatFs(statfs::run(ctx)?),
         Op::LeaseBlocks(op) => Reply::LeaseBlocks(lease_blocks::run(ctx, &op)?),
+        Op::LeaseInodes(op) => Reply::LeaseInodes(lease_inodes::run(ctx, &op)?),
         Op::Sync(_) => Reply::Empty(sync::run()),
         Op::GetParent(op) => Reply::GetParent(get_parent::run(ctx, &op)?),
         Op::GetXattr(op) => Reply::Xattr(xattr::get(ctx, &op)?),
@@ -146,16 +139,35 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
 
 /// The answer of an earlier execution is repeated: what it did in memory is done again, since a restart forgets it.
 pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Reply) {
-    if let (Op::Make(make), Reply::Entry(Entry { attr: Some(attr), .. })) = (op, reply)
-        && make.handle != 0
-    {
+    let Op::Make(make) = op else { return };
+    let ino = match reply {
+        Reply::Entry(Entry { attr: Some(attr), .. }) => attr.ino,
+        // A deferred one is answered without attributes.
+        _ => make.ino,
+    };
+    if make.handle != 0 {
         // It fails only when the client reuses handles, and then the first open stands.
-        let _ = opens.open(session, fjordfs_proto::HandleId(make.handle), InodeId(attr.ino));
+        let _ = opens.open(session, fjordfs_proto::HandleId(make.handle), InodeId(ino));
     }
 }
 
 fn entry(ino: InodeId, inode: &Inode) -> Entry {
     Entry { attr: Some(inode.attr(ino)), target: inode.target.clone() }
+}
+
+/// When an operation happened: when its client decided it, or now.
+fn time_of(ctx: &Ctx<'_>, decided: Option<Time>) -> FsResult<Time> {
+    decided.iter().try_for_each(check_time)?;
+    Ok(decided.unwrap_or(ctx.now))
+}
+
+const NANOSECONDS: u32 = 1_000_000_000;
+
+fn check_time(time: &Time) -> FsResult<()> {
+    if time.nsec >= NANOSECONDS {
+        return fail(Errno::EINVAL, format!("{} nanoseconds are a second or more", time.nsec));
+    }
+    Ok(())
 }
 
 fn fail<T>(errno: Errno, message: impl Into<String>) -> FsResult<T> {

@@ -8,12 +8,10 @@ use bytes::Bytes;
 use fjordfs_proto::{
     Extent, FsError, FsResult, InodeId, Source,
     error::Errno,
+    operation::DIRECTORY_SIZE,
     pb::meta::{Attr, FileKind, Time},
 };
 use prost::Message;
-
-/// What a directory reports as its size: one page, as local filesystems do.
-const DIRECTORY_SIZE: u64 = 4096;
 
 /// 'A': an inode.
 #[derive(Clone, PartialEq, Message)]
@@ -190,6 +188,25 @@ pub(crate) struct SessionRecord {
     pub(crate) client: String,
     #[prost(message, optional, tag = "2")]
     pub(crate) created: Option<Time>,
+    /// Numbers for inodes that it makes by itself, oldest first.
+    #[prost(message, repeated, tag = "3")]
+    pub(crate) inodes: Vec<InodeRange>,
+}
+
+impl SessionRecord {
+    /// The numbers leased to it.
+    pub(crate) fn ranges(&self) -> crate::ops::InodeRanges {
+        self.inodes.iter().map(|range| range.first..range.first + u64::from(range.count)).collect()
+    }
+}
+
+/// Consecutive inode numbers.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(crate) struct InodeRange {
+    #[prost(uint64, tag = "1")]
+    pub(crate) first: u64,
+    #[prost(uint32, tag = "2")]
+    pub(crate) count: u32,
 }
 
 /// 's': the last mutation of a slot and its answer.

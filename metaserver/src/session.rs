@@ -12,6 +12,7 @@ use crate::{
     keys,
     leases::Leases,
     opens::Opens,
+    ops::InodeRanges,
     records::{self, SessionRecord},
     store::Order,
     txn::Txn,
@@ -28,6 +29,10 @@ pub(crate) struct Session {
     pub(crate) attached: bool,
     /// Known from before the start, and not heard of since: it may have files open that we do not know.
     pub(crate) missing: bool,
+    /// It wants delegations.
+    pub(crate) delegations: bool,
+    /// Numbers for inodes that it makes by itself.
+    pub(crate) inodes: InodeRanges,
 }
 
 /// All clients.
@@ -43,14 +48,30 @@ impl Sessions {
         for (key, value) in txn.scan(&keys::all(keys::SESSION), Order::Ascending, usize::MAX)? {
             let id = keys::first_id(&key).ok_or_else(|| records::damaged("a session without an id"))?;
             let record: SessionRecord = records::decode(value, || format!("session {id}"))?;
-            let session = Session { client: record.client, heard: now, attached: false, missing: true };
+            let inodes = record.ranges();
+            let session = Session {
+                client: record.client,
+                heard: now,
+                attached: false,
+                missing: true,
+                delegations: false,
+                inodes,
+            };
             sessions.insert(SessionId(id), session);
         }
         Ok(Sessions { sessions })
     }
 
     pub(crate) fn add(&mut self, id: SessionId, client: String, now: Instant) {
-        self.sessions.insert(id, Session { client, heard: now, attached: true, missing: false });
+        let session = Session {
+            client,
+            heard: now,
+            attached: true,
+            missing: false,
+            delegations: false,
+            inodes: Vec::new(),
+        };
+        self.sessions.insert(id, session);
     }
 
     pub(crate) fn ids(&self) -> impl Iterator<Item = SessionId> {

@@ -16,7 +16,7 @@ use response::Result as Reply;
 
 use crate::{
     Config,
-    core::{Answer, Core, Moment},
+    core::{Answer, Core, Moment, Outcome},
     fsck,
     store::{MemoryStore, MetaStore},
 };
@@ -103,6 +103,8 @@ impl World {
         let handles =
             handles.iter().map(|(handle, ino)| OpenHandle { handle: *handle, ino: ino.0 }).collect();
         self.core.attach(&Hello { handles, ..hello(session.0) }, self.now).unwrap();
+        // It has nothing to send that it would have decided by itself.
+        self.core.settled(session);
         self.core.commit().unwrap();
     }
 
@@ -135,13 +137,21 @@ impl World {
     }
 
     pub(crate) fn send(&mut self, session: SessionId, slot: u32, sequence: u64, op: Op) -> FsResult<Reply> {
-        let Answer { response, .. } =
-            self.core.request(session, Request { id: 9, slot, sequence, op: Some(op) }, self.now);
+        let request = Request { id: 9, slot, sequence, op: Some(op), ..Request::default() };
+        let Answer { response, .. } = self.answer(session, request);
         self.core.commit()?;
         assert_eq!(response.id, 9);
         match response.result.unwrap() {
             Reply::Error(e) => Err(e.into()),
             reply => Ok(reply),
+        }
+    }
+
+    /// The answer to a request that nothing stands in the way of.
+    pub(crate) fn answer(&mut self, session: SessionId, request: Request) -> Answer {
+        match self.core.request(session, request, self.now) {
+            Outcome::Answered(answer) => answer,
+            Outcome::Postponed(request, recalls) => panic!("{request:?} waits for {recalls:?}"),
         }
     }
 
@@ -257,7 +267,13 @@ impl World {
     }
 
     pub(crate) fn remove(&mut self, parent: InodeId, name: &str, directory: bool) -> FsResult<()> {
-        self.call(Op::Remove(Remove { parent: parent.0, name: name.to_owned().into(), directory })).map(drop)
+        self.call(Op::Remove(Remove {
+            parent: parent.0,
+            name: name.to_owned().into(),
+            directory,
+            time: None,
+        }))
+        .map(drop)
     }
 
     pub(crate) fn rename(&mut self, from: (InodeId, &str), to: (InodeId, &str), flags: u32) -> FsResult<()> {

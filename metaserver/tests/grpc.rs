@@ -61,7 +61,13 @@ impl Session {
 
     fn request(&mut self, op: Op) -> Request {
         self.sequence += 1;
-        Request { id: 1000 + self.sequence, slot: 0, sequence: self.sequence, op: Some(op) }
+        Request {
+            id: 1000 + self.sequence,
+            slot: 0,
+            sequence: self.sequence,
+            op: Some(op),
+            ..Request::default()
+        }
     }
 
     async fn call(&mut self, op: Op) -> Reply {
@@ -116,7 +122,13 @@ async fn a_client_works_reconnects_and_is_never_served_twice() {
 
     // A burst on many slots, in one message.
     let burst: Vec<Request> = (0..200)
-        .map(|i| Request { id: i, slot: i as u32 + 1, sequence: 1, op: Some(make(&format!("f{i}"))) })
+        .map(|i| Request {
+            id: i,
+            slot: i as u32 + 1,
+            sequence: 1,
+            op: Some(make(&format!("f{i}"))),
+            ..Request::default()
+        })
         .collect();
     session.send(burst.clone()).await;
     let mut first = session.answers(200).await;
@@ -207,7 +219,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
     let file = FileCommit { ino: made.attr.unwrap().ino, extents: vec![extent], ..FileCommit::default() };
     let commit = Commit { files: vec![file], sync: true, ..Commit::default() };
     assert!(matches!(session.call(Op::Commit(commit)).await, Reply::Commit(_)));
-    let remove = Remove { parent: 1, name: "f".into(), directory: false };
+    let remove = Remove { parent: 1, name: "f".into(), directory: false, time: None };
     assert!(matches!(session.call(Op::Remove(remove)).await, Reply::Empty(_)));
     assert!(matches!(session.call(Op::Sync(Sync {})).await, Reply::Empty(_)));
 
@@ -249,6 +261,7 @@ async fn a_client_that_reads_late_gets_every_answer() {
             slot: i as u32,
             sequence: chunk + 1,
             op: Some(make(&name(i))),
+            ..Request::default()
         });
         session.send(burst.collect()).await;
         session.answers(250).await;

@@ -25,6 +25,7 @@ pub mod frame;
 pub mod ids;
 pub mod interval;
 pub mod mode;
+pub mod operation;
 pub mod placement;
 pub mod policy;
 
@@ -37,7 +38,7 @@ pub use policy::Policy;
 
 /// Version of both protocols; bumped when an older peer could misread a message.
 /// 1: first. 2: leases, and `Make.umask`, which an older metaserver would not take from the mode.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The root directory's inode.
 pub const ROOT_INODE: InodeId = InodeId(1);

@@ -104,7 +104,7 @@ fn a_directory_made_here_is_known_as_a_whole() {
     t.learn(&made, &entry(attr(10, FileKind::Regular, 0)), 2, &[attr(9, FileKind::Directory, 0o755)]);
     assert_eq!(t.name(d, b"f"), Some(Some(InodeId(10))));
     // Nobody knows how this one ended: absence of other names is still known, this name is not.
-    let removed = Op::Remove(Remove { parent: 9, name: "f".into(), directory: false });
+    let removed = Op::Remove(Remove { parent: 9, name: "f".into(), directory: false, time: None });
     t.learn(&removed, &EMPTY, 0, &[]);
     assert_eq!(t.name(d, b"f"), None);
 }
@@ -131,7 +131,7 @@ fn renames_move_what_is_known() {
 fn an_inode_without_links_is_forgotten() {
     let mut t = table();
     t.learn(&lookup("a"), &entry(attr(7, FileKind::Regular, 0)), 1, &[]);
-    let removed = Op::Remove(Remove { parent: DIR.0, name: "a".into(), directory: false });
+    let removed = Op::Remove(Remove { parent: DIR.0, name: "a".into(), directory: false, time: None });
     t.learn(&removed, &EMPTY, 2, &[Attr { ino: 7, ..Attr::default() }]);
     assert_eq!((t.name(DIR, b"a"), t.attr(InodeId(7))), (Some(None), None));
 }

@@ -31,8 +31,10 @@ impl Core {
             0 => self.new_session(hello, now)?,
             id => self.known_session(SessionId(id), now)?,
         };
-        // What it cached went with its last stream.
-        self.leases.end_all(session);
+        self.leases.attached(session);
+        if let Some(session) = self.sessions.get_mut(session) {
+            session.delegations = hello.delegations;
+        }
         for open in &hello.handles {
             let ino = InodeId(open.ino);
             // One that is gone shows itself as ESTALE when it is used.
@@ -55,7 +57,11 @@ impl Core {
         let id = self.operation(|core| {
             let id = SessionId(core.txn.counters().next_session);
             core.txn.counters().next_session += 1;
-            let record = SessionRecord { client: hello.client.clone(), created: Some(now.wall) };
+            let record = SessionRecord {
+                client: hello.client.clone(),
+                created: Some(now.wall),
+                ..SessionRecord::default()
+            };
             core.txn.put_record(keys::session(id), &record);
             Ok::<_, FsError>(id)
         })?;

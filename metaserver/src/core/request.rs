@@ -4,11 +4,12 @@ use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, InodeId, SessionId,
     error::Errno,
-    pb::meta::{Attr, GivenBack, Request, Response, request::Op, response::Result as Reply},
+    operation::is_mutation,
+    pb::meta::{Attr, Empty, GivenBack, Request, Response, request::Op, response::Result as Reply},
 };
 use prost::Message;
 
-use super::{Answer, Core, Moment};
+use super::{Answer, Core, Moment, Outcome};
 use crate::{
     keys,
     leases::RecallId,
@@ -29,39 +30,80 @@ impl Core {
         true
     }
 
-    /// The session has obeyed recalls, and has no use for some of its leases.
-    pub(crate) fn let_go(&mut self, session: SessionId, recalled: &[u64], given_back: Option<&GivenBack>) {
+    /// The session has obeyed recalls, and has no use for some of its leases and delegations.
+    pub(crate) fn let_go(
+        &mut self,
+        session: SessionId,
+        recalled: &[u64],
+        given_back: Option<&GivenBack>,
+        demoted: Option<&GivenBack>,
+    ) {
         for id in recalled {
             self.leases.obeyed(session, RecallId(*id));
+        }
+        if let Some(GivenBack { inos, as_of }) = demoted {
+            self.leases.demoted(session, inos, *as_of);
         }
         if let Some(GivenBack { inos, as_of }) = given_back {
             self.leases.given_back(session, inos, *as_of);
         }
     }
 
+    /// What the session had decided before it attached has arrived.
+    pub(crate) fn settled(&mut self, session: SessionId) {
+        self.leases.settled(session);
+    }
+
     /// Executes a request, or repeats the answer of its first execution.
-    pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Answer {
-        let Request { id, slot, sequence, op } = request;
+    pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Outcome {
+        let Request { id, slot, sequence, deferred, op } = request;
         let Some(op) = op else {
             let e = FsError::new(Errno::ENOSYS, "this metaserver does not know that operation: upgrade it");
-            return Answer { response: error_response(id, e), sync: false, recalls: Vec::new() };
+            return Outcome::Answered(Answer {
+                response: error_response(id, e),
+                sync: false,
+                recalls: Vec::new(),
+            });
         };
         self.txn.begin();
         let sync = ops::needs_sync(&op);
-        let told = ops::Told::by(&op);
         if let Some(repeated) = self.repeat(session, (slot, sequence), &op) {
             // What the first answer waited for may still be under way.
-            let recalls = self.leases.all_pending();
-            return Answer { response: response(id, repeated), sync, recalls };
+            let recalls = if deferred { Vec::new() } else { self.leases.all_pending() };
+            return Outcome::Answered(Answer { response: response(id, repeated), sync, recalls });
         }
-        let result = if ops::is_mutation(&op) {
-            self.mutate(session, (slot, sequence), op, now)
+        if self.leases.in_grace() && !ops::goes_on_in_grace(&op, deferred) {
+            let request = Request { id, slot, sequence, deferred, op: Some(op) };
+            return Outcome::Postponed(request, vec![RecallId::GRACE]);
+        }
+        let postponable = self.leases.may_conflict(session) && !matches!(op, Op::Close(_));
+        let again = postponable.then(|| op.clone());
+        let told = if deferred { ops::Told::default() } else { ops::Told::by(&op) };
+        let made = if let Op::Make(make) = &op { make.ino } else { 0 };
+        let removes = matches!(op, Op::Remove(_) | Op::Rename(_));
+        let is_mutation = is_mutation(&op);
+        let result = if is_mutation {
+            self.mutate(session, (slot, sequence), deferred, op, now)
         } else {
             self.read(session, op, now)
         };
+        if !self.conflicts.is_empty() {
+            let conflicts = std::mem::take(&mut self.conflicts);
+            let recalls = self.leases.take_back(&conflicts, now.mono);
+            return Outcome::Postponed(Request { id, slot, sequence, deferred, op: again }, recalls);
+        }
         let sync = sync && result.is_ok();
         self.leases.changed(Some(session), self.txn.changed(), now.mono);
-        let recalls = self.leases.pending(self.txn.seen());
+        if removes {
+            self.release_gone(session);
+        }
+        if deferred {
+            if made != 0 && result.is_ok() {
+                self.leases.delegate_new(session, InodeId(made));
+            }
+            return Outcome::Answered(Answer { response: response(id, result), sync, recalls: Vec::new() });
+        }
+        let recalls = self.leases.pending(Some(session), self.txn.seen());
         let told = told.and(&result);
         let changed = self.changed_besides(&told.attributes);
         let mut response = response(id, result);
@@ -70,11 +112,24 @@ impl Core {
         if recalls.is_empty() && !sync && told.cacheable() && self.leases.held(session) < LEASES_MAX {
             self.serial += 1;
             response.serial = self.serial;
+            let delegations = is_mutation && self.sessions.get_mut(session).is_some_and(|s| s.delegations);
             for ino in told.inodes() {
                 self.leases.grant(session, ino, self.serial);
+                if delegations && self.leases.delegate(session, ino, now.mono) {
+                    response.delegated.push(ino.0);
+                }
             }
         }
-        Answer { response, sync, recalls }
+        Outcome::Answered(Answer { response, sync, recalls })
+    }
+
+    /// Who has removed an inode keeps no lease on it.
+    fn release_gone(&mut self, session: SessionId) {
+        for ino in self.txn.changed().to_vec() {
+            if matches!(self.txn.find_inode(ino), Ok(None)) {
+                self.leases.gone(session, ino);
+            }
+        }
     }
 
     /// Attributes of what the operation has changed and its answer does not show.
@@ -108,7 +163,7 @@ impl Core {
 
     /// The answer to a mutation that was executed before, or the refusal of one that cannot be told.
     fn repeat(&mut self, session: SessionId, at: (u32, u64), op: &Op) -> Option<FsResult<Reply>> {
-        if !ops::is_mutation(op) {
+        if !is_mutation(op) {
             return None;
         }
         let (slot, sequence) = at;
@@ -136,7 +191,14 @@ impl Core {
         None
     }
 
-    fn mutate(&mut self, session: SessionId, at: (u32, u64), op: Op, now: Moment) -> FsResult<Reply> {
+    fn mutate(
+        &mut self,
+        session: SessionId,
+        at: (u32, u64),
+        deferred: bool,
+        op: Op,
+        now: Moment,
+    ) -> FsResult<Reply> {
         let (slot, sequence) = at;
         let key = keys::slot(session, slot);
         if let Some(why) = self.low_space.as_ref().filter(|_| ops::needs_space(&op)) {
@@ -144,6 +206,8 @@ impl Core {
         }
         self.operation(|core| {
             let reply = core.run(session, op, now)?;
+            // Who has decided it knows the rest.
+            let reply = if deferred { Reply::Empty(Empty {}) } else { reply };
             let response = Response { result: Some(reply), ..Response::default() };
             let record = SlotRecord { sequence, response: Bytes::from(response.encode_to_vec()) };
             core.txn.put_record(key, &record);
@@ -151,21 +215,35 @@ impl Core {
         })
     }
 
+    /// One operation; refused when it has met something that is delegated to another session, which `conflicts` names then.
     fn run(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
+        let opened = self.opens.mark();
+        let postponable = !matches!(op, Op::Close(_));
+        let mut none = Vec::new();
+        let inodes = self.sessions.get_mut(session).map_or(&mut none, |session| &mut session.inodes);
         let mut ctx = Ctx {
             facts: self.members.facts(),
             txn: &mut self.txn,
             opens: &mut self.opens,
+            inodes,
             session,
             now: now.wall,
             width_wanted: None,
         };
-        let reply = ops::run(&mut ctx, op)?;
-        if let Some(width) = ctx.width_wanted {
+        let reply = ops::run(&mut ctx, op);
+        let width_wanted = ctx.width_wanted;
+        if postponable {
+            self.conflicts = self.leases.conflicts(session, self.txn.seen());
+        }
+        if !self.conflicts.is_empty() {
+            self.opens.undo_to(opened);
+            return Err(FsError::new(Errno::EAGAIN, "postponed until a delegation is back"));
+        }
+        if let Some(width) = width_wanted.filter(|_| reply.is_ok()) {
             self.save_members();
             self.members.want_width(&mut self.txn, width);
         }
-        Ok(reply)
+        reply
     }
 }
 

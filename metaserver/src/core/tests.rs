@@ -11,12 +11,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno::*, pb::meta::*};
+use fjordfs_proto::{InodeId, ROOT_INODE, SessionId, error::Errno::*, pb::meta::*};
 use request::Op;
 use response::Result as Reply;
 
 use crate::{
-    core::Event,
+    core::{Event, Outcome},
+    leases::RecallId,
     refusal::Refusal,
     store::*,
     testing::{World, errno, hello, registration, run},
@@ -65,7 +66,8 @@ fn a_resent_mutation_is_answered_from_the_record_also_after_a_restart() {
     assert_eq!(w.send(session, 3, 1, make("f", 0)).unwrap(), first);
     assert_eq!(errno(w.send(session, 3, 2, make("f", 0))), EEXIST);
     // A refusal changed nothing and is not kept: the same again may succeed.
-    w.send(session, 4, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false })).unwrap();
+    w.send(session, 4, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false, time: None }))
+        .unwrap();
     w.send(session, 3, 2, make("f", 0)).unwrap();
     assert_eq!(errno(w.send(session, 3, 1, make("g", 0))), EINVAL, "that sequence is over");
     assert_eq!(errno(w.send(session, 3, 0, make("g", 0))), EINVAL);
@@ -83,7 +85,8 @@ fn a_resent_create_opens_its_handle_again() {
     w.reattach(session, &[]);
     w.send(session, 0, 1, make("f", 5)).unwrap();
     w.idle(Duration::from_secs(7));
-    w.send(session, 1, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false })).unwrap();
+    w.send(session, 1, 1, Op::Remove(Remove { parent: 1, name: "f".into(), directory: false, time: None }))
+        .unwrap();
     w.getattr(ino).unwrap();
     w.close(5);
     assert_eq!(errno(w.getattr(ino)), ESTALE);
@@ -172,6 +175,7 @@ fn ids_are_not_reused_after_a_restart() {
     let (session, f, b) = (w.attach(), w.file("f"), w.lease(7));
     w.restart();
     w.reattach(w.session, &[]);
+    w.reattach(session, &[]);
     assert!(w.attach().0 > session.0 + 1);
     assert!(w.file("g").0 > f.0 + 1);
     assert_eq!(w.lease(1), b + 7);
@@ -256,10 +260,10 @@ fn a_nearly_full_disk_takes_only_what_frees_space() {
 fn a_failed_operation_in_a_burst_leaves_the_others_alone() {
     let mut w = World::new();
     let mut send = |slot, op| {
-        let request = Request { id: 1, slot, sequence: 1, op: Some(op) };
-        w.core.request(w.session, request, w.now).response.result.unwrap()
+        let request = Request { id: 1, slot, sequence: 1, op: Some(op), ..Request::default() };
+        w.answer(w.session, request).response.result.unwrap()
     };
-    let remove = || Op::Remove(Remove { parent: 1, name: "f".into(), directory: false });
+    let remove = || Op::Remove(Remove { parent: 1, name: "f".into(), directory: false, time: None });
     assert!(matches!(send(0, make("f", 0)), Reply::Entry(_)));
     assert!(matches!(send(1, make("f", 0)), Reply::Error(_)));
     assert!(matches!(send(2, remove()), Reply::Empty(_)));
@@ -286,8 +290,8 @@ fn a_stall_of_the_server_is_not_held_against_anybody() {
 fn ask(w: &mut World, session: fjordfs_proto::SessionId, op: Op) -> (usize, bool, Vec<u64>) {
     let sequence = w.sequences.entry(session).or_default();
     *sequence += 1;
-    let request = Request { id: 9, slot: 0, sequence: *sequence, op: Some(op) };
-    let answer = w.core.request(session, request, w.now);
+    let request = Request { id: 9, slot: 0, sequence: *sequence, op: Some(op), ..Request::default() };
+    let answer = w.answer(session, request);
     w.core.commit().unwrap();
     let changed = answer.response.changed.iter().map(|attr| attr.ino).collect();
     (answer.recalls.len(), answer.response.serial != 0, changed)
@@ -314,7 +318,7 @@ fn what_others_cache_is_recalled_and_nobody_is_told_before() {
     let recalls = w.core.take_recalls();
     assert_eq!(recalls.iter().map(|o| (o.session, o.ino)).collect::<Vec<_>>(), [(a, R), (b, R)]);
     for recall in &recalls {
-        w.core.let_go(recall.session, &[recall.id.0], None);
+        w.core.let_go(recall.session, &[recall.id.0], None, None);
     }
     assert_eq!(w.core.take_ended_recalls().len(), 2);
     assert_eq!(ask(&mut w, b, look("absent")), (0, true, vec![]));
@@ -325,10 +329,10 @@ fn an_answer_that_is_repeated_waits_for_whatever_is_recalled() {
     let mut w = World::new();
     let (a, b) = (w.session, w.attach());
     ask(&mut w, b, look("f"));
-    let request = |op| Request { id: 9, slot: 5, sequence: 1, op: Some(op) };
-    let first = w.core.request(a, request(make("f", 0)), w.now);
+    let request = |op| Request { id: 9, slot: 5, sequence: 1, op: Some(op), ..Request::default() };
+    let first = w.answer(a, request(make("f", 0)));
     w.core.commit().unwrap();
-    let again = w.core.request(a, request(make("f", 0)), w.now);
+    let again = w.answer(a, request(make("f", 0)));
     assert_eq!((first.recalls, first.response.serial), (again.recalls.clone(), 0));
     assert!(!again.recalls.is_empty() && again.response.serial == 0);
 }
@@ -355,18 +359,144 @@ fn silence_ends_leases_and_disobedience_the_session() {
     assert!(!w.core.hear(b, w.now), "heard, but it did not obey");
 }
 
+/// What an operation waits for before it is executed at all.
+fn postponed(w: &mut World, session: SessionId, op: Op) -> Vec<RecallId> {
+    match w.core.request(
+        session,
+        Request { id: 9, slot: 7, sequence: 1, op: Some(op), ..Request::default() },
+        w.now,
+    ) {
+        Outcome::Postponed(_, recalls) => recalls,
+        Outcome::Answered(answer) => panic!("{answer:?}"),
+    }
+}
+
 #[test]
-fn after_a_restart_changes_wait_for_those_who_may_remember() {
+fn after_a_restart_everything_waits_for_what_was_decided_before() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    w.file("f");
+    w.restart();
+    w.reattach(a, &[]);
+    assert_eq!(postponed(&mut w, a, look("f")), [RecallId::GRACE]);
+    w.call(Op::Sync(Sync {})).unwrap();
+    w.reattach(b, &[]);
+    assert_eq!(w.core.take_ended_recalls(), [RecallId::GRACE]);
+    assert_eq!(ask(&mut w, a, look("f")).0, 0);
+}
+
+#[test]
+fn the_grace_ends_also_with_clients_that_stay_away_or_never_settle() {
     let mut w = World::new();
     let (a, b) = (w.session, w.attach());
     w.restart();
     w.reattach(a, &[]);
-    assert_eq!(ask(&mut w, a, look("f")).0, 0, "nothing was changed yet");
-    assert_eq!(ask(&mut w, a, make("f", 0)).0, 3, "what a was told, and for b the directory and the file");
-    let recalls = w.core.take_recalls();
-    recalls.iter().filter(|o| o.session == a).for_each(|o| w.core.let_go(a, &[o.id.0], None));
-    assert_eq!(w.core.take_ended_recalls().len(), 1);
+    w.idle(Duration::from_secs(7));
+    assert_eq!(ask(&mut w, a, look("f")).0, 0, "b was silent for a lease's time");
+    w.restart();
+    w.reattach(a, &[]);
+    for _ in 0..16 {
+        w.core.hear(b, w.now);
+        w.idle(Duration::from_secs(1));
+    }
+    assert_eq!(ask(&mut w, a, look("f")).0, 0, "b is heard, but has not sent anything");
+}
+
+/// A session that wants delegations.
+fn willing(w: &mut World) -> SessionId {
+    let welcome = w.core.attach(&Hello { delegations: true, ..hello(0) }, w.now).unwrap();
+    w.core.commit().unwrap();
+    SessionId(welcome.session)
+}
+
+fn directory(name: &str) -> Op {
+    Op::Make(Make {
+        parent: 1,
+        name: name.to_owned().into(),
+        kind: FileKind::Directory.into(),
+        ..Make::default()
+    })
+}
+
+#[test]
+fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
+    let mut w = World::new();
+    let (a, b) = (willing(&mut w), w.session);
+    let request = Request { id: 9, slot: 0, sequence: 1, op: Some(directory("d")), ..Request::default() };
+    let made = w.answer(a, request).response;
+    w.core.commit().unwrap();
+    let Some(Reply::Entry(Entry { attr: Some(d), .. })) = made.result else { panic!("{made:?}") };
+    assert_eq!(made.delegated, [1, d.ino], "nobody else has heard of the root, nor of what is new");
+    let recalls = postponed(&mut w, b, Op::Lookup(Lookup { parent: d.ino, name: "f".into() }));
+    let orders = w.core.take_recalls();
+    assert_eq!(orders.iter().map(|o| (o.session, o.ino.0)).collect::<Vec<_>>(), [(a, d.ino)]);
+    // What a had decided arrives before it obeys.
+    let Reply::LeaseInodes(inodes) = w.send(a, 1, 1, Op::LeaseInodes(LeaseInodes { count: 9 })).unwrap()
+    else {
+        panic!()
+    };
+    let make = Make {
+        parent: d.ino,
+        name: "f".into(),
+        kind: FileKind::Regular.into(),
+        ino: inodes.first,
+        ..Make::default()
+    };
+    let deferred = Request { id: 9, slot: 2, sequence: 1, deferred: true, op: Some(Op::Make(make)) };
+    let answer = w.answer(a, deferred.clone());
+    assert!(answer.recalls.is_empty() && answer.response.result == Some(Reply::Empty(Empty {})));
+    assert_eq!(w.answer(a, deferred).response.result, Some(Reply::Empty(Empty {})), "once");
+    w.core.let_go(a, &[orders[0].id.0], None, None);
+    assert_eq!(w.core.take_ended_recalls(), recalls);
+
+    // The new file is delegated as well.
+    let look = Op::Lookup(Lookup { parent: d.ino, name: "f".into() });
+    postponed(&mut w, b, look.clone());
+    let orders = w.core.take_recalls();
+    assert_eq!(orders.iter().map(|o| o.ino.0).collect::<Vec<_>>(), [inodes.first]);
+    w.core.let_go(a, &[orders[0].id.0], None, None);
+    let Reply::Entry(found) = w.call(look).unwrap() else { panic!() };
+    assert_eq!(found.attr.unwrap().ino, inodes.first);
+    w.check();
+}
+
+#[test]
+fn inode_numbers_are_their_sessions_alone_and_used_once() {
+    let mut w = World::new();
+    let (a, b) = (w.session, w.attach());
+    let Reply::LeaseInodes(inodes) = w.call(Op::LeaseInodes(LeaseInodes { count: 2 })).unwrap() else {
+        panic!()
+    };
+    let make = |name: &str, ino| {
+        Op::Make(Make {
+            name: name.to_owned().into(),
+            parent: 1,
+            kind: FileKind::Regular.into(),
+            ino,
+            ..Make::default()
+        })
+    };
+    assert_eq!(errno(w.call_as(b, make("f", inodes.first))), EINVAL);
+    assert_eq!(errno(w.call(make("f", inodes.first + 2))), EINVAL);
+    w.restart();
+    w.reattach(a, &[]);
     w.reattach(b, &[]);
-    assert_eq!(w.core.take_ended_recalls().len(), 2);
-    assert_eq!(ask(&mut w, a, make("g", 0)).0, 0);
+    w.call(make("f", inodes.first)).unwrap();
+    assert_eq!(errno(w.call(make("g", inodes.first))), EINVAL, "used");
+    assert!(w.file("g").0 > inodes.first + 1, "never given out again");
+    assert_eq!(errno(w.call(Op::LeaseInodes(LeaseInodes { count: 0 }))), EINVAL);
+    w.check();
+}
+
+#[test]
+fn leases_end_with_their_inodes() {
+    let mut w = World::new();
+    let a = w.session;
+    let before = w.core.status(w.now).sessions.iter().find(|s| s.session == a.0).map(|s| s.leases);
+    for i in 0..10 {
+        w.file(&format!("f{i}"));
+        w.remove(R, &format!("f{i}"), false).unwrap();
+    }
+    let after = w.core.status(w.now).sessions.iter().find(|s| s.session == a.0).map(|s| s.leases);
+    assert_eq!(before.unwrap() + 1, after.unwrap(), "the root's");
 }

@@ -1,7 +1,7 @@
 //! What access control lists change besides themselves: the mode of their inode, and what is made below it.
 
 use bytes::Bytes;
-use fjordfs_proto::{FsResult, InodeId, error::Errno, mode::SETGID, pb::meta::FileKind};
+use fjordfs_proto::{FsResult, InodeId, error::Errno, mode::SETGID, operation::UMASK, pb::meta::FileKind};
 
 use super::{Ctx, fail};
 use crate::{
@@ -71,9 +71,6 @@ pub(super) fn inherit(
     inode.mode = list.restrict(inode.mode);
     keep(ctx, ino, inode, &list)
 }
-
-/// What a umask can take away.
-const UMASK: u32 = 0o777;
 
 fn load(ctx: &mut Ctx<'_>, ino: InodeId, inode: &Inode, name: &[u8]) -> FsResult<Option<Acl>> {
     match xattrs::find(ctx.txn, ino, inode, name)? {

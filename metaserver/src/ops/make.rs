@@ -3,11 +3,11 @@
 use fjordfs_proto::{
     FsResult, HandleId, InodeId, Policy, ROOT_INODE, SYMLINK_MAX,
     error::Errno,
-    mode::{PERMISSIONS, SETGID},
+    operation::new_attr,
     pb::meta::{Entry, FileKind, Make, Time},
 };
 
-use super::{Ctx, acl, entry, fail, touch_directory};
+use super::{Ctx, acl, entry, fail, time_of, touch_directory};
 use crate::{
     names, orphans,
     records::{Dirent, Inode},
@@ -33,24 +33,24 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
     }
     check_kind(op, kind)?;
 
-    let ino = InodeId(ctx.txn.counters().next_inode);
-    ctx.txn.counters().next_inode += 1;
+    let now = time_of(ctx, op.time)?;
+    let ino = number(ctx, op)?;
     ctx.txn.counters().inodes += 1;
+    let attr = new_attr(op, &parent.attr(parent_ino), ino.0, now);
     let is_dir = kind == FileKind::Directory;
-    let inherits_group = parent.mode & SETGID != 0;
     let mut inode = Inode {
-        kind: kind.into(),
-        mode: op.mode & PERMISSIONS | if inherits_group && is_dir { SETGID } else { 0 },
-        uid: op.uid,
-        gid: if inherits_group { parent.gid } else { op.gid },
-        nlink: if is_dir { 2 } else { u32::from(!op.unnamed) },
+        kind: attr.kind,
+        mode: attr.mode,
+        uid: attr.uid,
+        gid: attr.gid,
+        nlink: attr.nlink,
         unnamed: op.unnamed,
-        rdev: op.rdev,
-        atime: Some(ctx.now),
-        mtime: Some(ctx.now),
-        ctime: Some(ctx.now),
-        btime: Some(ctx.now),
-        policy: parent.policy,
+        rdev: attr.rdev,
+        atime: attr.atime,
+        mtime: attr.mtime,
+        ctime: attr.ctime,
+        btime: attr.btime,
+        policy: attr.policy,
         parent: if is_dir { parent_ino.0 } else { 0 },
         name: if is_dir { op.name.clone() } else { Default::default() },
         target: op.target.clone(),
@@ -62,12 +62,26 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<Entry> {
         orphans::add(ctx.txn, ino);
     } else {
         ctx.txn.put_dirent(parent_ino, &op.name, ino, inode.kind);
-        touch_directory(ctx.txn, parent_ino, i64::from(is_dir), ctx.now)?;
+        touch_directory(ctx.txn, parent_ino, i64::from(is_dir), now)?;
     }
     if op.handle != 0 {
         ctx.opens.open(ctx.session, HandleId(op.handle), ino)?;
     }
     Ok(entry(ino, &inode))
+}
+
+/// The new inode's number: the next one, or what the client chose of its own.
+fn number(ctx: &mut Ctx<'_>, op: &Make) -> FsResult<InodeId> {
+    if op.ino == 0 {
+        let counters = ctx.txn.counters();
+        counters.next_inode += 1;
+        return Ok(InodeId(counters.next_inode - 1));
+    }
+    let ino = InodeId(op.ino);
+    if !ctx.inodes.iter().any(|range| range.contains(&op.ino)) || ctx.txn.find_inode(ino)?.is_some() {
+        return fail(Errno::EINVAL, format!("inode {ino} is not {}'s to make", ctx.session));
+    }
+    Ok(ino)
 }
 
 /// The name is taken: only a non-exclusive create of a regular file goes on, by opening it.

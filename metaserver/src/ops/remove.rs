@@ -6,12 +6,13 @@ use fjordfs_proto::{
     pb::meta::{Empty, Remove},
 };
 
-use super::{Ctx, EMPTY, touch_directory};
+use super::{Ctx, EMPTY, time_of, touch_directory};
 use crate::{keys, names, orphans};
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Remove) -> FsResult<Empty> {
     let parent = InodeId(op.parent);
     names::check(&op.name)?;
+    let now = time_of(ctx, op.time)?;
     ctx.txn.directory(parent)?;
     let refuse = |errno, what| Err(names::error(errno, parent, &op.name, what));
     let Some(found) = ctx.txn.dirent(parent, &op.name)? else {
@@ -28,7 +29,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Remove) -> FsResult<Empty> {
         _ => {}
     }
     ctx.txn.remove(keys::dirent(parent, &op.name));
-    orphans::lose_link(ctx.txn, ctx.opens, ino, inode, ctx.now)?;
-    touch_directory(ctx.txn, parent, if op.directory { -1 } else { 0 }, ctx.now)?;
+    orphans::lose_link(ctx.txn, ctx.opens, ino, inode, now)?;
+    touch_directory(ctx.txn, parent, if op.directory { -1 } else { 0 }, now)?;
     Ok(EMPTY)
 }

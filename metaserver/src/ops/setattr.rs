@@ -4,13 +4,11 @@ use fjordfs_proto::{
     FILE_SIZE_MAX, FsResult, InodeId, Policy,
     error::Errno,
     mode::{PERMISSIONS, without_suid},
-    pb::meta::{Entry, SetAttr, Time},
+    pb::meta::{Entry, SetAttr},
 };
 
-use super::{Ctx, acl, entry, fail};
+use super::{Ctx, acl, check_time, entry, fail};
 use crate::{extents, records::Inode};
-
-const NANOSECONDS: u32 = 1_000_000_000;
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
     let ino = InodeId(op.ino);
@@ -42,13 +40,6 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &SetAttr) -> FsResult<Entry> {
     inode.ctime = Some(op.ctime.unwrap_or(ctx.now));
     ctx.txn.put_inode(ino, &inode);
     Ok(entry(ino, &inode))
-}
-
-fn check_time(time: &Time) -> FsResult<()> {
-    if time.nsec >= NANOSECONDS {
-        return fail(Errno::EINVAL, format!("{} nanoseconds are a second or more", time.nsec));
-    }
-    Ok(())
 }
 
 fn truncate(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, size: u64) -> FsResult<()> {

@@ -105,11 +105,13 @@ impl Reader {
                 let why = "only the first message of a stream carries a hello".into();
                 return self.outbox.close(Some(crate::refusal::Refusal::Invalid(why)));
             }
-            let ClientMessage { requests, goodbye, beat, recalled, given_back, .. } = message;
+            let ClientMessage { requests, goodbye, beat, recalled, given_back, demoted, .. } = message;
             // Before the requests, which may have to wait for room: others wait for recalls.
-            if requests.is_empty() || beat != 0 || !recalled.is_empty() || given_back.is_some() {
+            let lets_go = !recalled.is_empty() || given_back.is_some() || demoted.is_some();
+            if requests.is_empty() || beat != 0 || lets_go {
                 let outbox = self.outbox.clone();
-                self.jobs.submit(Job::Sign { session: self.session, outbox, beat, recalled, given_back });
+                let session = self.session;
+                self.jobs.submit(Job::Sign { session, outbox, beat, recalled, given_back, demoted });
             }
             if !self.submit(requests).await {
                 return;
