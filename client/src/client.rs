@@ -16,6 +16,8 @@ use crate::{
     data::{DataClient, Unsynced},
     engine::Engine,
     file::FileState,
+    inode_ids::InodeIds,
+    keeper,
     memory::DirtyBudget,
     meta::MetaClient,
     write::{packer, spawn_flusher},
@@ -37,6 +39,7 @@ pub(crate) struct Inner {
     pub(crate) data: Arc<DataClient>,
     pub(crate) cache: BlockCache,
     pub(crate) blocks: BlockIds,
+    pub(crate) inodes: InodeIds,
     pub(crate) budget: Arc<DirtyBudget>,
     /// Inodes that are open or dirty.
     pub(crate) files: Mutex<HashMap<InodeId, Weak<FileState>>>,
@@ -59,9 +62,9 @@ impl Client {
     /// `ETIMEDOUT` when nobody answers there, `EPROTO` when the metaserver refuses this client.
     pub async fn connect(meta: &str, options: Options) -> FsResult<Client> {
         let engine = Arc::new(Engine::start(options.threads)?);
-        let (address, session_options) = (meta.to_owned(), options.clone());
+        let (address, session_options, alive) = (meta.to_owned(), options.clone(), engine.alive());
         let session =
-            engine.spawn_session(async move { MetaClient::connect(&address, &session_options).await });
+            engine.spawn_session(async move { MetaClient::connect(&address, &session_options, alive).await });
         let (meta, _) = session.await.map_err(|e| {
             fjordfs_proto::FsError::new(
                 fjordfs_proto::error::Errno::EIO,
@@ -74,6 +77,7 @@ impl Client {
         let inner = Arc::new(Inner {
             cache: BlockCache::new(data.clone(), options.cache_max(), options.prefetch_max()),
             blocks: BlockIds::new(meta.clone(), options.operation_timeout),
+            inodes: InodeIds::new(meta.clone(), engine.clone()),
             budget: Arc::new(DirtyBudget::new(options.dirty_max())),
             files: Mutex::default(),
             files_sweep: AtomicUsize::new(1024),
@@ -88,6 +92,10 @@ impl Client {
         });
         inner.engine.spawn(packer::run(Arc::downgrade(&inner), queue));
         spawn_flusher(&inner);
+        inner.engine.spawn(keeper::run(Arc::downgrade(&inner), inner.meta.leases().keeper()));
+        if inner.options.defer {
+            inner.inodes.refill();
+        }
         Ok(Client { inner })
     }
 

@@ -7,14 +7,20 @@
 //! enters a **lane** ([`enter_lane`]: the FUSE workers do) gets data connections of its own, driven by its own
 //! runtime: its requests go to the wire and come back without changing threads.
 
-use std::cell::Cell;
+use std::{cell::Cell, time::Duration};
 
 use fjordfs_proto::{FsError, FsResult, error::Errno};
 use tokio::{
     runtime::{Handle, Runtime},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
     task::JoinHandle,
 };
+
+/// How long the session's thread stays for what a dropped client has yet to send.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Keeps the session's thread while it has something to send after the client was dropped.
+pub(crate) type Alive = mpsc::Sender<()>;
 
 /// Number of a lane; 0 is the engine's own runtime.
 pub(crate) type LaneId = usize;
@@ -39,6 +45,7 @@ pub(crate) struct Engine {
     runtime: Option<Runtime>,
     handle: Handle,
     session: Handle,
+    alive: Alive,
     /// Dropped, it ends the session's thread.
     _session_alive: oneshot::Sender<()>,
 }
@@ -56,15 +63,25 @@ impl Engine {
         let session_runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let session = session_runtime.handle().clone();
-        let (alive, ended) = oneshot::channel::<()>();
+        let (session_alive, ended) = oneshot::channel::<()>();
+        let (alive, mut lingering) = mpsc::channel(1);
         let thread = std::thread::Builder::new().name("fjord-session".into());
         thread
             .spawn(move || {
                 // Nothing is ever sent: the error says that the engine is gone.
                 let _ = session_runtime.block_on(ended);
+                let sent = async { tokio::time::timeout(LINGER, lingering.recv()).await };
+                if session_runtime.block_on(sent).is_err() {
+                    tracing::warn!("the metaserver did not take everything within {LINGER:?}");
+                }
             })
             .map_err(failed)?;
-        Ok(Engine { runtime: Some(runtime), handle, session, _session_alive: alive })
+        Ok(Engine { runtime: Some(runtime), handle, session, alive, _session_alive: session_alive })
+    }
+
+    /// For the session's driver.
+    pub(crate) fn alive(&self) -> Alive {
+        self.alive.clone()
     }
 
     /// Runs a task on the session's thread.

@@ -52,6 +52,14 @@ pub(crate) struct FileInner {
     pub(crate) dirty_since: Option<Instant>,
 }
 
+impl FileInner {
+    /// Drops what was written and not committed. Returns the memory freed.
+    pub(crate) fn forget_written(&mut self) -> u64 {
+        self.dirty_since = None;
+        self.view.forget_local()
+    }
+}
+
 impl FileState {
     pub(crate) fn new(attr: Attr) -> FileState {
         let view = View::new(attr);
@@ -104,7 +112,7 @@ struct Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.client.meta.forget_handle(self.id);
-        drop(self.client.meta.submit(Op::Close(Close { handle: self.id.0 })));
+        self.client.meta.leases().send_later(Op::Close(Close { handle: self.id.0 }));
     }
 }
 
@@ -223,12 +231,15 @@ impl File {
         self.handle.seek(seek::Whence::Hole, offset).await
     }
 
-    /// Commits everything written: clients that open the file afterwards see it. What `close` promises.
+    /// Sees to it that clients that open the file afterwards see everything written. What `close` promises. A file that
+    /// nobody else uses is committed a second later at the latest, or when somebody is about to use it; others now.
     ///
     /// # Errors
     /// The first write-back failure since the last report.
     pub async fn flush(&self) -> FsResult<()> {
-        self.handle.client.flush(&self.handle.state).await?;
+        if !self.handle.client.meta.leases().is_delegated(self.ino()) {
+            self.handle.client.flush(&self.handle.state).await?;
+        }
         self.handle.state.take_error()
     }
 
@@ -237,7 +248,8 @@ impl File {
     /// # Errors
     /// As [`File::flush`], and `EIO` when a server could not sync.
     pub async fn fsync(&self) -> FsResult<()> {
-        self.flush().await?;
+        self.handle.client.flush(&self.handle.state).await?;
+        self.handle.state.take_error()?;
         self.handle.client.sync_file(self.ino()).await
     }
 
@@ -300,7 +312,7 @@ impl Inner {
     /// Makes every acknowledged namespace operation power-safe.
     pub(crate) async fn sync_log(&self) -> FsResult<()> {
         match self.meta.call(Op::Sync(fjordfs_proto::pb::meta::Sync {})).await? {
-            response::Result::Empty(_) => Ok(()),
+            response::Result::Empty(_) => self.meta.leases().take_refusal().map_or(Ok(()), Err),
             _ => Err(unexpected("a sync")),
         }
     }

@@ -1,4 +1,5 @@
-//! Names and attributes that this client may use without asking: its leases.
+//! Names and attributes that this client may use without asking, its leases, and what it may decide without asking, its
+//! delegations.
 //!
 //! # How it works
 //! The driver of the session's stream shows every answer to the [`Table`] before the caller gets it, and obeys
@@ -9,25 +10,46 @@
 //! caches further down (the kernel, under a mount) is told how long that is, and hears of every recall through
 //! [`Client::recalls`](crate::Client::recalls) before it is acknowledged.
 
+//! # Deferred operations
+//! An operation that is decided here takes its effect on the table, and is queued, under one lock; the stream's driver takes the
+//! queue before anything else that it sends, so the server executes what was decided in the order in which it was
+//! decided, and before it sees any later request. It is sent at most [`DEFERRED_MAX`] later. What the server refuses
+//! nevertheless (its disk is full, a lease has run out while nobody could be reached) is reported by the next fsync.
+//!
+//! # Recalls of delegations
+//! Beside the caches below, those who have written to a file must let go: data that was written and closed, and not
+//! committed, is committed first ([`Keeper`]).
+
+mod decide;
+mod deferred;
 mod table;
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    FsResult, InodeId,
-    pb::meta::{Attr, Recall, request::Op, response::Result as Reply},
+    FsError, FsResult, InodeId,
+    pb::meta::{Attr, Recall, Time, request::Op, response::Result as Reply},
 };
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
-use table::{Bounds, Table};
+pub(crate) use decide::Removed;
+use deferred::Deferred;
+use table::Bounds;
+pub(crate) use table::Sent;
+pub(crate) use table::Table;
+
+use crate::file::now;
 
 /// About 100 MiB when full: 300 bytes for an inode, 100 for a name.
 const BOUNDS: Bounds = Bounds { inodes: 1 << 17, names: 1 << 19 };
 
 /// A dead reckoning of clocks and of the kernel's ticks: leases are used for this much less than they are good for.
 const MARGIN: Duration = Duration::from_millis(50);
+
+/// Decisions are made only while leases are good for longer than what is deferred may wait.
+const DECIDE_LEFT_MIN: Duration = deferred::DEFERRED_MAX.saturating_mul(2);
 
 /// Inodes whose leases have ended: nothing that was cached of them may be used once `done` is sent or dropped.
 #[derive(Debug)]
@@ -40,18 +62,70 @@ pub struct Recalled {
     pub done: oneshot::Sender<()>,
 }
 
-/// Ends when the caches below have let go.
-pub(crate) type LetGo = Option<oneshot::Receiver<()>>;
+/// Ends when everybody who uses what is recalled has let go.
+#[derive(Debug, Default)]
+pub(crate) struct LetGo {
+    caches: Option<oneshot::Receiver<()>>,
+    keeper: Option<oneshot::Receiver<Vec<InodeId>>>,
+}
+
+impl LetGo {
+    /// Waits for the end, `limit` at most: caches below run out by themselves, and what cannot be committed for so long must not
+    /// hold up the others. Answers with the inodes that the keeper was asked about and has nothing to write to.
+    pub(crate) async fn within(self, limit: Duration) -> Vec<InodeId> {
+        let caches = async {
+            if let Some(caches) = self.caches {
+                // Caches that are gone hold nothing.
+                let _ = caches.await;
+            }
+        };
+        let keeper = async {
+            match self.keeper {
+                Some(keeper) => keeper.await.unwrap_or_default(),
+                None => Vec::new(),
+            }
+        };
+        let both = async { tokio::join!(caches, keeper).1 };
+        tokio::time::timeout(limit, both).await.unwrap_or_else(|_| {
+            tracing::warn!("others wait for what could not be written back within {limit:?}");
+            Vec::new()
+        })
+    }
+}
+
+/// What the keeper of this client's files has to do about delegations.
+#[derive(Debug)]
+pub(crate) enum Keep {
+    /// Commit what was written to the files in `recalled`, then say which of `below` have nothing to be written.
+    Flush { recalled: Vec<InodeId>, below: Vec<InodeId>, done: oneshot::Sender<Vec<InodeId>> },
+    /// Commit all that was written, and say so.
+    FlushAll(oneshot::Sender<Vec<InodeId>>),
+    /// Something that was decided about these inodes was refused.
+    Refused(Vec<InodeId>, FsError),
+}
+
+/// Whom the leases tell, and in what order: one who works on the client's files.
+pub(crate) type Keeper = mpsc::UnboundedReceiver<Keep>;
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Leases {
     state: Mutex<State>,
+    /// Something has been deferred, or should not be any longer.
+    deferred_changed: Notify,
 }
 
 #[derive(Debug)]
 struct State {
     table: Table,
+    deferred: Deferred,
+    /// Delegations are used.
+    decides: bool,
+    keeper: Option<mpsc::UnboundedSender<Keep>>,
+    /// The first refusal of a deferred operation that nobody has been told of.
+    refusal: Option<FsError>,
+    /// Of the last operation, asked or decided.
+    sequence: u64,
     /// `None` without a stream.
     good_until: Option<Instant>,
     listener: Option<mpsc::UnboundedSender<Recalled>>,
@@ -62,20 +136,47 @@ impl State {
         self.good_until?.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
-    fn tell(&mut self, inodes: Vec<InodeId>, names: bool) -> LetGo {
+    fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    /// Tells the caches below of inodes that are recalled, and the keeper of files.
+    fn tell(&mut self, inodes: Vec<InodeId>, names: bool, below: Vec<InodeId>) -> LetGo {
         if inodes.is_empty() {
-            return None;
+            return LetGo::default();
         }
-        let (done, let_go) = oneshot::channel();
-        // A listener that is gone caches nothing.
-        self.listener.as_ref()?.send(Recalled { inodes, names, done }).ok()?;
-        Some(let_go)
+        let recalled = inodes.clone();
+        let keeper = self.keep(|done| Keep::Flush { recalled, below, done });
+        let (done, caches) = oneshot::channel();
+        let told = self.listener.as_ref().is_some_and(|l| l.send(Recalled { inodes, names, done }).is_ok());
+        LetGo { caches: told.then_some(caches), keeper }
+    }
+
+    fn keep(
+        &self,
+        order: impl FnOnce(oneshot::Sender<Vec<InodeId>>) -> Keep,
+    ) -> Option<oneshot::Receiver<Vec<InodeId>>> {
+        let (done, kept) = oneshot::channel();
+        self.keeper.as_ref()?.send(order(done)).ok()?;
+        Some(kept)
     }
 }
 
 impl Leases {
-    pub(crate) fn new() -> Leases {
-        Leases { state: Mutex::new(State { table: Table::new(BOUNDS), good_until: None, listener: None }) }
+    /// `decides`: delegations are used.
+    pub(crate) fn new(decides: bool) -> Leases {
+        let state = State {
+            table: Table::new(BOUNDS),
+            deferred: Deferred::default(),
+            decides,
+            keeper: None,
+            refusal: None,
+            sequence: 0,
+            good_until: None,
+            listener: None,
+        };
+        Leases { state: Mutex::new(state), deferred_changed: Notify::new() }
     }
 
     // ---- for callers ----
@@ -123,38 +224,114 @@ impl Leases {
         recalls
     }
 
+    // ---- deciding ----
+
+    /// Whether this client alone can use the inode, for as long as it takes to send what is deferred.
+    pub(crate) fn is_delegated(&self, ino: InodeId) -> bool {
+        let state = self.state.lock();
+        state.may_decide() && state.table.is_delegated(ino)
+    }
+
+    /// Decides an operation here, if `f` can: it gets the table, the time, and the operation's sequence, and answers
+    /// with the operation to be sent later.
+    pub(crate) fn decide<T>(&self, f: impl FnOnce(&mut Table, Time, u64) -> Option<(Op, T)>) -> Option<T> {
+        let mut state = self.state.lock();
+        if !state.may_decide() || state.deferred.is_full() {
+            return None;
+        }
+        let sequence = state.next_sequence();
+        let (op, result) = f(&mut state.table, now(), sequence)?;
+        self.defer(&mut state, op, true);
+        Some(result)
+    }
+
+    /// Queues an operation whose answer nobody waits for.
+    pub(crate) fn send_later(&self, op: Op) {
+        self.defer(&mut self.state.lock(), op, false);
+    }
+
+    fn defer(&self, state: &mut State, op: Op, decided: bool) {
+        if state.deferred.push(op, decided) {
+            self.deferred_changed.notify_one();
+        }
+    }
+
+    /// Tells the keeper from now on.
+    pub(crate) fn keeper(&self) -> Keeper {
+        let (sender, keeper) = mpsc::unbounded_channel();
+        self.state.lock().keeper = Some(sender);
+        keeper
+    }
+
+    /// The first refusal of a deferred operation since the last call.
+    pub(crate) fn take_refusal(&self) -> Option<FsError> {
+        self.state.lock().refusal.take()
+    }
+
     // ---- for the stream ----
 
+    /// When what is deferred must be sent; `None` when there is nothing.
+    pub(crate) fn deferred_due(&self) -> Option<Instant> {
+        self.state.lock().deferred.due()
+    }
+
+    /// Resolves when [`Leases::deferred_due`] may have another answer.
+    pub(crate) async fn deferred_changed(&self) {
+        self.deferred_changed.notified().await;
+    }
+
+    /// Takes what is deferred, in order; with each, whether it was decided here.
+    pub(crate) fn take_deferred(&self) -> impl Iterator<Item = (Op, bool)> + use<> {
+        self.state.lock().deferred.take()
+    }
+
+    /// A decided operation was answered, or will never be.
+    pub(crate) fn deferred_answered(&self, op: &Op, result: &FsResult<Reply>) {
+        let mut state = self.state.lock();
+        state.deferred.answered();
+        if let Err(e) = result {
+            state.refuse(op, e);
+        }
+    }
+
     /// An operation is about to be sent.
-    pub(crate) fn sent(&self, op: &Op) {
-        self.state.lock().table.sent(op);
+    pub(crate) fn sent(&self, op: &Op) -> Sent {
+        let mut state = self.state.lock();
+        let sequence = state.next_sequence();
+        state.table.sent(op, sequence)
     }
 
     /// An operation will never be answered.
-    pub(crate) fn failed(&self, op: &Op) {
-        self.state.lock().table.settled(op);
+    pub(crate) fn failed(&self, op: &Op, sent: &Sent) {
+        self.state.lock().table.settled(op, sent);
     }
 
     /// Takes an answer in. Answers with inodes that there is no room for any more.
-    pub(crate) fn learn(&self, op: &Op, result: &FsResult<Reply>, serial: u64, changed: &[Attr]) -> Dropped {
+    pub(crate) fn learn(&self, op: &Op, sent: &Sent, answer: &Answered<'_>) -> Dropped {
         let mut state = self.state.lock();
-        state.table.settled(op);
-        state.table.learn(op, result, serial, changed);
+        state.table.settled(op, sent);
+        state.table.learn(op, sent, answer.result, answer.serial, answer.changed);
+        if state.decides {
+            state.table.delegated(answer.delegated);
+        }
         let inodes = state.table.shrink();
         let as_of = state.table.serial();
-        let let_go = state.tell(inodes.clone(), true);
+        let let_go = state.tell(inodes.clone(), true, Vec::new());
         Dropped { inodes, as_of, let_go }
     }
 
-    /// Drops what is recalled.
-    pub(crate) fn recall(&self, recalls: &[Recall]) -> LetGo {
+    /// Drops what is recalled. Somebody who asks for a directory will go on to what is in it: delegations there are given
+    /// up, too, where nothing is left to be written.
+    pub(crate) fn recall(&self, recalls: &[Recall]) -> Recalling {
         let mut state = self.state.lock();
         let inodes: Vec<InodeId> = recalls.iter().map(|recall| InodeId(recall.ino)).collect();
+        let below: Vec<InodeId> = inodes.iter().flat_map(|ino| state.table.delegated_in(*ino)).collect();
+        state.table.demote(&below);
         let mut names = false;
         for ino in &inodes {
             names |= state.table.forget(*ino);
         }
-        state.tell(inodes, names)
+        Recalling { as_of: state.table.serial(), let_go: state.tell(inodes, names, below) }
     }
 
     /// The server has repeated a sign of life that was sent at `sent`: leases are good for `lease` from then.
@@ -173,8 +350,54 @@ impl Leases {
         let mut state = self.state.lock();
         state.good_until = None;
         let dropped = state.table.clear();
-        state.tell(dropped, true)
+        // What was written is committed on the next stream.
+        let keeper = state.keeper.take();
+        let let_go = state.tell(dropped, true, Vec::new());
+        state.keeper = keeper;
+        let_go
     }
+
+    /// Commits everything that was written, before a new stream counts as settled.
+    pub(crate) fn flush_all(&self) -> LetGo {
+        LetGo { caches: None, keeper: self.state.lock().keep(Keep::FlushAll) }
+    }
+}
+
+impl State {
+    fn may_decide(&self) -> bool {
+        self.decides && self.left().is_some_and(|left| left > DECIDE_LEFT_MIN)
+    }
+
+    /// The server did not take what was decided: what is here is wrong.
+    fn refuse(&mut self, op: &Op, e: &FsError) {
+        tracing::error!("an operation that was reported as done was refused by the metaserver: {e}");
+        let inodes = decide::inodes_of(op);
+        for ino in &inodes {
+            self.table.forget(*ino);
+        }
+        self.refusal.get_or_insert_with(|| e.clone());
+        if let Some(keeper) = &self.keeper {
+            // A client that is gone needs no report.
+            let _ = keeper.send(Keep::Refused(inodes.clone(), e.clone()));
+        }
+        // Nobody waits for what is below to hear of it.
+        drop(self.tell(inodes, true, Vec::new()));
+    }
+}
+
+/// An answer, as far as leases are concerned.
+pub(crate) struct Answered<'a> {
+    pub(crate) result: &'a FsResult<Reply>,
+    pub(crate) serial: u64,
+    pub(crate) changed: &'a [Attr],
+    pub(crate) delegated: &'a [u64],
+}
+
+/// A recall being obeyed; when everybody has let go, delegations in the recalled directories are given up, too.
+#[derive(Debug)]
+pub(crate) struct Recalling {
+    pub(crate) as_of: u64,
+    pub(crate) let_go: LetGo,
 }
 
 /// Inodes that were dropped for want of room: their leases are given back when the caches below have let go.

@@ -23,7 +23,9 @@
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
-//! | `leases` | names and attributes that may be used without asking |
+//! | `leases` | what may be used, and decided, without asking |
+//! | `decided` | operations that need not wait for the metaserver |
+//! | `keeper` | commits what was written before others may see |
 //! | `meta` | the session stream |
 //! | `engine` | threads |
 
@@ -31,8 +33,11 @@ mod blocks;
 mod cache;
 mod client;
 mod data;
+mod decided;
 mod engine;
 mod file;
+mod inode_ids;
+mod keeper;
 mod leases;
 mod memory;
 mod meta;

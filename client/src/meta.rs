@@ -13,7 +13,9 @@
 //! A caller waits at most the operation timeout and then gets `ETIMEDOUT`; the operation itself stays queued, since
 //! the server may have executed it already and its slot is in use.
 
+mod attach;
 mod letting_go;
+mod queue;
 mod slots;
 mod stream;
 
@@ -29,25 +31,36 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, SessionId,
     error::Errno,
-    pb::meta::{Request, request::Op, response},
+    pb::meta::{request::Op, response},
 };
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use stream::SessionState;
 
-use crate::leases::Leases;
+use crate::{
+    engine::Alive,
+    leases::{Leases, Sent},
+};
 
 /// What callers ask of the driver.
 enum Call {
     /// An operation on its way.
-    Operation(Op, Answer),
+    Operation(Op, Sent, Reply),
     /// End the session when everything before is answered.
     Goodbye,
 }
 
-/// Where the answer of an operation goes.
-type Answer = oneshot::Sender<FsResult<response::Result>>;
+/// Where a caller waits.
+type Reply = oneshot::Sender<FsResult<response::Result>>;
+
+/// Who wants the answer of an operation.
+enum Answer {
+    Caller(Reply),
+    /// It was decided here: a refusal is news.
+    Decided,
+    Nobody,
+}
 
 /// The client's end of the session.
 pub(crate) struct MetaClient {
@@ -87,13 +100,14 @@ impl MetaClient {
     pub(crate) async fn connect(
         address: &str,
         options: &crate::Options,
+        alive: Alive,
     ) -> FsResult<(MetaClient, SessionId)> {
         let handles = Arc::new(Mutex::new(HashMap::new()));
         let (calls, queue) = mpsc::unbounded_channel();
-        let leases = Arc::new(Leases::new());
-        let attached = stream::attach_first(address, options, handles.clone()).await?;
+        let leases = Arc::new(Leases::new(options.defer));
+        let attached = attach::attach_first(address, options, handles.clone()).await?;
         let session = attached.session();
-        let (map, state) = stream::spawn(attached, queue, leases.clone());
+        let (map, state) = stream::spawn(attached, queue, leases.clone(), alive);
         let client = MetaClient {
             calls,
             handles,
@@ -145,9 +159,9 @@ impl MetaClient {
     /// Queues an operation; it is sent in the order of submission.
     pub(crate) fn submit(&self, op: Op) -> Pending {
         let (reply, answer) = oneshot::channel();
-        self.leases.sent(&op);
+        let sent = self.leases.sent(&op);
         // A closed queue drops the sender, which the waiter sees as a shut-down client.
-        let _ = self.calls.send(Call::Operation(op, reply));
+        let _ = self.calls.send(Call::Operation(op, sent, reply));
         Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }
     }
 
@@ -183,39 +197,4 @@ fn result_of(result: Option<response::Result>) -> FsResult<response::Result> {
         Some(result) => Ok(result),
         None => Err(unexpected("a request")),
     }
-}
-
-/// Whether an operation changes durable state, so that it needs a slot.
-fn is_mutation(op: &Op) -> bool {
-    match op {
-        Op::SetAttr(_)
-        | Op::Make(_)
-        | Op::Link(_)
-        | Op::Remove(_)
-        | Op::Rename(_)
-        | Op::LeaseBlocks(_)
-        | Op::SetXattr(_)
-        | Op::RemoveXattr(_)
-        | Op::Allocate(_)
-        | Op::CopyRange(_)
-        | Op::Commit(_) => true,
-        Op::Lookup(_)
-        | Op::GetAttr(_)
-        | Op::ReadLink(_)
-        | Op::Open(_)
-        | Op::Close(_)
-        | Op::GetExtents(_)
-        | Op::ReadDir(_)
-        | Op::StatFs(_)
-        | Op::Sync(_)
-        | Op::GetXattr(_)
-        | Op::ListXattrs(_)
-        | Op::GetParent(_) => false,
-    }
-}
-
-/// A request with its place in the exactly-once protocol.
-fn request(id: u64, op: Op, slot: Option<slots::Slot>) -> Request {
-    let (slot, sequence) = slot.map_or((0, 0), |s| (s.index, s.sequence));
-    Request { id, slot, sequence, op: Some(op) }
 }

@@ -142,15 +142,19 @@ impl Client {
         if let Some(size) = change.size {
             crate::file::too_big(ino, Some(size))?;
         }
+        let size = change.size;
+        let op = change.into_op(ino);
+        if let Some(attr) = self.inner.set_attr_here(&op) {
+            return Ok(attr);
+        }
         let known = self.inner.known_file(ino);
-        let sets_times = change.mtime.is_some() || change.atime.is_some();
-        let sets_suid = change.mode.is_some_and(|mode| mode & (SETUID | SETGID) != 0);
-        if let Some(state) = known.as_ref().filter(|_| (sets_times || sets_suid) && change.size.is_none()) {
+        let sets_times = op.atime.is_some() || op.mtime.is_some() || op.atime_now || op.mtime_now;
+        let sets_suid = op.mode.is_some_and(|mode| mode & (SETUID | SETGID) != 0);
+        if let Some(state) = known.as_ref().filter(|_| (sets_times || sets_suid) && size.is_none()) {
             // A commit that comes later would put the time of the last write in place of the one set now, and drop suid.
             self.inner.flush(state).await?;
         }
-        let size = change.size;
-        let op = Op::SetAttr(change.into_op(ino));
+        let op = Op::SetAttr(op);
         let (Some(size), Some(state)) = (size, known) else {
             let attr = self.inner.entry(op).await?;
             return Ok(self.inner.with_local(attr));
@@ -181,9 +185,12 @@ impl Client {
             handle: 0,
             exclusive: true,
             umask: node.umask,
-            unnamed: false,
+            ..Make::default()
         };
-        self.inner.entry(Op::Make(op)).await
+        match self.inner.make_here(op) {
+            Ok(attr) => Ok(attr),
+            Err(op) => self.inner.entry(Op::Make(op)).await,
+        }
     }
 
     /// Makes and opens a regular file.
@@ -211,21 +218,12 @@ impl Client {
 
     /// Removes a name that is not a directory's.
     pub async fn unlink(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
-        self.inner
-            .empty(Op::Remove(Remove {
-                parent: parent.0,
-                name: name_of(name)?,
-                directory: false,
-                time: None,
-            }))
-            .await
+        self.inner.remove(parent, name, false).await
     }
 
     /// Removes an empty directory.
     pub async fn rmdir(&self, parent: InodeId, name: &[u8]) -> FsResult<()> {
-        self.inner
-            .empty(Op::Remove(Remove { parent: parent.0, name: name_of(name)?, directory: true, time: None }))
-            .await
+        self.inner.remove(parent, name, true).await
     }
 
     /// Renames; `flags` as `renameat2(2)`: `RENAME_NOREPLACE`, `RENAME_EXCHANGE`.
@@ -243,7 +241,11 @@ impl Client {
             new_parent: new_parent.0,
             new_name: name_of(new_name)?,
             flags,
+            time: None,
         };
+        if self.inner.rename_here(&op) {
+            return Ok(());
+        }
         self.inner.empty(Op::Rename(op)).await
     }
 
@@ -322,8 +324,11 @@ impl Client {
         self.inner.sync_log().await
     }
 
-    /// Committed extents of a file by offset.
+    /// Extents of a file by offset; what this client has written to it is committed first.
     pub async fn extents(&self, ino: InodeId) -> FsResult<Vec<(u64, Extent)>> {
+        if let Some(state) = self.inner.known_file(ino) {
+            self.inner.flush(&state).await?;
+        }
         self.inner.all_extents(ino).await
     }
 }
@@ -365,7 +370,10 @@ impl Inner {
     /// Makes a regular file and opens it.
     async fn create(self: &Arc<Self>, make: Make) -> FsResult<(Attr, File)> {
         let handle = self.meta.new_handle();
-        let attr = self.entry(Op::Make(Make { handle: handle.0, ..make })).await?;
+        let attr = match self.make_here(Make { handle: handle.0, ..make }) {
+            Ok(attr) => attr,
+            Err(make) => self.entry(Op::Make(make)).await?,
+        };
         self.meta.remember_handle(handle, InodeId(attr.ino));
         let file = File::of_handle(self, handle, attr);
         Ok((file.attr(), file))
@@ -373,6 +381,14 @@ impl Inner {
 
     pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {
         entry_of(self.meta.call(op).await?)
+    }
+
+    async fn remove(&self, parent: InodeId, name: &[u8], directory: bool) -> FsResult<()> {
+        let op = Remove { parent: parent.0, name: name_of(name)?, directory, time: None };
+        if self.remove_here(&op) {
+            return Ok(());
+        }
+        self.empty(Op::Remove(op)).await
     }
 
     async fn empty(&self, op: Op) -> FsResult<()> {

@@ -20,6 +20,10 @@ pub struct Options {
     /// Whether what a sequential reader has passed is dropped from this client's memory. For readers that cache below, as
     /// the kernel does for a mount: the memory is better used for what comes next.
     pub drop_behind: bool,
+    /// Whether what nobody else uses is decided here and sent to the metaserver later, a second at most: names made and removed,
+    /// attributes, and what was written at `close`. Others see everything at once all the same; what is at stake
+    /// is that second, when this client dies. Otherwise all that waits for the metaserver.
+    pub defer: bool,
     /// Threads of the engine that carries connections and background work.
     pub threads: usize,
 }
@@ -34,6 +38,7 @@ impl Default for Options {
             dirty_age_max: Duration::from_secs(1),
             readahead: 16 << 20,
             drop_behind: false,
+            defer: true,
             threads: 2,
         }
     }

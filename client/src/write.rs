@@ -21,9 +21,9 @@ mod flusher;
 pub(crate) mod packer;
 mod unit;
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
-use fjordfs_proto::INLINE_MAX;
+use fjordfs_proto::{INLINE_MAX, Policy};
 use tokio::sync::watch;
 
 pub(crate) use flusher::{flush_files, spawn as spawn_flusher};
@@ -69,17 +69,33 @@ impl Inner {
 
     /// Starts a unit whose bytes travel inside the commit, if the file is small enough for that; whether it is.
     pub(crate) fn start_inline_unit(self: &Arc<Self>, state: &Arc<FileState>) -> bool {
-        let mut inner = state.lock();
-        if inner.view.size() > INLINE_FILE_MAX {
-            return false;
-        }
-        let Ok(policy) = inner.view.policy() else { return false };
-        let mut unit = Unit::inline(policy);
-        let taken = unit.take(state, &mut inner);
-        drop(inner);
-        if taken > 0 {
-            unit.start(self);
-        }
-        true
+        let mut units = HashMap::new();
+        let fits = add_inline(&mut units, state);
+        self.start_units(units);
+        fits
     }
+
+    /// Starts units for those files whose bytes travel inside the commit: one for all of a policy.
+    pub(crate) fn start_inline_units(self: &Arc<Self>, files: &[Arc<FileState>]) {
+        let mut units = HashMap::new();
+        for file in files {
+            add_inline(&mut units, file);
+        }
+        self.start_units(units);
+    }
+
+    fn start_units(self: &Arc<Self>, units: HashMap<Policy, Unit>) {
+        units.into_values().filter(|unit| !unit.is_empty()).for_each(|unit| unit.start(self));
+    }
+}
+
+/// Adds a file's dirty bytes to the unit of its policy if they are few enough to travel inside the commit; whether they are.
+fn add_inline(units: &mut HashMap<Policy, Unit>, state: &Arc<FileState>) -> bool {
+    let mut inner = state.lock();
+    if inner.view.size() > INLINE_FILE_MAX {
+        return false;
+    }
+    let Ok(policy) = inner.view.policy() else { return false };
+    units.entry(policy).or_insert_with(|| Unit::inline(policy)).take(state, &mut inner);
+    true
 }

@@ -167,6 +167,7 @@ async fn small_files_closed_together_share_blocks() {
     for writer in writers.collect::<Vec<_>>() {
         writer.await.unwrap();
     }
+    client.sync_all().await.unwrap();
     let mut blocks = std::collections::BTreeSet::new();
     for i in 0..200u64 {
         let file = client.open_path(&format!("/{i}")).await.unwrap();
@@ -234,6 +235,7 @@ async fn lost_data_is_an_error_and_never_zeros() {
     let mut cluster = Cluster::start(2, "replica:1").await;
     let client = cluster.client().await;
     write_file(&client, "/f", &pattern(3, 64 << 20)).await;
+    client.sync_all().await.unwrap();
     cluster.stop_data(0);
     let fresh = cluster
         .client_with(Options { operation_timeout: Duration::from_secs(3), ..Options::default() })
@@ -268,6 +270,7 @@ async fn dirty_data_stays_within_its_bound_and_writers_wait() {
         file.write_at(at, Bytes::from(vec![i as u8 | 1; 1 << 20])).await.unwrap();
         assert!(client.dirty_bytes() <= bound, "{} dirty", client.dirty_bytes());
     }
+    file.fsync().await.unwrap();
     file.close().await.unwrap();
     assert_eq!(client.dirty_bytes(), 0);
     let file = client.open_path("/f").await.unwrap();

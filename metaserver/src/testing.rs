@@ -283,6 +283,7 @@ impl World {
             new_parent: to.0.0,
             new_name: to.1.to_owned().into(),
             flags,
+            time: None,
         };
         self.call(Op::Rename(rename)).map(drop)
     }

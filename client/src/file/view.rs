@@ -78,6 +78,8 @@ pub(crate) struct View {
     dirty_bytes: u64,
     /// Of the last local write that is not committed.
     mtime: Option<Time>,
+    /// Of the last change of attributes since that write.
+    ctime: Option<Time>,
     /// What is local was written without the right to keep suid and sgid.
     clear_suid: bool,
     /// Everything local from here on was appended while this was the end of the file.
@@ -97,6 +99,7 @@ impl View {
             local: IntervalMap::default(),
             dirty_bytes: 0,
             mtime: None,
+            ctime: None,
             clear_suid: false,
             append_base: None,
             truncating: 0,
@@ -133,7 +136,7 @@ impl View {
         attr.allocated += self.local.iter().map(|(_, s)| s.length).sum::<u64>();
         if let Some(mtime) = self.mtime {
             attr.mtime = Some(mtime);
-            attr.ctime = Some(mtime);
+            attr.ctime = Some(self.ctime.unwrap_or(mtime));
         }
         if self.clear_suid {
             attr.mode = without_suid(attr.mode);
@@ -283,7 +286,7 @@ impl View {
             self.append_base = None;
         }
         self.dirty_bytes += data.len() as u64;
-        self.mtime = Some(now);
+        (self.mtime, self.ctime) = (Some(now), None);
         let replaced = self.local.insert(offset, Segment::dirty(data));
         self.dropped(&replaced)
     }
@@ -293,6 +296,30 @@ impl View {
         let had = without_suid(self.attr.mode) != self.attr.mode;
         self.clear_suid |= had;
         had
+    }
+
+    /// Whether the next commit takes suid and sgid away.
+    pub(crate) fn drops_suid(&self) -> bool {
+        self.clear_suid
+    }
+
+    /// Attributes were changed after what is local was written, the modification time perhaps among them: the commit that is to come
+    /// must not go back behind that.
+    pub(crate) fn set_times(&mut self, mtime: bool, attr: &Attr) {
+        if self.has_local() {
+            self.ctime = attr.ctime;
+            if mtime {
+                self.mtime = attr.mtime;
+            }
+        }
+    }
+
+    /// Nobody will read what is local. Returns the memory freed.
+    pub(crate) fn forget_local(&mut self) -> u64 {
+        let gone = self.local.remove(0..u64::MAX);
+        let freed = self.dropped(&gone);
+        self.settle();
+        freed
     }
 
     /// Accounts for segments that are gone; the bytes of memory they held.
@@ -477,6 +504,7 @@ impl View {
             size: extents.end(),
             extents: extents.iter().map(|(offset, e)| e.to_pb(offset)).collect(),
             mtime: self.mtime,
+            ctime: self.ctime,
             append_base,
             clear_suid: self.clear_suid,
         })
@@ -546,7 +574,7 @@ impl View {
     /// Once nothing is local, the attributes are the server's.
     fn settle(&mut self) {
         if self.local.is_empty() {
-            self.mtime = None;
+            (self.mtime, self.ctime) = (None, None);
             self.clear_suid = false;
             self.append_base = None;
         }

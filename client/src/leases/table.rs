@@ -4,6 +4,9 @@
 //! - An inode is in the table only while this session holds a lease on it.
 //! - Names and attributes come from answers that may be cached, in the order in which the server executed them; an
 //!   answer that may not be cached takes out what its operation was about.
+//! - Of an inode that is delegated to this client, the table is ahead of the server: it has the effect of every operation that
+//!   was decided here ([`super::decide`]). An answer from before the last of them is no news of that inode. While a
+//!   mutation is under way that was not decided here, nothing is decided about the inodes it names.
 //! - A name or an inode that an unanswered operation of this client is about to change is not shown: somebody else
 //!   may have been told of the change before this client is.
 
@@ -18,7 +21,7 @@ use fjordfs_proto::{
 use lru::LruCache;
 
 /// RENAME_EXCHANGE of `renameat2(2)`.
-const EXCHANGE: u32 = 2;
+pub(super) const EXCHANGE: u32 = 2;
 
 /// Targets of symbolic links kept: a few hundred bytes each at most, mostly less.
 const TARGETS_MAX: usize = 1 << 14;
@@ -28,11 +31,31 @@ pub(super) type Named = Option<InodeId>;
 
 /// What is cached of one inode.
 #[derive(Debug, Default)]
-struct Cached {
-    attr: Option<Attr>,
-    names: HashMap<Bytes, Named>,
+pub(super) struct Cached {
+    pub(super) attr: Option<Attr>,
+    pub(super) names: HashMap<Bytes, Named>,
     /// A directory whose names are all in `names`.
-    complete: bool,
+    pub(super) complete: bool,
+    /// Nobody but this client can use it.
+    pub(super) delegated: bool,
+    /// Sequence of the last operation that was decided about it here.
+    pub(super) decided: u64,
+}
+
+impl Cached {
+    /// A directory that certainly has no entries.
+    pub(super) fn is_known_empty(&self) -> bool {
+        self.complete && self.names.values().all(Option::is_none)
+    }
+}
+
+/// An operation on its way, as the table remembers it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sent {
+    /// Grows from one operation to the next, decided ones included.
+    pub(super) sequence: u64,
+    /// Inodes about which nothing may be decided until it is answered.
+    busy: Vec<InodeId>,
 }
 
 /// Bounds of the table.
@@ -44,18 +67,22 @@ pub(super) struct Bounds {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     inodes: LruCache<InodeId, Cached>,
     names: usize,
     bounds: Bounds,
     /// Names that unanswered operations change, and how many of those there are.
     names_in_doubt: HashMap<(InodeId, Bytes), u32>,
     attrs_in_doubt: HashMap<InodeId, u32>,
+    /// Inodes of unanswered mutations that were not decided here.
+    busy: HashMap<InodeId, u32>,
     /// Where symbolic links point. A link never changes, and inode numbers are not used again, so these need no
     /// lease; and who has found a link can follow it although it was removed meanwhile.
     targets: LruCache<InodeId, Bytes>,
     /// Highest serial of an answer taken in.
     serial: u64,
+    /// Sequence of the operation whose answer is being taken in.
+    asked: u64,
 }
 
 impl Table {
@@ -66,8 +93,10 @@ impl Table {
             bounds,
             names_in_doubt: HashMap::new(),
             attrs_in_doubt: HashMap::new(),
+            busy: HashMap::new(),
             targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
             serial: 0,
+            asked: 0,
         }
     }
 
@@ -104,17 +133,26 @@ impl Table {
     // ---- operations of this client ----
 
     /// An operation is about to be sent.
-    pub(super) fn sent(&mut self, op: &Op) {
-        for name in names_changed(op) {
-            *self.names_in_doubt.entry(name).or_default() += 1;
+    pub(super) fn sent(&mut self, op: &Op, sequence: u64) -> Sent {
+        let mut busy = inodes_changed(op);
+        for (parent, name) in names_changed(op) {
+            busy.extend(self.name(parent, &name).flatten());
+            *self.names_in_doubt.entry((parent, name)).or_default() += 1;
+        }
+        for ino in &busy {
+            *self.busy.entry(*ino).or_default() += 1;
         }
         if let Op::SetAttr(op) = op {
             *self.attrs_in_doubt.entry(InodeId(op.ino)).or_default() += 1;
         }
+        Sent { sequence, busy }
     }
 
     /// An operation was answered, or will never be.
-    pub(super) fn settled(&mut self, op: &Op) {
+    pub(super) fn settled(&mut self, op: &Op, sent: &Sent) {
+        for ino in &sent.busy {
+            lower(&mut self.busy, ino);
+        }
         for name in names_changed(op) {
             lower(&mut self.names_in_doubt, &name);
         }
@@ -124,11 +162,19 @@ impl Table {
     }
 
     /// Takes in an answer with its serial, and the attributes of what it changed besides.
-    pub(super) fn learn(&mut self, op: &Op, result: &FsResult<Reply>, serial: u64, changed: &[Attr]) {
+    pub(super) fn learn(
+        &mut self,
+        op: &Op,
+        sent: &Sent,
+        result: &FsResult<Reply>,
+        serial: u64,
+        changed: &[Attr],
+    ) {
+        self.asked = sent.sequence;
         if let Ok(Reply::Entry(Entry { attr: Some(attr), target })) = result
             && !target.is_empty()
         {
-            self.targets.put(InodeId(attr.ino), Bytes::copy_from_slice(target));
+            self.set_target(InodeId(attr.ino), target);
         }
         if serial == 0 {
             return self.doubt(op);
@@ -137,7 +183,7 @@ impl Table {
         match (op, result) {
             (Op::Lookup(op), Ok(Reply::Entry(entry))) => self.found(op.parent, &op.name, entry),
             (Op::Lookup(op), Err(e)) if e.errno == Errno::ENOENT => {
-                self.set_name(InodeId(op.parent), op.name.clone(), None);
+                self.learn_name(InodeId(op.parent), op.name.clone(), None);
             }
             (Op::Make(op), Ok(Reply::Entry(entry))) if !op.unnamed => {
                 self.found(op.parent, &op.name, entry);
@@ -153,7 +199,7 @@ impl Table {
             }
             (Op::ReadDir(op), Ok(Reply::ReadDir(page))) => {
                 for entry in page.entries.iter().filter(|entry| entry.attr.is_some()) {
-                    self.set_name(InodeId(op.ino), entry.name.clone(), Some(InodeId(entry.ino)));
+                    self.learn_name(InodeId(op.ino), entry.name.clone(), Some(InodeId(entry.ino)));
                     self.set_attrs(&entry.attr);
                 }
             }
@@ -166,7 +212,7 @@ impl Table {
 
     fn found(&mut self, parent: u64, name: &Bytes, entry: &Entry) {
         if let Some(attr) = &entry.attr {
-            self.set_name(InodeId(parent), name.clone(), Some(InodeId(attr.ino)));
+            self.learn_name(InodeId(parent), name.clone(), Some(InodeId(attr.ino)));
             self.set_attrs([attr]);
         }
     }
@@ -199,7 +245,23 @@ impl Table {
         }
     }
 
-    fn set_name(&mut self, parent: InodeId, name: Bytes, to: Named) {
+    /// Whether an inode was decided about after the operation whose answer is being taken in was sent.
+    fn is_ahead(&self, ino: InodeId) -> bool {
+        self.inodes.peek(&ino).is_some_and(|cached| cached.delegated && cached.decided > self.asked)
+    }
+
+    /// A name that an answer tells.
+    fn learn_name(&mut self, parent: InodeId, name: Bytes, to: Named) {
+        if !self.is_ahead(parent) {
+            self.set_name(parent, name, to);
+        }
+    }
+
+    pub(super) fn set_target(&mut self, ino: InodeId, target: &Bytes) {
+        self.targets.put(ino, Bytes::copy_from_slice(target));
+    }
+
+    pub(super) fn set_name(&mut self, parent: InodeId, name: Bytes, to: Named) {
         // A name is a slice of the message it came in, which it must not keep alive.
         let name = Bytes::copy_from_slice(&name);
         let cached = self.inodes.get_or_insert_mut(parent, Cached::default);
@@ -211,14 +273,84 @@ impl Table {
     fn forget_name(&mut self, parent: InodeId, name: &[u8]) {
         if let Some(cached) = self.inodes.peek_mut(&parent) {
             cached.complete = false;
-            if cached.names.remove(name).is_some() {
-                self.names -= 1;
+        }
+        self.drop_name(parent, name);
+    }
+
+    /// Takes a name out; in a directory that is known as a whole, that says that there is none.
+    pub(super) fn drop_name(&mut self, parent: InodeId, name: &[u8]) {
+        if let Some(cached) = self.inodes.peek_mut(&parent)
+            && cached.names.remove(name).is_some()
+        {
+            self.names -= 1;
+        }
+    }
+
+    pub(super) fn is_complete(&self, directory: InodeId) -> bool {
+        self.inodes.peek(&directory).is_some_and(|cached| cached.complete)
+    }
+
+    pub(super) fn is_busy(&self, ino: InodeId) -> bool {
+        self.busy.contains_key(&ino)
+    }
+
+    pub(super) fn get(&mut self, ino: InodeId) -> Option<&Cached> {
+        self.inodes.get(&ino).map(|cached| &*cached)
+    }
+
+    pub(super) fn insert(&mut self, ino: InodeId, cached: Cached) {
+        self.inodes.put(ino, cached);
+    }
+
+    /// Changes the attributes of an inode by a decision; the new ones.
+    pub(super) fn change(
+        &mut self,
+        ino: InodeId,
+        sequence: u64,
+        change: impl FnOnce(&mut Attr),
+    ) -> Option<Attr> {
+        let cached = self.inodes.get_mut(&ino)?;
+        cached.decided = sequence;
+        cached.attr.as_mut().map(|attr| {
+            change(attr);
+            *attr
+        })
+    }
+
+    /// An answer says that these inodes are delegated to this client.
+    pub(super) fn delegated(&mut self, inodes: &[u64]) {
+        for ino in inodes {
+            if let Some(cached) = self.inodes.peek_mut(&InodeId(*ino)) {
+                cached.delegated = true;
             }
         }
     }
 
+    /// Whether an inode is delegated to this client.
+    pub(super) fn is_delegated(&self, ino: InodeId) -> bool {
+        self.inodes.peek(&ino).is_some_and(|cached| cached.delegated)
+    }
+
+    /// Makes do without the delegations on these inodes.
+    pub(super) fn demote(&mut self, inodes: &[InodeId]) {
+        for ino in inodes {
+            if let Some(cached) = self.inodes.peek_mut(ino) {
+                cached.delegated = false;
+            }
+        }
+    }
+
+    /// What is known to be in a directory and delegated.
+    pub(super) fn delegated_in(&self, directory: InodeId) -> Vec<InodeId> {
+        let names = self.inodes.peek(&directory).map(|cached| cached.names.values());
+        names.into_iter().flatten().flatten().copied().filter(|ino| self.is_delegated(*ino)).collect()
+    }
+
     fn set_attrs<'a>(&mut self, attrs: impl IntoIterator<Item = &'a Attr>) {
         for attr in attrs {
+            if self.is_ahead(InodeId(attr.ino)) {
+                continue;
+            }
             self.inodes.get_or_insert_mut(InodeId(attr.ino), Cached::default).attr = Some(*attr);
         }
     }
@@ -228,6 +360,10 @@ impl Table {
         let ino = InodeId(attr.ino);
         if attr.nlink == 0 {
             self.forget(ino);
+        } else if self.is_ahead(ino) {
+            // Neither what is here nor what is told has all changes.
+            self.demote(&[ino]);
+            self.forget_attr(ino);
         } else if let Some(cached) = self.inodes.peek_mut(&ino) {
             cached.attr = Some(*attr);
         }
@@ -264,6 +400,8 @@ impl Table {
 
     /// Drops everything; what there was.
     pub(super) fn clear(&mut self) -> Vec<InodeId> {
+        // A server that has started anew counts from the beginning.
+        self.serial = 0;
         let all = self.inodes.iter().map(|(ino, _)| *ino).collect();
         self.inodes.clear();
         self.names = 0;
@@ -295,6 +433,24 @@ fn lower<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
             counts.remove(key);
         }
     }
+}
+
+/// Inodes that a mutation names and may change. A commit is one: its answer has attributes that a decision would be lost in.
+fn inodes_changed(op: &Op) -> Vec<InodeId> {
+    let inodes = match op {
+        Op::Make(op) => vec![op.parent],
+        Op::Link(op) => vec![op.ino, op.parent],
+        Op::Remove(op) => vec![op.parent],
+        Op::Rename(op) => vec![op.parent, op.new_parent],
+        Op::SetAttr(op) => vec![op.ino],
+        Op::SetXattr(op) => vec![op.ino],
+        Op::RemoveXattr(op) => vec![op.ino],
+        Op::Allocate(op) => vec![op.ino],
+        Op::CopyRange(op) => vec![op.source, op.target],
+        Op::Commit(op) => op.files.iter().map(|file| file.ino).collect(),
+        _ => Vec::new(),
+    };
+    inodes.into_iter().map(InodeId).collect()
 }
 
 /// Names that an operation changes.

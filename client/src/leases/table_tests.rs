@@ -39,7 +39,13 @@ fn rename(name: &'static str, new_name: &'static str, flags: u32) -> Op {
         new_parent: DIR.0,
         new_name: new_name.into(),
         flags,
+        time: None,
     })
+}
+
+/// An answer to an operation that was just sent.
+fn told(t: &mut Table, op: &Op, result: &FsResult<Reply>, serial: u64, changed: &[Attr]) {
+    t.learn(op, &Sent::default(), result, serial, changed);
 }
 
 const EMPTY: FsResult<Reply> = Ok(Reply::Empty(Empty {}));
@@ -49,8 +55,8 @@ fn what_was_found_and_what_was_not_is_known_until_it_is_forgotten() {
     let mut t = table();
     assert_eq!(t.name(DIR, b"a"), None);
     let a = attr(7, FileKind::Regular, 0o644);
-    t.learn(&lookup("a"), &entry(a), 1, &[]);
-    t.learn(&lookup("b"), &absent(), 2, &[]);
+    told(&mut t, &lookup("a"), &entry(a), 1, &[]);
+    told(&mut t, &lookup("b"), &absent(), 2, &[]);
     assert_eq!((t.name(DIR, b"a"), t.name(DIR, b"b")), (Some(Some(InodeId(7))), Some(None)));
     assert_eq!(t.attr(InodeId(7)), Some(a));
     assert_eq!(t.name(DIR, b"c"), None);
@@ -64,11 +70,11 @@ fn what_was_found_and_what_was_not_is_known_until_it_is_forgotten() {
 #[test]
 fn an_answer_that_may_not_be_cached_takes_out_what_it_was_about() {
     let mut t = table();
-    t.learn(&lookup("a"), &absent(), 1, &[]);
+    told(&mut t, &lookup("a"), &absent(), 1, &[]);
     let parent = attr(DIR.0, FileKind::Directory, 0o755);
-    t.learn(&lookup("x"), &absent(), 2, &[parent]);
+    told(&mut t, &lookup("x"), &absent(), 2, &[parent]);
     assert_eq!(t.attr(DIR), Some(parent));
-    t.learn(&make("a", FileKind::Regular), &entry(attr(7, FileKind::Regular, 0)), 0, &[]);
+    told(&mut t, &make("a", FileKind::Regular), &entry(attr(7, FileKind::Regular, 0)), 0, &[]);
     assert_eq!((t.name(DIR, b"a"), t.attr(InodeId(7)), t.attr(DIR)), (None, None, None));
     assert_eq!(t.name(DIR, b"x"), Some(None));
 }
@@ -76,36 +82,36 @@ fn an_answer_that_may_not_be_cached_takes_out_what_it_was_about() {
 #[test]
 fn what_this_client_is_changing_is_not_shown() {
     let mut t = table();
-    t.learn(&lookup("a"), &absent(), 1, &[]);
+    told(&mut t, &lookup("a"), &absent(), 1, &[]);
     let op = make("a", FileKind::Regular);
-    t.sent(&op);
-    t.sent(&op);
+    let sent = t.sent(&op, 1);
+    t.sent(&op, 2);
     assert_eq!(t.name(DIR, b"a"), None);
-    t.settled(&op);
+    t.settled(&op, &sent);
     assert_eq!(t.name(DIR, b"a"), None, "the other is still under way");
-    t.settled(&op);
-    t.learn(&op, &entry(attr(7, FileKind::Regular, 0)), 2, &[]);
+    t.settled(&op, &sent);
+    told(&mut t, &op, &entry(attr(7, FileKind::Regular, 0)), 2, &[]);
     assert_eq!(t.name(DIR, b"a"), Some(Some(InodeId(7))));
     let set = Op::SetAttr(SetAttr { ino: 7, ..SetAttr::default() });
-    t.sent(&set);
+    let sent = t.sent(&set, 3);
     assert_eq!(t.attr(InodeId(7)), None);
-    t.settled(&set);
+    t.settled(&set, &sent);
     assert!(t.attr(InodeId(7)).is_some());
 }
 
 #[test]
 fn a_directory_made_here_is_known_as_a_whole() {
     let mut t = table();
-    t.learn(&make("d", FileKind::Directory), &entry(attr(9, FileKind::Directory, 0o755)), 1, &[]);
+    told(&mut t, &make("d", FileKind::Directory), &entry(attr(9, FileKind::Directory, 0o755)), 1, &[]);
     let d = InodeId(9);
     assert_eq!(t.name(d, b"anything"), Some(None));
     let made =
         Op::Make(Make { parent: 9, name: "f".into(), kind: FileKind::Regular.into(), ..Make::default() });
-    t.learn(&made, &entry(attr(10, FileKind::Regular, 0)), 2, &[attr(9, FileKind::Directory, 0o755)]);
+    told(&mut t, &made, &entry(attr(10, FileKind::Regular, 0)), 2, &[attr(9, FileKind::Directory, 0o755)]);
     assert_eq!(t.name(d, b"f"), Some(Some(InodeId(10))));
     // Nobody knows how this one ended: absence of other names is still known, this name is not.
     let removed = Op::Remove(Remove { parent: 9, name: "f".into(), directory: false, time: None });
-    t.learn(&removed, &EMPTY, 0, &[]);
+    told(&mut t, &removed, &EMPTY, 0, &[]);
     assert_eq!(t.name(d, b"f"), None);
 }
 
@@ -113,26 +119,26 @@ fn a_directory_made_here_is_known_as_a_whole() {
 fn renames_move_what_is_known() {
     let mut t = table();
     let dir = attr(DIR.0, FileKind::Directory, 0o755);
-    t.learn(&lookup("a"), &entry(attr(7, FileKind::Regular, 0)), 1, &[]);
-    t.learn(&rename("a", "b", 0), &EMPTY, 2, &[dir]);
+    told(&mut t, &lookup("a"), &entry(attr(7, FileKind::Regular, 0)), 1, &[]);
+    told(&mut t, &rename("a", "b", 0), &EMPTY, 2, &[dir]);
     assert_eq!((t.name(DIR, b"a"), t.name(DIR, b"b")), (Some(None), Some(Some(InodeId(7)))));
-    t.learn(&lookup("c"), &entry(attr(8, FileKind::Regular, 0)), 3, &[]);
-    t.learn(&rename("b", "c", EXCHANGE), &EMPTY, 4, &[dir]);
+    told(&mut t, &lookup("c"), &entry(attr(8, FileKind::Regular, 0)), 3, &[]);
+    told(&mut t, &rename("b", "c", EXCHANGE), &EMPTY, 4, &[dir]);
     assert_eq!((t.name(DIR, b"b"), t.name(DIR, b"c")), (Some(Some(InodeId(8))), Some(Some(InodeId(7)))));
     // Two names of one file: rename does nothing.
-    t.learn(&rename("b", "c", 0), &EMPTY, 5, &[]);
+    told(&mut t, &rename("b", "c", 0), &EMPTY, 5, &[]);
     assert_eq!(t.name(DIR, b"b"), Some(Some(InodeId(8))));
     // Nothing is known of the source.
-    t.learn(&rename("u", "c", 0), &EMPTY, 6, &[dir]);
+    told(&mut t, &rename("u", "c", 0), &EMPTY, 6, &[dir]);
     assert_eq!((t.name(DIR, b"u"), t.name(DIR, b"c")), (Some(None), None));
 }
 
 #[test]
 fn an_inode_without_links_is_forgotten() {
     let mut t = table();
-    t.learn(&lookup("a"), &entry(attr(7, FileKind::Regular, 0)), 1, &[]);
+    told(&mut t, &lookup("a"), &entry(attr(7, FileKind::Regular, 0)), 1, &[]);
     let removed = Op::Remove(Remove { parent: DIR.0, name: "a".into(), directory: false, time: None });
-    t.learn(&removed, &EMPTY, 2, &[Attr { ino: 7, ..Attr::default() }]);
+    told(&mut t, &removed, &EMPTY, 2, &[Attr { ino: 7, ..Attr::default() }]);
     assert_eq!((t.name(DIR, b"a"), t.attr(InodeId(7))), (Some(None), None));
 }
 
@@ -140,12 +146,12 @@ fn an_inode_without_links_is_forgotten() {
 fn the_target_of_a_link_is_kept_when_the_link_is_gone() {
     let mut t = table();
     let link = Entry { attr: Some(attr(7, FileKind::Symlink, 0o777)), target: "there".into() };
-    t.learn(&lookup("a"), &Ok(Reply::Entry(link)), 1, &[]);
+    told(&mut t, &lookup("a"), &Ok(Reply::Entry(link)), 1, &[]);
     t.forget(InodeId(7));
     assert_eq!(t.target(InodeId(7)).unwrap(), "there");
     for ino in 100..100 + TARGETS_MAX as u64 {
         let link = Entry { attr: Some(attr(ino, FileKind::Symlink, 0o777)), target: "x".into() };
-        t.learn(&lookup("a"), &Ok(Reply::Entry(link)), 2, &[]);
+        told(&mut t, &lookup("a"), &Ok(Reply::Entry(link)), 2, &[]);
         t.forget(InodeId(ino));
     }
     assert_eq!(t.target(InodeId(7)), None);
@@ -159,7 +165,7 @@ proptest! {
         let mut held = std::collections::HashSet::new();
         for (serial, (parent, ino)) in inos.into_iter().enumerate() {
             let op = Op::Lookup(Lookup { parent, name: ino.to_string().into() });
-            t.learn(&op, &entry(attr(1000 + ino, FileKind::Regular, 0)), serial as u64 + 1, &[]);
+            told(&mut t, &op, &entry(attr(1000 + ino, FileKind::Regular, 0)), serial as u64 + 1, &[]);
             held.extend([InodeId(parent), InodeId(1000 + ino)]);
             for ino in t.shrink() {
                 prop_assert!(held.remove(&ino));

@@ -1,37 +1,39 @@
-//! Leases that end here, until the caches below have let go of them and the server can be told.
+//! Leases that end here, until everybody who uses them has let go and the server can be told.
 
 use std::time::Duration;
 
-use fjordfs_proto::pb::meta::{ClientMessage, GivenBack, Recall};
+use fjordfs_proto::{
+    InodeId,
+    pb::meta::{ClientMessage, GivenBack, Recall},
+};
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 
-use crate::leases::{Dropped, LetGo};
+use crate::leases::{Dropped, Recalling};
 
 /// What the server will be told.
 #[derive(Default)]
 pub(super) struct LettingGo(FuturesUnordered<BoxFuture<'static, ClientMessage>>);
 
 impl LettingGo {
-    /// These have been recalled. Caches below run out by themselves after `lease`.
-    pub(super) fn recalled(&mut self, recalls: Vec<Recall>, let_go: LetGo, lease: Duration) {
+    /// These have been recalled; `limit` is how long that may take here.
+    pub(super) fn recalled(&mut self, recalls: Vec<Recall>, recalling: Recalling, limit: Duration) {
         let recalled = recalls.into_iter().map(|recall| recall.id).collect();
-        self.push(ClientMessage { recalled, ..ClientMessage::default() }, let_go, lease);
+        self.0.push(Box::pin(async move {
+            let clean = recalling.let_go.within(limit).await;
+            let demoted = (!clean.is_empty()).then(|| given_back(clean, recalling.as_of));
+            ClientMessage { recalled, demoted, ..ClientMessage::default() }
+        }));
     }
 
     /// These were dropped for want of room.
-    pub(super) fn dropped(&mut self, dropped: Dropped, lease: Duration) {
+    pub(super) fn dropped(&mut self, dropped: Dropped, limit: Duration) {
         if dropped.inodes.is_empty() {
             return;
         }
-        let inos = dropped.inodes.into_iter().map(|ino| ino.0).collect();
-        let given_back = Some(GivenBack { inos, as_of: dropped.as_of });
-        self.push(ClientMessage { given_back, ..ClientMessage::default() }, dropped.let_go, lease);
-    }
-
-    fn push(&mut self, message: ClientMessage, let_go: LetGo, lease: Duration) {
         self.0.push(Box::pin(async move {
-            wait(let_go, lease).await;
-            message
+            dropped.let_go.within(limit).await;
+            let given_back = Some(given_back(dropped.inodes, dropped.as_of));
+            ClientMessage { given_back, ..ClientMessage::default() }
         }));
     }
 
@@ -44,10 +46,6 @@ impl LettingGo {
     }
 }
 
-/// Waits until the caches below have let go, or have run out.
-pub(super) async fn wait(let_go: LetGo, lease: Duration) {
-    if let Some(let_go) = let_go {
-        // A listener that is gone caches nothing.
-        let _ = tokio::time::timeout(lease, let_go).await;
-    }
+fn given_back(inodes: Vec<InodeId>, as_of: u64) -> GivenBack {
+    GivenBack { inos: inodes.into_iter().map(|ino| ino.0).collect(), as_of }
 }

@@ -19,6 +19,16 @@ impl Slots {
         Slots { free: (0..count).rev().collect(), last: vec![0; count as usize] }
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.last.len()
+    }
+
+    /// How many are free.
+    pub(super) fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Takes a free slot for its next sequence.
     pub(super) fn take(&mut self) -> Option<Slot> {
         let index = self.free.pop()?;

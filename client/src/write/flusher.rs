@@ -18,7 +18,7 @@ const TICK: Duration = Duration::from_millis(250);
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Files flushed at a time.
-const FLUSHES_MAX: usize = 64;
+const FLUSHES_MAX: usize = 512;
 
 /// Starts the flusher on the client's engine.
 pub(crate) fn spawn(client: &Arc<Inner>) {
@@ -74,6 +74,8 @@ fn dirty_files(client: &Inner) -> Vec<Arc<FileState>> {
 pub(crate) async fn flush_files(client: &Arc<Inner>, files: Vec<Arc<FileState>>) {
     for group in files.chunks(FLUSHES_MAX) {
         let started = Instant::now();
+        // Tiny files first, many in a commit; flushing them then only waits for that.
+        client.start_inline_units(group);
         futures_util::future::join_all(group.iter().map(|file| client.flush(file))).await;
         if started.elapsed() > Duration::from_secs(10) {
             warn!(files = group.len(), "writing back took {:?}", started.elapsed());

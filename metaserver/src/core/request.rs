@@ -108,8 +108,15 @@ impl Core {
         let changed = self.changed_besides(&told.attributes);
         let mut response = response(id, result);
         response.changed = changed;
-        // One that waits is passed by others: what it says may be old when it arrives.
-        if recalls.is_empty() && !sync && told.cacheable() && self.leases.held(session) < LEASES_MAX {
+        // One that waits is passed by others: what it says may be old when it arrives. And what is being recalled from the session
+        // itself must not be granted again before it has let go.
+        let recalled = !self.leases.pending(None, self.txn.seen()).is_empty();
+        if recalls.is_empty()
+            && !recalled
+            && !sync
+            && told.cacheable()
+            && self.leases.held(session) < LEASES_MAX
+        {
             self.serial += 1;
             response.serial = self.serial;
             let delegations = is_mutation && self.sessions.get_mut(session).is_some_and(|s| s.delegations);

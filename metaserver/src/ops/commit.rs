@@ -102,7 +102,7 @@ fn commit_file(ctx: &mut Ctx<'_>, file: &FileCommit, mut runs: Runs) -> FsResult
     if !runs.is_empty() || size != inode.size {
         inode.data_version += 1;
         let mtime = file.mtime.unwrap_or(ctx.now);
-        (inode.mtime, inode.ctime) = (Some(mtime), Some(mtime));
+        (inode.mtime, inode.ctime) = (Some(mtime), Some(file.ctime.unwrap_or(mtime)));
     }
     for (offset, extent) in runs {
         let end = offset + extent.length;

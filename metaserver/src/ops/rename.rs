@@ -3,10 +3,10 @@
 use fjordfs_proto::{
     FsResult, InodeId, ROOT_INODE,
     error::Errno,
-    pb::meta::{Empty, Rename},
+    pb::meta::{Empty, Rename, Time},
 };
 
-use super::{Ctx, EMPTY, fail, touch_directory};
+use super::{Ctx, EMPTY, fail, time_of, touch_directory};
 use crate::{keys, names, orphans, records, records::Inode, txn::Txn};
 
 const NOREPLACE: u32 = 1;
@@ -27,6 +27,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Rename) -> FsResult<Empty> {
     }
     names::check(&op.name)?;
     names::check(&op.new_name)?;
+    let now = time_of(ctx, op.time)?;
     ctx.txn.directory(from_parent)?;
     ctx.txn.directory(to_parent)?;
     let Some(source) = ctx.txn.dirent(from_parent, &op.name)? else {
@@ -52,9 +53,9 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Rename) -> FsResult<Empty> {
         Some(target) => {
             let ino = InodeId(target.ino);
             let to = End { parent: to_parent, name: op.new_name.clone(), ino, inode: ctx.txn.inode(ino)? };
-            if op.flags == EXCHANGE { exchange(ctx, from, to)? } else { replace(ctx, from, to)? }
+            if op.flags == EXCHANGE { exchange(ctx, from, to, now)? } else { replace(ctx, from, to, now)? }
         }
-        None => shift(ctx, from, to_parent, &op.new_name, 0)?,
+        None => shift(ctx, from, (to_parent, &op.new_name), 0, now)?,
     }
     Ok(EMPTY)
 }
@@ -63,21 +64,22 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Rename) -> FsResult<Empty> {
 fn shift(
     ctx: &mut Ctx<'_>,
     from: End,
-    to_parent: InodeId,
-    to_name: &bytes::Bytes,
+    (to_parent, to_name): (InodeId, &bytes::Bytes),
     gone: i64,
+    now: Time,
 ) -> FsResult<()> {
     let links = i64::from(from.inode.is_dir());
-    ctx.txn.remove(keys::dirent(from.parent, &from.name));
-    place(ctx, from.ino, from.inode, to_parent, to_name);
-    if from.parent == to_parent {
-        return touch_directory(ctx.txn, to_parent, -gone, ctx.now);
+    let from_parent = from.parent;
+    ctx.txn.remove(keys::dirent(from_parent, &from.name));
+    place(ctx, from, to_parent, to_name, now);
+    if from_parent == to_parent {
+        return touch_directory(ctx.txn, to_parent, -gone, now);
     }
-    touch_directory(ctx.txn, from.parent, -links, ctx.now)?;
-    touch_directory(ctx.txn, to_parent, links - gone, ctx.now)
+    touch_directory(ctx.txn, from_parent, -links, now)?;
+    touch_directory(ctx.txn, to_parent, links - gone, now)
 }
 
-fn replace(ctx: &mut Ctx<'_>, from: End, to: End) -> FsResult<()> {
+fn replace(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
     let refuse = |errno, what| Err(names::error(errno, to.parent, &to.name, what));
     match (from.inode.is_dir(), to.inode.is_dir()) {
         (true, false) => return refuse(Errno::ENOTDIR, "is not a directory"),
@@ -88,27 +90,30 @@ fn replace(ctx: &mut Ctx<'_>, from: End, to: End) -> FsResult<()> {
         _ => {}
     }
     let gone = i64::from(to.inode.is_dir());
-    orphans::lose_link(ctx.txn, ctx.opens, to.ino, to.inode, ctx.now)?;
-    shift(ctx, from, to.parent, &to.name, gone)
+    orphans::lose_link(ctx.txn, ctx.opens, to.ino, to.inode, now)?;
+    shift(ctx, from, (to.parent, &to.name), gone, now)
 }
 
-fn exchange(ctx: &mut Ctx<'_>, from: End, to: End) -> FsResult<()> {
+fn exchange(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
     if to.inode.is_dir() {
         refuse_below(ctx.txn, from.parent, to.ino)?;
     }
     let links = i64::from(to.inode.is_dir()) - i64::from(from.inode.is_dir());
-    place(ctx, from.ino, from.inode, to.parent, &to.name);
-    place(ctx, to.ino, to.inode, from.parent, &from.name);
-    if from.parent == to.parent {
-        return touch_directory(ctx.txn, to.parent, 0, ctx.now);
+    let (from_parent, from_name) = (from.parent, from.name.clone());
+    let (to_parent, to_name) = (to.parent, to.name.clone());
+    place(ctx, from, to_parent, &to_name, now);
+    place(ctx, to, from_parent, &from_name, now);
+    if from_parent == to_parent {
+        return touch_directory(ctx.txn, to_parent, 0, now);
     }
-    touch_directory(ctx.txn, from.parent, links, ctx.now)?;
-    touch_directory(ctx.txn, to.parent, -links, ctx.now)
+    touch_directory(ctx.txn, from_parent, links, now)?;
+    touch_directory(ctx.txn, to_parent, -links, now)
 }
 
 /// Gives an inode its new name.
-fn place(ctx: &mut Ctx<'_>, ino: InodeId, mut inode: Inode, parent: InodeId, name: &bytes::Bytes) {
-    inode.ctime = Some(ctx.now);
+fn place(ctx: &mut Ctx<'_>, end: End, parent: InodeId, name: &bytes::Bytes, now: Time) {
+    let End { ino, mut inode, .. } = end;
+    inode.ctime = Some(now);
     if inode.is_dir() {
         (inode.parent, inode.name) = (parent.0, name.clone());
     }

@@ -23,6 +23,9 @@ Options (-o, separated by commas):
   hedge=TIME            ask another copy when the first is silent for this long (default 500ms)
   readahead=SIZE        how far sequential readers are read ahead (default 16MiB)
   dirty_age=TIME        commit what was written after this long at the latest (default 1s)
+  close=async|sync      async (default): what nobody else uses is decided here and sent to the
+                        metaserver within a second, or when somebody asks; sync: close, create,
+                        unlink, ... wait for the metaserver
   engine_threads=N      threads for connections and background work (default 2)
   threads=N             threads that serve the kernel (default: one for each core, at least 2;
                         over io_uring at most one each)
@@ -57,7 +60,8 @@ pub(crate) struct Settings {
     pub(crate) log: Option<PathBuf>,
 }
 
-const OURS: [&str; 7] = ["memory", "timeout", "hedge", "readahead", "dirty_age", "engine_threads", "log"];
+const OURS: [&str; 8] =
+    ["memory", "timeout", "hedge", "readahead", "dirty_age", "close", "engine_threads", "log"];
 
 /// Reads a comma separated list.
 ///
@@ -104,6 +108,13 @@ impl Settings {
             "hedge" => self.client.hedge_delay = time()?,
             "readahead" => self.client.readahead = size()?,
             "dirty_age" => self.client.dirty_age_max = time()?,
+            "close" => {
+                self.client.defer = match value {
+                    "async" => true,
+                    "sync" => false,
+                    _ => return Err(wrong(format!("'{value}' is neither async nor sync"))),
+                }
+            }
             "engine_threads" => {
                 let threads: u8 =
                     value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;

@@ -1,0 +1,101 @@
+//! Operations that this client decides by itself, where it holds the delegations for that: what they do to its files. What they do
+//! to names and attributes is in [`crate::leases`].
+
+use std::sync::Arc;
+
+use fjordfs_proto::{
+    InodeId,
+    mode::{SETGID, SETUID},
+    pb::meta::{Attr, Make, Remove, Rename, SetAttr, request::Op},
+};
+
+use crate::{client::Inner, leases::Removed};
+
+impl Inner {
+    /// Makes an inode, if that can be decided here.
+    pub(crate) fn make_here(&self, mut make: Make) -> Result<Attr, Make> {
+        let leases = self.meta.leases();
+        if !leases.is_delegated(InodeId(make.parent)) {
+            return Err(make);
+        }
+        let Some(ino) = self.inodes.take_now() else { return Err(make) };
+        make.ino = ino;
+        let made = leases.decide(|table, now, sequence| {
+            let attr = table.make_here(&mut make, now, sequence)?;
+            Some((Op::Make(make.clone()), attr))
+        });
+        made.ok_or_else(|| {
+            make.ino = 0;
+            make
+        })
+    }
+
+    /// Removes a name, if that can be decided here; whether it was.
+    pub(crate) fn remove_here(&self, remove: &Remove) -> bool {
+        let removed = self.meta.leases().decide(|table, now, sequence| {
+            let mut remove = remove.clone();
+            let removed = table.remove_here(&mut remove, now, sequence)?;
+            Some((Op::Remove(remove), removed))
+        });
+        if let Some(removed) = removed {
+            self.name_is_gone(removed);
+        }
+        removed.is_some()
+    }
+
+    /// Renames, if that can be decided here; whether it was.
+    pub(crate) fn rename_here(&self, rename: &Rename) -> bool {
+        let renamed = self.meta.leases().decide(|table, now, sequence| {
+            let mut rename = rename.clone();
+            let replaced = table.rename_here(&mut rename, now, sequence)?;
+            Some((Op::Rename(rename), replaced))
+        });
+        if let Some(Some(replaced)) = renamed {
+            self.name_is_gone(replaced);
+        }
+        renamed.is_some()
+    }
+
+    /// Changes attributes other than the size, if that can be decided here.
+    pub(crate) fn set_attr_here(self: &Arc<Self>, set: &SetAttr) -> Option<Attr> {
+        let file = self.known_file(InodeId(set.ino));
+        // Under the file's lock: the commit of what was written here carries the times of the last write, or those set since.
+        let mut file = file.as_ref().map(|file| file.lock());
+        if let Some(file) = &file
+            && file.view.drops_suid()
+            && set.mode.is_some_and(|mode| mode & (SETUID | SETGID) != 0)
+        {
+            // The commit that is to come would take away what is set now.
+            return None;
+        }
+        let attr = self.meta.leases().decide(|table, now, sequence| {
+            let mut set = set.clone();
+            let attr = table.set_attr_here(&mut set, now, sequence)?;
+            Some((Op::SetAttr(set), attr))
+        })?;
+        Some(match &mut file {
+            Some(file) => {
+                file.view.set_times(set.mtime.is_some() || set.mtime_now, &attr);
+                file.view.learn_attr(attr);
+                file.view.attr()
+            }
+            None => attr,
+        })
+    }
+
+    /// What was written to a file without a name that is not open will never be read.
+    fn name_is_gone(&self, Removed { ino, last }: Removed) {
+        if !last {
+            return;
+        }
+        let mut dirty = self.dirty.lock();
+        // The list's own share, and no handle's.
+        if dirty.get(&ino).is_none_or(|file| Arc::strong_count(file) > 1) {
+            return;
+        }
+        if let Some(file) = dirty.remove(&ino) {
+            drop(dirty);
+            self.budget.release(file.lock().forget_written());
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Operations that nobody waits for, until they are sent.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use fjordfs_proto::pb::meta::request::Op;
+
+/// How long what was decided here may wait before it is sent. Whoever asks the server meanwhile has it sent at once.
+pub(super) const DEFERRED_MAX: Duration = Duration::from_millis(750);
+
+/// How long other operations that nobody waits for may wait to travel with the next request.
+const QUIET_MAX: Duration = Duration::from_millis(20);
+
+/// So many operations are sent at once.
+const SENT_FROM: usize = 4096;
+
+/// Decided operations that may be unanswered; beyond, callers ask the server, and so wait for it. A few hundred bytes each.
+const UNANSWERED_MAX: usize = 1 << 15;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    operations: VecDeque<(Op, bool)>,
+    due: Option<Instant>,
+    /// Decided operations that are queued or unanswered.
+    unanswered: usize,
+}
+
+impl Deferred {
+    /// Adds an operation; says whether [`Deferred::due`] has changed.
+    pub(super) fn push(&mut self, op: Op, decided: bool) -> bool {
+        self.operations.push_back((op, decided));
+        self.unanswered += usize::from(decided);
+        let wait = match self.operations.len() {
+            SENT_FROM.. => Duration::ZERO,
+            _ if decided => DEFERRED_MAX,
+            // Behind something that was decided, it can wait as well.
+            _ if self.unanswered > 0 => DEFERRED_MAX,
+            _ => QUIET_MAX,
+        };
+        let due = Instant::now() + wait;
+        let sooner = self.due.is_none_or(|current| due < current);
+        if sooner {
+            self.due = Some(due);
+        }
+        sooner
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.unanswered >= UNANSWERED_MAX
+    }
+
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    pub(super) fn take(&mut self) -> impl Iterator<Item = (Op, bool)> + use<> {
+        self.due = None;
+        std::mem::take(&mut self.operations).into_iter()
+    }
+
+    /// A decided operation was answered, or will never be.
+    pub(super) fn answered(&mut self) {
+        self.unanswered = self.unanswered.saturating_sub(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fjordfs_proto::pb::meta::{Close, Make};
+
+    use super::*;
+
+    fn close() -> Op {
+        Op::Close(Close { handle: 1 })
+    }
+
+    fn make() -> Op {
+        Op::Make(Make::default())
+    }
+
+    #[test]
+    fn what_was_decided_waits_longer_than_the_rest_and_many_do_not_wait() {
+        let mut deferred = Deferred::default();
+        assert!(deferred.push(make(), true));
+        let due = deferred.due().unwrap();
+        assert!(!deferred.push(close(), false) && deferred.due() == Some(due), "behind the other");
+        assert_eq!(deferred.take().map(|(_, decided)| decided).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(deferred.due(), None);
+        deferred.answered();
+        deferred.push(close(), false);
+        assert!(deferred.due().unwrap() < due);
+        for _ in 0..SENT_FROM {
+            deferred.push(make(), true);
+        }
+        assert!(deferred.due().unwrap() <= Instant::now());
+    }
+
+    #[test]
+    fn callers_ask_once_too_much_is_unanswered() {
+        let mut deferred = Deferred::default();
+        for _ in 0..UNANSWERED_MAX {
+            assert!(!deferred.is_full());
+            deferred.push(make(), true);
+        }
+        assert!(deferred.is_full());
+        let _ = deferred.take();
+        assert!(deferred.is_full(), "sent is not answered");
+        deferred.answered();
+        assert!(!deferred.is_full());
+    }
+}

@@ -1,0 +1,154 @@
+//! Attaching to the metaserver: connecting, greeting, and what a refusal means.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use fjordfs_proto::{
+    ClusterMap, FsError, FsResult, HandleId, InodeId, META_MESSAGE_MAX, PROTOCOL_VERSION, SessionId,
+    error::Errno,
+    pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, Welcome, meta_client},
+};
+use parking_lot::Mutex;
+use tokio::{sync::mpsc, time::Instant};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming, transport::Endpoint};
+
+use crate::Options;
+
+/// How to reach the server, and who we are.
+pub(super) struct Peer {
+    pub(super) address: String,
+    description: String,
+    delegations: bool,
+    handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
+}
+
+/// A stream that has been welcomed.
+pub(super) struct Attached {
+    pub(super) peer: Arc<Peer>,
+    pub(super) outgoing: mpsc::Sender<ClientMessage>,
+    pub(super) incoming: Streaming<ServerMessage>,
+    pub(super) welcome: Welcome,
+    pub(super) map: Arc<ClusterMap>,
+    /// When the hello was sent.
+    pub(super) greeted: Instant,
+}
+
+impl Attached {
+    pub(super) fn session(&self) -> SessionId {
+        SessionId(self.welcome.session)
+    }
+}
+
+/// Why attaching failed.
+pub(super) enum AttachError {
+    /// Try again: the server is not there, or not yet.
+    Unreachable(String),
+    /// The server does not know the session any more.
+    SessionLost(String),
+    /// It will never work.
+    Refused(String),
+}
+
+impl From<Status> for AttachError {
+    fn from(status: Status) -> Self {
+        let message = status.message().to_owned();
+        match status.code() {
+            Code::NotFound => AttachError::SessionLost(message),
+            Code::FailedPrecondition
+            | Code::InvalidArgument
+            | Code::Unimplemented
+            | Code::PermissionDenied => AttachError::Refused(message),
+            _ => AttachError::Unreachable(message),
+        }
+    }
+}
+
+impl Peer {
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        session: u64,
+        cluster_id: &str,
+    ) -> Result<Attached, AttachError> {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
+            .map_err(|e| {
+                AttachError::Refused(format!("'{}' is not an address: {e}; write HOST:PORT", self.address))
+            })?
+            .tcp_nodelay(true)
+            .connect_timeout(Duration::from_secs(5))
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(8 << 20)
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10));
+        let channel = endpoint.connect().await.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
+        let mut client = meta_client::MetaClient::new(channel)
+            .max_decoding_message_size(META_MESSAGE_MAX)
+            .max_encoding_message_size(META_MESSAGE_MAX);
+        let (outgoing, stream) = mpsc::channel(64);
+        let handles =
+            (self.handles.lock().iter()).map(|(h, i)| OpenHandle { handle: h.0, ino: i.0 }).collect();
+        let hello = Hello {
+            protocol_version: PROTOCOL_VERSION,
+            session,
+            cluster_id: cluster_id.to_owned(),
+            client: self.description.clone(),
+            handles,
+            delegations: self.delegations,
+        };
+        let first = ClientMessage { hello: Some(hello), ..Default::default() };
+        let greeted = Instant::now();
+        outgoing.send(first).await.map_err(|_| AttachError::Unreachable("stream closed".into()))?;
+        let greeting = async {
+            let mut incoming = client.attach(ReceiverStream::new(stream)).await?.into_inner();
+            let message = incoming.message().await?;
+            Ok::<_, Status>((incoming, message.and_then(|m| m.welcome)))
+        };
+        let (incoming, welcome) = tokio::time::timeout(Duration::from_secs(10), greeting)
+            .await
+            .map_err(|_| AttachError::Unreachable("no answer to the greeting within 10 s".into()))??;
+        let welcome = welcome.ok_or_else(|| AttachError::Unreachable("closed without a welcome".into()))?;
+        let map = welcome
+            .map
+            .clone()
+            .ok_or_else(|| AttachError::Refused("welcome without a cluster map".into()))?;
+        let map = ClusterMap::from_pb(map).map_err(|e| AttachError::Refused(e.to_string()))?;
+        if welcome.slots == 0 {
+            return Err(AttachError::Refused("the metaserver grants no slots".into()));
+        }
+        Ok(Attached { peer: self.clone(), outgoing, incoming, welcome, map: Arc::new(map), greeted })
+    }
+}
+
+/// Innermost error of a chain: the one that says "Connection refused".
+fn root_cause(e: &dyn std::error::Error) -> String {
+    let mut cause = e;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+/// Attaches a new session; fails at once when the server is not there, so that a wrong address is told at once.
+pub(super) async fn attach_first(
+    address: &str,
+    options: &Options,
+    handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
+) -> FsResult<Attached> {
+    let peer = Arc::new(Peer {
+        address: address.to_owned(),
+        description: options.description.clone(),
+        delegations: options.defer,
+        handles,
+    });
+    match peer.attach(0, "").await {
+        Ok(attached) => Ok(attached),
+        Err(AttachError::Unreachable(why)) => Err(FsError::new(
+            Errno::ETIMEDOUT,
+            format!(
+                "cannot reach a metaserver at {address}: {why}; check the address and that `fjord meta` runs there"
+            ),
+        )),
+        Err(AttachError::Refused(why) | AttachError::SessionLost(why)) => {
+            Err(FsError::new(Errno::EPROTO, format!("metaserver {address} refused this client: {why}")))
+        }
+    }
+}

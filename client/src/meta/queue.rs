@@ -1,0 +1,266 @@
+//! What is to be sent, in which order, and what is unanswered. Pure.
+//!
+//! # Order
+//! - What was deferred is sent in order, and before everything that callers wait for: a caller's request must not reach the server
+//!   before what was decided before it. The other way round does no harm, since nothing is decided about what a
+//!   caller's mutation is about while that is under way.
+//! - Messages about leases stand in the same line as what was deferred, so a recall is obeyed only after it.
+//!
+//! # Slots
+//! Callers' mutations may wait for other clients' recalls at the server, and those for this client's. Decided operations wait for
+//! nobody; some slots are theirs alone, so that they can always be sent, and after them what others wait for.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use fjordfs_proto::{
+    operation::is_mutation,
+    pb::meta::{ClientMessage, Request, request::Op},
+};
+
+use super::{
+    Answer,
+    slots::{Slot, Slots},
+};
+use crate::leases::Sent;
+
+/// Requests in one message; more go into the next one.
+const REQUESTS_PER_MESSAGE: usize = 256;
+
+/// The share of the slots, one in so many, that callers' mutations leave to decided ones.
+const RESERVED_SHARE: usize = 4;
+
+/// Sent, or to be sent again.
+pub(super) struct Unanswered {
+    pub(super) request: Request,
+    pub(super) sent: Sent,
+    pub(super) answer: Answer,
+    slot: Option<Slot>,
+}
+
+enum Quiet {
+    Operation(Op, Answer),
+    Tell(ClientMessage),
+}
+
+/// See the module.
+pub(super) struct Queue {
+    quiet: VecDeque<Quiet>,
+    waiting: VecDeque<(Op, Sent, Answer)>,
+    slots: Slots,
+    /// By id: the order in which they were sent.
+    unanswered: BTreeMap<u64, Unanswered>,
+    id_next: u64,
+}
+
+impl Queue {
+    pub(super) fn new(slots: u32) -> Queue {
+        Queue {
+            quiet: VecDeque::new(),
+            waiting: VecDeque::new(),
+            slots: Slots::new(slots),
+            unanswered: BTreeMap::new(),
+            id_next: 1,
+        }
+    }
+
+    /// A caller's operation.
+    pub(super) fn submit(&mut self, op: Op, sent: Sent, answer: Answer) {
+        self.waiting.push_back((op, sent, answer));
+    }
+
+    /// Operations that nobody waits for, each with whether it was decided here.
+    pub(super) fn defer(&mut self, operations: impl Iterator<Item = (Op, bool)>) {
+        let answer = |decided| if decided { Answer::Decided } else { Answer::Nobody };
+        self.quiet.extend(operations.map(|(op, decided)| Quiet::Operation(op, answer(decided))));
+    }
+
+    /// A message that must not overtake what was deferred before.
+    pub(super) fn tell(&mut self, message: ClientMessage) {
+        self.quiet.push_back(Quiet::Tell(message));
+    }
+
+    /// Whether callers wait for something to be sent.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Nothing is left to be sent, or answered.
+    pub(super) fn is_idle(&self) -> bool {
+        self.quiet.is_empty() && self.waiting.is_empty() && self.unanswered.is_empty()
+    }
+
+    /// Messages to be sent now: as much as there are slots for.
+    pub(super) fn admit(&mut self) -> Vec<ClientMessage> {
+        let mut messages = Messages::default();
+        while let Some(next) = self.quiet.pop_front() {
+            match next {
+                Quiet::Tell(message) => messages.tell(message),
+                Quiet::Operation(op, answer) => match self.slot_for(&op, 0) {
+                    Ok(slot) => messages.add(self.send(op, slot, Sent::default(), answer)),
+                    Err(NoSlot) => {
+                        self.quiet.push_front(Quiet::Operation(op, answer));
+                        return messages.finish();
+                    }
+                },
+            }
+        }
+        let reserved = self.slots.count() / RESERVED_SHARE;
+        while let Some((op, sent, answer)) = self.waiting.pop_front() {
+            match self.slot_for(&op, reserved) {
+                Ok(slot) => messages.add(self.send(op, slot, sent, answer)),
+                Err(NoSlot) => {
+                    self.waiting.push_front((op, sent, answer));
+                    break;
+                }
+            }
+        }
+        messages.finish()
+    }
+
+    fn slot_for(&mut self, op: &Op, reserved: usize) -> Result<Option<Slot>, NoSlot> {
+        if !is_mutation(op) {
+            return Ok(None);
+        }
+        if self.slots.free() <= reserved {
+            return Err(NoSlot);
+        }
+        self.slots.take().map(Some).ok_or(NoSlot)
+    }
+
+    fn send(&mut self, op: Op, slot: Option<Slot>, sent: Sent, answer: Answer) -> Request {
+        let id = self.id_next;
+        self.id_next += 1;
+        let (index, sequence) = slot.map_or((0, 0), |s| (s.index, s.sequence));
+        let deferred = matches!(answer, Answer::Decided);
+        let request = Request { id, slot: index, sequence, deferred, op: Some(op) };
+        self.unanswered.insert(id, Unanswered { request: request.clone(), sent, answer, slot });
+        request
+    }
+
+    /// The request that an answer is for.
+    pub(super) fn answered(&mut self, id: u64) -> Option<Unanswered> {
+        let unanswered = self.unanswered.remove(&id)?;
+        if let Some(slot) = unanswered.slot {
+            self.slots.give_back(slot);
+        }
+        Some(unanswered)
+    }
+
+    /// Everything unanswered once more, in order.
+    pub(super) fn resend(&self) -> Vec<ClientMessage> {
+        let mut messages = Messages::default();
+        self.unanswered.values().for_each(|unanswered| messages.add(unanswered.request.clone()));
+        messages.finish()
+    }
+
+    /// A session that knows nothing of the former one's slots.
+    pub(super) fn start_over(&mut self, slots: u32) {
+        self.slots = Slots::new(slots);
+    }
+
+    /// Takes out everything that was or would have been sent. What would have been told is void.
+    pub(super) fn take_all(&mut self) -> Vec<(Op, Sent, Answer)> {
+        let sent = std::mem::take(&mut self.unanswered).into_values();
+        let sent = sent.filter_map(|u| Some((u.request.op?, u.sent, u.answer)));
+        let quiet = self.quiet.drain(..).filter_map(|quiet| match quiet {
+            Quiet::Operation(op, answer) => Some((op, Sent::default(), answer)),
+            Quiet::Tell(_) => None,
+        });
+        sent.chain(quiet).chain(self.waiting.drain(..)).collect()
+    }
+}
+
+struct NoSlot;
+
+/// Requests and notices in as few messages as their order allows.
+#[derive(Default)]
+struct Messages {
+    done: Vec<ClientMessage>,
+    requests: Vec<Request>,
+}
+
+impl Messages {
+    fn add(&mut self, request: Request) {
+        self.requests.push(request);
+        if self.requests.len() == REQUESTS_PER_MESSAGE {
+            self.close();
+        }
+    }
+
+    /// The server takes a message's notices before its requests, so they need one of their own.
+    fn tell(&mut self, message: ClientMessage) {
+        self.close();
+        self.done.push(message);
+    }
+
+    fn close(&mut self) {
+        if !self.requests.is_empty() {
+            let requests = std::mem::take(&mut self.requests);
+            self.done.push(ClientMessage { requests, ..ClientMessage::default() });
+        }
+    }
+
+    fn finish(mut self) -> Vec<ClientMessage> {
+        self.close();
+        self.done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fjordfs_proto::pb::meta::{Close, GetAttr, Make};
+
+    use super::*;
+
+    fn make(ino: u64) -> Op {
+        Op::Make(Make { ino, ..Make::default() })
+    }
+
+    fn look(ino: u64) -> Op {
+        Op::GetAttr(GetAttr { ino })
+    }
+
+    /// What is sent, in order: inode numbers, and notices as 1000 and their beat.
+    fn sent(queue: &mut Queue) -> Vec<u64> {
+        let numbers = |message: ClientMessage| {
+            let notice = (message.beat != 0).then_some(1000 + message.beat);
+            let requests = message.requests.into_iter().map(|request| match request.op {
+                Some(Op::Make(op)) => op.ino,
+                Some(Op::GetAttr(op)) => op.ino,
+                Some(Op::Close(op)) => op.handle,
+                other => panic!("{other:?}"),
+            });
+            notice.into_iter().chain(requests).collect::<Vec<_>>()
+        };
+        queue.admit().into_iter().flat_map(numbers).collect()
+    }
+
+    #[test]
+    fn callers_never_overtake_what_was_deferred_and_notices_stand_in_line() {
+        let mut queue = Queue::new(8);
+        queue.submit(look(1), Sent::default(), Answer::Nobody);
+        queue.defer([(make(2), true), (Op::Close(Close { handle: 3 }), false)].into_iter());
+        queue.tell(ClientMessage { beat: 4, ..ClientMessage::default() });
+        queue.defer([(make(5), true)].into_iter());
+        assert_eq!(sent(&mut queue), [2, 3, 1004, 5, 1]);
+        assert!(!queue.is_idle());
+        let again: Vec<bool> =
+            queue.resend().into_iter().flat_map(|m| m.requests).map(|r| r.deferred).collect();
+        assert_eq!(again, [true, false, true, false]);
+    }
+
+    #[test]
+    fn callers_leave_slots_to_what_was_decided() {
+        let mut queue = Queue::new(8);
+        (0..8).for_each(|ino| queue.submit(make(ino), Sent::default(), Answer::Nobody));
+        assert_eq!(sent(&mut queue), [0, 1, 2, 3, 4, 5]);
+        queue.defer([(make(10), true), (make(11), true), (make(12), true)].into_iter());
+        queue.tell(ClientMessage { beat: 1, ..ClientMessage::default() });
+        assert_eq!(sent(&mut queue), [10, 11]);
+        let ids: Vec<u64> = queue.unanswered.keys().copied().collect();
+        assert!(queue.answered(ids[0]).is_some() && queue.answered(ids[0]).is_none());
+        assert_eq!(sent(&mut queue), [12, 1001], "the notice comes behind all of it");
+        assert_eq!(queue.take_all().len(), 10);
+        assert!(queue.is_idle());
+    }
+}
