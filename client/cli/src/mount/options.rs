@@ -23,6 +23,7 @@ Options (-o, separated by commas):
   hedge=TIME            ask another copy when the first is silent for this long (default 500ms)
   readahead=SIZE        how far sequential readers are read ahead (default 16MiB)
   dirty_age=TIME        commit what was written after this long at the latest (default 1s)
+  local_sockets=on|off  use the Unix sockets of data servers on this host (default on)
   engine_threads=N      threads for connections and background work (default 2)
   threads=N             threads that serve the kernel (default: one for each core, at least 2;
                         over io_uring at most one each)
@@ -57,7 +58,8 @@ pub(crate) struct Settings {
     pub(crate) log: Option<PathBuf>,
 }
 
-const OURS: [&str; 7] = ["memory", "timeout", "hedge", "readahead", "dirty_age", "engine_threads", "log"];
+const OURS: [&str; 8] =
+    ["memory", "timeout", "hedge", "readahead", "dirty_age", "local_sockets", "engine_threads", "log"];
 
 /// Reads a comma separated list.
 ///
@@ -104,6 +106,13 @@ impl Settings {
             "hedge" => self.client.hedge_delay = time()?,
             "readahead" => self.client.readahead = size()?,
             "dirty_age" => self.client.dirty_age_max = time()?,
+            "local_sockets" => {
+                self.client.local_sockets = match value {
+                    "on" => true,
+                    "off" => false,
+                    other => return Err(wrong(format!("'{other}' is neither on nor off"))),
+                }
+            }
             "engine_threads" => {
                 let threads: u8 =
                     value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;
@@ -131,10 +140,13 @@ mod tests {
 
     #[test]
     fn both_kinds_of_options() {
-        let s = of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4").unwrap();
+        let s =
+            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_sockets=off")
+                .unwrap();
         assert!(s.fuse.read_only && s.fuse.nonempty);
         assert_eq!((s.client.memory_max, s.client.operation_timeout), (256 << 20, Duration::from_secs(30)));
         assert_eq!((s.client.threads, s.log), (4, Some("/tmp/x".into())));
+        assert!(!s.client.local_sockets && of("").unwrap().client.local_sockets);
         assert_eq!(s.fuse.source, "m:1");
         assert!(of("").is_ok());
     }
@@ -148,6 +160,7 @@ mod tests {
             ("memory=lots", "lots"),
             ("timeout=soon", "soon"),
             ("engine_threads=0", "from 1 to 64"),
+            ("local_sockets=maybe", "neither on nor off"),
             ("log=", "log=VALUE"),
         ] {
             let error = format!("{:#}", of(list).unwrap_err());
