@@ -47,7 +47,7 @@ use self::{
 };
 use super::{
     buffers::Buffers,
-    socket::{Socket, Way},
+    socket::{Room, Socket, Way},
 };
 use crate::engine::Engine;
 
@@ -231,6 +231,22 @@ impl Shared {
         .await
     }
 
+    /// Writes what is left to write, as far as there is room; pending when there is nothing to do for now. Ready when it must
+    /// be called again.
+    fn write_rest(&self, room: &mut Option<Room>, context: &mut Context<'_>) -> io::Result<Poll<()>> {
+        if let Some(waiting) = room {
+            if waiting.poll(context)?.is_pending() {
+                return Ok(Poll::Pending);
+            }
+            *room = None;
+        }
+        if self.sender.flush(&self.socket)? {
+            return Ok(Poll::Pending);
+        }
+        *room = Some(self.socket.room()?);
+        Ok(Poll::Ready(()))
+    }
+
     /// Takes in what has come. The pump insists: it does not wait for a caller that was woken before and did not come.
     fn drive(&self, mut caller: Option<Caller<'_>>, insist: bool) {
         loop {
@@ -310,24 +326,19 @@ impl Drop for Pumping {
 /// The connection's own task: writes what the kernel did not take at once, and receives what no caller comes for.
 async fn pump(shared: Weak<Shared>) {
     let pumping = Pumping(shared);
+    let mut room = None;
     poll_fn(|context| {
         let Some(shared) = pumping.0.upgrade() else { return Poll::Ready(()) };
         shared.pump.register(context.waker());
         shared.drive(None, true);
-        loop {
-            if shared.broken.load(Ordering::Acquire) {
-                return Poll::Ready(());
-            }
-            match shared.sender.flush(&shared.socket) {
-                Ok(true) => return Poll::Pending,
-                Ok(false) => match shared.socket.poll_writable(context) {
-                    Poll::Pending => return Poll::Pending,
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(e)) => shared.fail(&e.to_string()),
-                },
+        while !shared.broken.load(Ordering::Acquire) {
+            match shared.write_rest(&mut room, context) {
+                Ok(Poll::Ready(())) => {}
+                Ok(Poll::Pending) => return Poll::Pending,
                 Err(e) => shared.fail(&e.to_string()),
             }
         }
+        Poll::Ready(())
     })
     .await;
 }

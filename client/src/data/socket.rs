@@ -47,10 +47,17 @@ impl fmt::Display for Way {
 }
 
 /// A connected socket, used without blocking. Belongs to the runtime that it was made in.
+///
+/// Its runtime watches for bytes to receive. It watches for room to send only while that is waited for, through a second
+/// descriptor: a Unix socket has room again each time that its peer has read, and would wake the thread for every request.
 #[derive(Debug)]
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
 }
+
+/// A wait for room to send.
+#[derive(Debug)]
+pub(super) struct Room(AsyncFd<OwnedFd>);
 
 impl Socket {
     /// Connects to `server`, by `address` unless it can be done locally.
@@ -68,10 +75,7 @@ impl Socket {
                 (OwnedFd::from(stream.into_std()?), Way::Tcp(why))
             }
         };
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        // SAFETY: the descriptor is open as long as the `OwnedFd`, which the `AsyncFd` owns.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)?;
-        Ok((Socket { fd }, way))
+        Ok((Socket { fd: watch(fd, Interest::READABLE)? }, way))
     }
 
     /// Receives what is there, at most what fits; 0 is the end of the stream. When nothing is there, the waker of
@@ -102,27 +106,33 @@ impl Socket {
     /// Sends as much as the kernel takes.
     ///
     /// # Errors
-    /// `WouldBlock` when it takes nothing: see [`Socket::poll_writable`].
+    /// `WouldBlock` when it takes nothing: see [`Socket::room`].
     pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        let total = parts.iter().map(|part| part.len()).sum();
-        let mut sent = 0;
-        let result = self.fd.try_io(Interest::WRITABLE, |fd| {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            sent = rustix::net::sendmsg(fd, parts, &mut SendAncillaryBuffer::default(), flags)?;
-            // The buffer is full now: `WouldBlock` notes it without asking the kernel again.
-            if sent < total { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        });
-        match result {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(sent),
-            Err(_) if sent > 0 => Ok(sent),
-            result => result.map(|()| sent),
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        loop {
+            match rustix::net::sendmsg(&self.fd, parts, &mut SendAncillaryBuffer::default(), flags) {
+                Err(Errno::INTR) => {}
+                result => return Ok(result?),
+            }
         }
     }
 
-    /// Ready when the kernel may take more; else the waker of `context` is woken then.
-    pub(super) fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.fd.poll_write_ready(context).map_ok(drop)
+    /// To wait for room to send. To be made and used in the socket's runtime.
+    pub(super) fn room(&self) -> io::Result<Room> {
+        watch(self.fd.get_ref().try_clone()?, Interest::WRITABLE).map(Room)
     }
+}
+
+impl Room {
+    /// Ready when the kernel may take more than it did when this was made.
+    pub(super) fn poll(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_write_ready(context).map_ok(drop)
+    }
+}
+
+fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is open as long as the `OwnedFd`, which the `AsyncFd` owns.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// The Unix socket of a server on this host, or why it is not used.
