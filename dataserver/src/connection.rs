@@ -18,12 +18,7 @@ mod writer;
 
 pub(crate) use writer::Answer;
 
-use std::{
-    io,
-    net::{Shutdown, SocketAddr, TcpStream},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::Shutdown, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
     FsError, PAGE_SIZE,
@@ -34,7 +29,7 @@ use fjordfs_proto::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use self::reader::{Broken, FrameReader};
-use crate::{node::Node, ops, store::record::record_pages};
+use crate::{listen::Socket, node::Node, ops, store::record::record_pages};
 
 /// Requests of one connection that are worked on at the same time.
 const IN_FLIGHT_MAX: usize = 128;
@@ -50,24 +45,17 @@ const LINGER: Duration = Duration::from_secs(1);
 /// `_alive` is dropped at the very end: who holds the other side knows when all connections are done.
 pub(crate) async fn serve(
     node: Arc<Node>,
-    stream: TcpStream,
-    peer: SocketAddr,
+    socket: Socket,
+    peer: String,
     mut stopping: watch::Receiver<bool>,
     _alive: mpsc::Sender<()>,
 ) {
-    // Without it small answers wait for the peer's acknowledgement; keepalive finds peers that vanished.
-    let options = stream
-        .set_nodelay(true)
-        .and_then(|()| rustix::net::sockopt::set_socket_keepalive(&stream, true).map_err(io::Error::from));
-    if let Err(e) = options {
-        tracing::debug!("connection of {peer}: {e}");
-    }
-    let socket = Arc::new(stream);
+    let socket = Arc::new(socket);
     let (answers, inbox) = mpsc::unbounded_channel();
     let writing = tokio_uring::spawn(writer::run(socket.clone(), inbox, STALL_MAX));
     let mut connection = Connection {
         node,
-        peer,
+        peer: peer.into(),
         reader: FrameReader::new(socket.clone(), STALL_MAX),
         answers,
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
@@ -77,7 +65,7 @@ pub(crate) async fn serve(
         _ = stopping.wait_for(|stop| *stop) => false,
     };
     // Every operation in flight holds a clone of the sender, so the writer ends when the last answer is out.
-    let Connection { mut reader, answers, .. } = connection;
+    let Connection { mut reader, answers, peer, .. } = connection;
     drop(answers);
     if writing.await.is_err() {
         tracing::error!("connection of {peer}: the writer has panicked");
@@ -91,7 +79,7 @@ pub(crate) async fn serve(
 
 struct Connection {
     node: Arc<Node>,
-    peer: SocketAddr,
+    peer: Arc<str>,
     reader: FrameReader,
     answers: mpsc::UnboundedSender<Answer>,
     in_flight: Arc<Semaphore>,
@@ -216,7 +204,7 @@ impl Connection {
 
     fn start(&self, header: &Header, body: Box<[u8]>, permit: OwnedSemaphorePermit) {
         let (node, answers, header) = (self.node.clone(), self.answers.clone(), *header);
-        let peer = self.peer;
+        let peer = self.peer.clone();
         tokio_uring::spawn(async move {
             let result = ops::run(&node, &header, &body).await;
             if let Err(e) = &result {

@@ -6,8 +6,6 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::AsRawFd,
     pin::Pin,
     sync::{
         Arc,
@@ -19,7 +17,10 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use crate::error::StartError;
+use crate::{
+    error::StartError,
+    listen::{Listener, Socket},
+};
 
 /// Submission entries of a ring. What does not fit is submitted in several calls.
 const RING_ENTRIES: u32 = 1024;
@@ -122,9 +123,9 @@ fn start_core(number: usize) -> Result<Core, StartError> {
     }
 }
 
-/// The thread that accepts connections.
+/// A thread that accepts connections.
 pub(crate) struct Acceptor {
-    listener: Arc<TcpListener>,
+    listener: Arc<Listener>,
     stopping: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -132,8 +133,8 @@ pub(crate) struct Acceptor {
 impl Acceptor {
     /// Hands every connection to `serve`.
     pub(crate) fn start(
-        listener: TcpListener,
-        serve: impl Fn(TcpStream, SocketAddr) + Send + 'static,
+        listener: Listener,
+        serve: impl Fn(Socket, String) + Send + 'static,
     ) -> Result<Acceptor, StartError> {
         let (listener, stopping) = (Arc::new(listener), Arc::new(AtomicBool::new(false)));
         let (mine, stop) = (listener.clone(), stopping.clone());
@@ -142,7 +143,7 @@ impl Acceptor {
             .spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
                     match mine.accept() {
-                        Ok((stream, peer)) => serve(stream, peer),
+                        Ok((socket, peer)) => serve(socket, peer),
                         Err(_) if stop.load(Ordering::SeqCst) => {}
                         Err(e) => {
                             // Most likely no descriptors are left; some will be given back.
@@ -158,8 +159,7 @@ impl Acceptor {
 
     pub(crate) fn stop(self) {
         self.stopping.store(true, Ordering::SeqCst);
-        // SAFETY: the descriptor is owned by `listener`. On Linux this wakes a blocked accept.
-        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
+        self.listener.shut();
         if self.thread.join().is_err() {
             tracing::error!("the accepting thread has panicked");
         }

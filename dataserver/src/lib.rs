@@ -1,16 +1,17 @@
 //! FjordFS data server: keeps shards on flash and hands them out.
 //!
 //! ```text
-//!   client ══ TCP ══► connection ──► ops/put_shard, read_shard, ... ──► store ──► files (io_uring, O_DIRECT)
-//!                     (one core, one ring each)                          │
-//!   metaserver ◄── gRPC ── membership (its own thread) ── deletions ─────┘
+//!   client ══ TCP or Unix socket ══► connection ──► ops/put_shard, read_shard, ... ──► store ──► files (io_uring, O_DIRECT)
+//!                                    (one core, one ring each)                          │
+//!   metaserver ◄── gRPC ── membership (its own thread) ── deletions ────────────────────┘
 //! ```
 //!
 //! | module | what it is |
 //! |---|---|
 //! | `config`, `error` | what a server is told; why it does not start |
 //! | `server` | the order in which the parts come up and go down |
-//! | `cores` | threads, each with an io_uring runtime, and the thread that accepts |
+//! | `listen` | where clients connect |
+//! | `cores` | threads, each with an io_uring runtime, and those that accept |
 //! | `connection` | frames in, answers out |
 //! | `ops` | one file per operation |
 //! | `store` | the shards of one target: volumes, index, recovery |
@@ -22,6 +23,7 @@ mod config;
 mod connection;
 mod cores;
 mod error;
+mod listen;
 mod membership;
 mod node;
 mod ops;

@@ -6,7 +6,7 @@ use fjordfs_proto::{FsError, FsResult, ServerId, TargetId, error::Errno, pb::met
 
 use crate::{
     buffer::Pool,
-    store::{Store, files::Files},
+    store::{Store, files::Files, tables::Tables},
 };
 
 /// A target in service.
@@ -23,6 +23,7 @@ pub(crate) struct Node {
     pub(crate) server: ServerId,
     pub(crate) targets: BTreeMap<TargetId, Target>,
     pub(crate) pool: Arc<Pool>,
+    pub(crate) tables: Tables,
 }
 
 impl Node {

@@ -1,10 +1,6 @@
 //! Starting and stopping: the order in which the parts come up and go down.
 
-use std::{
-    net::{SocketAddr, TcpListener},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use fjordfs_proto::{ServerId, TargetId};
 use tokio::sync::{mpsc, watch};
@@ -15,6 +11,7 @@ use crate::{
     connection,
     cores::{Acceptor, Cores, Jobs},
     error::{StartError, StopError},
+    listen::{Listener, Socket},
     membership::{Beating, Candidate, First, Identity, Membership},
     node::{Node, Target},
     store::{
@@ -22,12 +19,16 @@ use crate::{
         error::StoreError,
         files::Files,
         label::{Folder, Label},
+        tables::Tables,
     },
 };
 
 /// Buffer memory, bytes: this for each core, and once more. A core with 128 MiB has eight whole blocks in flight, which
 /// keeps a device busy.
 const BUFFER_BYTES_PER_CORE: usize = 128 << 20;
+
+/// Memory for integrity tables, bytes: those of 128 GiB of shards.
+const TABLE_BYTES: u64 = 128 << 20;
 
 /// How long a stop waits for requests in flight.
 const DRAIN_MAX: Duration = Duration::from_secs(20);
@@ -41,7 +42,7 @@ pub struct DataServer {
 }
 
 struct Running {
-    acceptor: Acceptor,
+    acceptors: Vec<Acceptor>,
     cores: Cores,
     membership: Beating,
     node: Arc<Node>,
@@ -65,9 +66,8 @@ impl DataServer {
         raise_descriptor_limit();
         let mut folders = targets.iter().map(|t| Folder::claim(&t.path)).collect::<Result<Vec<_>, _>>()?;
         let (cluster_id, server) = common_identity(&folders)?;
-        let listen = |source| StartError::Listen { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).map_err(listen)?;
-        let address = listener.local_addr().map_err(listen)?;
+        let (listener, address) = Listener::tcp(config.listen)
+            .map_err(|source| StartError::Listen { address: config.listen, source })?;
         let cores = Cores::start(config.core_count())?;
         let stores = open_stores(&config, &folders)?;
 
@@ -101,6 +101,7 @@ impl DataServer {
             cluster_id,
             server: ServerId(server),
             pool: Pool::new((config.core_count() + 1) * BUFFER_BYTES_PER_CORE),
+            tables: Tables::new(TABLE_BYTES),
         });
 
         let (stopping, stop) = watch::channel(false);
@@ -110,13 +111,19 @@ impl DataServer {
         }
         let (alive, connections) = mpsc::channel(1);
         let (serving, served) = (node.clone(), jobs.clone());
-        let acceptor = Acceptor::start(listener, move |stream, peer| {
+        let serve = move |socket: Socket, peer: String| {
             let (node, stop, alive) = (serving.clone(), stop.clone(), alive.clone());
-            served.start(move || connection::serve(node, stream, peer, stop, alive));
-        })?;
+            served.start(move || connection::serve(node, socket, peer, stop, alive));
+        };
+        let mut acceptors = vec![Acceptor::start(listener, serve.clone())?];
+        let local = Listener::local(&node.cluster_id, node.server).map_err(|e| e.to_string());
+        match local.and_then(|local| Acceptor::start(local, serve).map_err(|e| e.to_string())) {
+            Ok(local) => acceptors.push(local),
+            Err(e) => tracing::warn!("no Unix socket for clients on this host, they come over TCP: {e}"),
+        }
         let membership = membership.serve(node.clone(), jobs);
         tracing::info!("data server s{server} serves {} targets at {address}", node.targets.len());
-        let running = Running { acceptor, cores, membership, node, stopping, connections, folders };
+        let running = Running { acceptors, cores, membership, node, stopping, connections, folders };
         Ok(DataServer { address, running: Some(running) })
     }
 
@@ -146,8 +153,8 @@ impl Drop for DataServer {
 
 impl Running {
     fn stop(self) -> Result<(), StopError> {
-        let Running { acceptor, cores, membership, node, stopping, mut connections, folders } = self;
-        acceptor.stop();
+        let Running { acceptors, cores, membership, node, stopping, mut connections, folders } = self;
+        acceptors.into_iter().for_each(Acceptor::stop);
         stopping.send_replace(true);
         membership.stop();
         let jobs = cores.jobs();

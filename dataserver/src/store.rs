@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `record.rs` | a shard on the device: header, data pages, integrity table |
 //! | `volume.rs` | a volume file: label, then records; where to append, what is synced |
+//! | `tables.rs` | integrity tables that were read lately, in memory |
 //! | `index.rs` | (block, shard) → place, in memory |
 //! | `put.rs` | reserving space, growing, writing a record |
 //! | `delete.rs` | deleting by punching holes |
@@ -38,6 +39,7 @@ mod recovery;
 mod sim;
 mod snapshot;
 mod sync;
+pub(crate) mod tables;
 #[cfg(test)]
 mod tests;
 pub(crate) mod volume;

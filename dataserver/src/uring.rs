@@ -12,7 +12,6 @@ use std::{
     fs::File,
     io,
     marker::PhantomData,
-    net::TcpStream,
     ops::Range,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
@@ -21,7 +20,7 @@ use std::{
 use io_uring_06::{cqueue, opcode, squeue, types};
 use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
 
-use crate::buffer::PageBuf;
+use crate::{buffer::PageBuf, listen::Socket};
 
 /// Most pieces in one vectored send (the kernel's UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
@@ -169,7 +168,7 @@ pub(crate) async fn punch(file: &Arc<File>, range: Range<u64>) -> io::Result<()>
 
 /// Receives into `range` of the buffer: all of it when `all`, else what comes first. 0 is the end of the stream.
 pub(crate) async fn recv<B: Stable>(
-    socket: &Arc<TcpStream>,
+    socket: &Arc<Socket>,
     mut buf: B,
     range: Range<usize>,
     all: bool,
@@ -211,14 +210,14 @@ impl Piece {
 
 /// What the kernel reads during a vectored send.
 struct Sending {
-    _socket: Arc<TcpStream>,
+    _socket: Arc<Socket>,
     pieces: Vec<Piece>,
     iovecs: Vec<libc::iovec>,
     header: Box<libc::msghdr>,
 }
 
 /// Sends all pieces, one after the other, without copying them together.
-pub(crate) async fn send(socket: &Arc<TcpStream>, pieces: Vec<Piece>) -> io::Result<()> {
+pub(crate) async fn send(socket: &Arc<Socket>, pieces: Vec<Piece>) -> io::Result<()> {
     let total: usize = pieces.iter().map(|p| p.bytes().len()).sum();
     let mut pieces = pieces;
     let mut done = 0;

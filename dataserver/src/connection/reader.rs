@@ -3,12 +3,7 @@
 //! PERFORMANCE-CRITICAL. Headers and bodies come through a small buffer, so that many small requests cost one receive;
 //! of a payload only what that buffer caught already is copied, the rest is received in place with one operation.
 
-use std::{
-    io,
-    net::{Shutdown, TcpStream},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::Shutdown, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
     FsError,
@@ -17,6 +12,7 @@ use fjordfs_proto::{
 
 use crate::{
     buffer::PageBuf,
+    listen::Socket,
     uring::{Stable, recv},
 };
 
@@ -36,7 +32,7 @@ pub(super) enum Broken {
 }
 
 pub(super) struct FrameReader {
-    socket: Arc<TcpStream>,
+    socket: Arc<Socket>,
     /// Filled from `start` to `end`. Empty while the ring has it.
     buffer: Box<[u8]>,
     start: usize,
@@ -45,7 +41,7 @@ pub(super) struct FrameReader {
 }
 
 impl FrameReader {
-    pub(super) fn new(socket: Arc<TcpStream>, stall_max: Duration) -> FrameReader {
+    pub(super) fn new(socket: Arc<Socket>, stall_max: Duration) -> FrameReader {
         FrameReader { socket, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, stall_max }
     }
 

@@ -3,17 +3,13 @@
 //! PERFORMANCE-CRITICAL. Answers that wait together go out in one vectored send, with payloads straight from the buffers
 //! they were read into.
 
-use std::{
-    net::{Shutdown, TcpStream},
-    ops::Range,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::Shutdown, ops::Range, sync::Arc, time::Duration};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::{
     buffer::PageBuf,
+    listen::Socket,
     uring::{Piece, send},
 };
 
@@ -39,7 +35,7 @@ impl Answer {
 
 /// Sends until nobody is left who could answer, or the peer is gone.
 pub(super) async fn run(
-    socket: Arc<TcpStream>,
+    socket: Arc<Socket>,
     mut inbox: mpsc::UnboundedReceiver<Answer>,
     stall_max: Duration,
 ) {
@@ -67,7 +63,7 @@ pub(super) async fn run(
 }
 
 /// Wakes the reader, which waits for a peer that will not be answered any more, and ends a send in flight.
-fn hang_up(socket: &TcpStream, mut inbox: mpsc::UnboundedReceiver<Answer>) {
+fn hang_up(socket: &Socket, mut inbox: mpsc::UnboundedReceiver<Answer>) {
     inbox.close();
     // Fails when the peer has hung up already.
     let _ = socket.shutdown(Shutdown::Both);

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, PAGE_SIZE,
+    BlockId, FsError, FsResult, PAGE_SIZE, TargetId,
     block::pages,
     error::Errno,
     pb::data::{ReadShardReply, ReadShardRequest},
@@ -17,7 +17,7 @@ use super::Output;
 use crate::{
     buffer::PageBuf,
     node::Node,
-    store::record::{table_at, table_pages},
+    store::record::{parse_table, table_at, table_pages},
 };
 
 /// Most ranges in a request: a whole block, page by page.
@@ -44,12 +44,12 @@ struct Plan {
     /// Pages of data that are sent, as page numbers of the shard.
     pages: Vec<Range<usize>>,
     fetches: Vec<Fetch>,
-    /// Where the table is: in which fetch, and at which byte of it the shard's first entry would be (it may lie before).
-    table: Option<(usize, isize)>,
+    /// Where the table is, if it is read: in which fetch, and from which byte of it on.
+    table: Option<(usize, usize)>,
 }
 
-/// Pure, so that it can be tested without a device.
-fn plan(length: u32, ranges: &[Range<u64>], integrity: bool) -> Result<Plan, String> {
+/// Pure, so that it can be tested without a device. `table`: the table must be read too.
+fn plan(length: u32, ranges: &[Range<u64>], table: bool) -> Result<Plan, String> {
     if ranges.len() > RANGES_MAX {
         return Err(format!("{} ranges; at most {RANGES_MAX} are allowed", ranges.len()));
     }
@@ -76,22 +76,17 @@ fn plan(length: u32, ranges: &[Range<u64>], integrity: bool) -> Result<Plan, Str
     if total > fjordfs_proto::frame::PAYLOAD_MAX as usize {
         return Err(format!("{total} bytes in all; at most a block may be read at once"));
     }
-    if integrity && !plan.pages.is_empty() {
-        let table = table_at(length);
-        let first = plan.pages.iter().map(|p| p.start).min().unwrap_or(0);
-        let last = plan.pages.iter().map(|p| p.end).max().unwrap_or(0);
-        let span = table + 4 * first / PAGE_SIZE * PAGE_SIZE..table + (4 * last).next_multiple_of(PAGE_SIZE);
-        debug_assert!(span.end <= table + table_pages(length) * PAGE_SIZE);
+    if table && !plan.pages.is_empty() {
+        let start = table_at(length);
+        let end = start + table_pages(length) * PAGE_SIZE;
         plan.table = match &mut plan.fetches[..] {
-            [only] if span.start - only.span.end <= GAP_MAX => {
-                only.span.end = span.end;
-                Some((0, table as isize - only.span.start as isize))
+            [only] if start - only.span.end <= GAP_MAX => {
+                only.span.end = end;
+                Some((0, start - only.span.start))
             }
             _ => {
-                let at = plan.fetches.len();
-                let first_entry = table as isize - span.start as isize;
-                plan.fetches.push(Fetch { span, payload: 0..0 });
-                Some((at, first_entry))
+                plan.fetches.push(Fetch { span: start..end, payload: 0..0 });
+                Some((plan.fetches.len() - 1, 0))
             }
         };
     }
@@ -109,33 +104,50 @@ pub(crate) async fn run(node: &Node, request: &ReadShardRequest) -> FsResult<Out
         .map(|r| u64::from(r.offset)..u64::from(r.offset) + u64::from(r.length))
         .collect();
     let invalid = |what| FsError::new(Errno::EINVAL, format!("read of {block} {shard}: {what}"));
-    let plan = plan(entry.length, &ranges, request.integrity).map_err(invalid)?;
+    let target = TargetId(request.target);
+    let known = if request.integrity { node.tables.get(target, &entry) } else { None };
+    let plan = plan(entry.length, &ranges, request.integrity && known.is_none()).map_err(invalid)?;
 
     let sizes: Vec<usize> = plan.fetches.iter().map(|f| f.span.len() / PAGE_SIZE).collect();
     let Some(buffers) = node.pool.take(&sizes).await else {
         return Err(invalid("it needs more buffers than there are; read less at once".to_owned()));
     };
-    let reads = plan
+    let mut reads = plan
         .fetches
         .iter()
         .zip(buffers)
         .map(|(fetch, buf)| store.read_record(&entry, fetch.span.start, buf, 0..fetch.span.len()));
-    let buffers: Vec<PageBuf> = try_join_all(reads).await?;
+    let buffers: Vec<PageBuf> = match (reads.next(), reads.len()) {
+        (Some(only), 0) => vec![only.await?],
+        (first, _) => try_join_all(first.into_iter().chain(reads)).await?,
+    };
     store.still_there(&entry)?;
 
     let mut page_crcs = Vec::new();
-    if let Some((fetch, at)) = plan.table {
-        for range in &plan.pages {
-            let bytes = |page: usize| at.saturating_add(4 * page as isize) as usize;
-            page_crcs.extend_from_slice(
-                buffers[fetch].get(bytes(range.start)..bytes(range.end)).unwrap_or_default(),
-            );
+    if let Some(table) = &known {
+        gather(&mut page_crcs, table, &plan.pages);
+    } else if let Some((fetch, at)) = plan.table {
+        let read = buffers.get(fetch).and_then(|buf| buf.get(at..)).unwrap_or_default();
+        match parse_table(read, entry.length) {
+            Some(table) => {
+                gather(&mut page_crcs, table, &plan.pages);
+                node.tables.keep(target, &entry, table);
+            }
+            // What is wrong may be of other pages; the client finds out.
+            None => gather(&mut page_crcs, read, &plan.pages),
         }
     }
     let reply =
         ReadShardReply { lengths: plan.lengths, page_crcs: page_crcs.into(), shard_length: entry.length };
     let payload = buffers.into_iter().zip(plan.fetches).filter(|(_, f)| !f.payload.is_empty());
     Ok(Output::with_payload(&reply, payload.map(|(buf, f)| (buf, f.payload)).collect()))
+}
+
+/// The checksums of `pages` from a table.
+fn gather(page_crcs: &mut Vec<u8>, table: &[u8], pages: &[Range<usize>]) {
+    for range in pages {
+        page_crcs.extend_from_slice(table.get(4 * range.start..4 * range.end).unwrap_or_default());
+    }
 }
 
 #[cfg(test)]
@@ -145,27 +157,30 @@ mod tests {
 
     const PAGE: usize = PAGE_SIZE;
 
-    fn plan_one(length: u32, range: Range<u64>, integrity: bool) -> Result<Plan, String> {
-        plan(length, std::slice::from_ref(&range), integrity)
+    #[test]
+    fn the_table_is_read_whole_and_only_where_it_is_wanted() {
+        let length = 16 << 20;
+        let plan = |table| plan(length, std::slice::from_ref(&(4096..8192)), table).unwrap();
+        let start = table_at(length);
+        let data = Fetch { span: 2 * PAGE..3 * PAGE, payload: 0..PAGE };
+        assert_eq!(plan(false).fetches, std::slice::from_ref(&data));
+        assert_eq!(plan(true).fetches, [data, Fetch { span: start..start + 5 * PAGE, payload: 0..0 }]);
+        assert_eq!(plan(true).table, Some((1, 0)));
     }
 
     #[test]
     fn a_read_near_the_end_takes_the_table_along() {
         let length = 16 << 20;
-        let near = plan_one(length, (length as u64 - 8192)..length as u64, true).unwrap();
+        let end = u64::from(length);
+        let near = plan(length, std::slice::from_ref(&(end - 8192..end)), true).unwrap();
         let table = table_at(length);
-        // Entries of the last two pages are in the fourth page of the table.
-        let span = table - 2 * PAGE..table + 4 * PAGE;
-        assert_eq!(near.fetches, [Fetch { span, payload: 0..8192 }]);
-        assert_eq!(near.table, Some((0, 2 * PAGE as isize)));
-        let far = plan_one(length, 4096..8192, true).unwrap();
-        assert_eq!(far.fetches[1], Fetch { span: table..table + PAGE, payload: 0..0 });
-        assert_eq!(plan_one(length, 4096..8192, false).unwrap().fetches.len(), 1);
+        assert_eq!(near.fetches, [Fetch { span: table - 2 * PAGE..table + 5 * PAGE, payload: 0..8192 }]);
+        assert_eq!(near.table, Some((0, 2 * PAGE)));
     }
 
     #[test]
     fn what_cannot_be_read_is_refused() {
-        assert!(plan_one(9000, 1..4096, false).is_err());
+        assert!(plan(9000, std::slice::from_ref(&(1..4096)), false).is_err());
         assert!(plan(16 << 20, &[0..1 << 24, 0..4096], false).is_err());
         assert!(plan(9000, &vec![0..0; 5000], true).is_err());
     }
@@ -201,11 +216,9 @@ mod tests {
             }
             prop_assert_eq!(plan.table.is_some(), integrity && !plan.pages.is_empty());
             if let Some((fetch, at)) = plan.table {
-                for pages in &plan.pages {
-                    let first = at + 4 * pages.start as isize;
-                    prop_assert_eq!(plan.fetches[fetch].span.start as isize + first, (table_at(length) + 4 * pages.start) as isize);
-                    prop_assert!(first >= 0 && at + 4 * pages.end as isize <= plan.fetches[fetch].span.len() as isize);
-                }
+                let span = &plan.fetches[fetch].span;
+                prop_assert_eq!(span.start + at, table_at(length));
+                prop_assert_eq!(span.end, table_at(length) + table_pages(length) * PAGE);
             }
         }
     }
