@@ -8,6 +8,7 @@ mod buffers;
 mod connection;
 mod pool;
 mod read;
+mod socket;
 mod sync;
 mod write;
 
@@ -40,7 +41,7 @@ impl DataClient {
     ) -> DataClient {
         let cluster_id = map.borrow().cluster_id.clone();
         DataClient {
-            pool: Pool::new(engine, cluster_id, options.description.clone()),
+            pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
             map,
             hedge_delay: options.hedge_delay,
             timeout: options.operation_timeout,

@@ -24,6 +24,8 @@ pub struct Options {
     /// attributes, and what was written at `close`. Others see everything at once all the same; what is at stake
     /// is that second, when this client dies. Otherwise all that waits for the metaserver.
     pub defer: bool,
+    /// Whether data servers on this host are reached through their Unix sockets, which costs about half the CPU time.
+    pub local_sockets: bool,
     /// Threads of the engine that carries connections and background work.
     pub threads: usize,
 }
@@ -39,6 +41,7 @@ impl Default for Options {
             readahead: 16 << 20,
             drop_behind: false,
             defer: true,
+            local_sockets: true,
             threads: 2,
         }
     }

@@ -1,4 +1,4 @@
-//! The framed data protocol between clients and data servers.
+//! The framed data protocol between clients and data servers, over TCP, or a Unix socket on the same host.
 //!
 //! ```text
 //!  0        4   5   6      8            16           20             24     28        32
@@ -14,7 +14,7 @@
 
 use prost::Message;
 
-use crate::{BLOCK_SIZE_MAX, FsError, error::Errno, pb};
+use crate::{BLOCK_SIZE_MAX, FsError, ServerId, error::Errno, pb};
 
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 32;
@@ -33,6 +33,15 @@ pub const PAYLOAD_MAX: u32 = BLOCK_SIZE_MAX as u32;
 
 /// Versions of the frame. 1: first.
 pub const FRAME_VERSION: u8 = 1;
+
+/// The name in the abstract namespace of Unix sockets under which a data server also listens, for clients on its host.
+///
+/// Such a name is seen in one network namespace only and belongs to no folder: a client in another container finds nobody
+/// there and connects to the server's address. A name can be taken by anyone, as a port can; who connects checks whose
+/// process listens, and, as over TCP, what the Hello says.
+pub fn local_name(cluster_id: &str, server: ServerId) -> String {
+    format!("fjordfs/{cluster_id}/{server}")
+}
 
 /// What a request asks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -1,138 +1,164 @@
-//! One pipelined connection to a data server. Hot path: no lock is held across a send or a receive, and payloads are
-//! neither copied on the way out nor on the way in.
+//! One pipelined connection to a data server. Hot path: a request is written and its answer read by the task that waits
+//! for it; nothing is handed from thread to thread, payloads are copied by the kernel only.
 //!
-//! Two tasks own the halves of the socket. A request registers itself under its id, hands its frame to the writer and
-//! waits; the reader completes requests in whatever order answers come. When either half fails, every waiting
-//! request fails with `EIO` and the connection is replaced by its next user.
+//! **Who receives.** Whoever waits for an answer and is polled drives the [`Receiver`]: it takes in whatever has come,
+//! its own answer into its own memory, and wakes those whose answers came too. When bytes come, the request that is
+//! their most likely owner is woken, and behind it the connection's own task (the *pump*), which drives when that caller
+//! does not: nobody depends on a future that happens not to be polled. So no reference to a caller's memory ever outlives
+//! a poll of that caller, and dropping a request at any time leaves the stream in order: the rest of its answer is skipped.
+//!
+//! **Failure.** When the socket or what comes from it fails, everyone who waits gets `EIO`, and the connection is replaced
+//! by its next user.
+
+mod receiver;
+mod sender;
+mod waiters;
 
 use std::{
-    collections::HashMap,
-    io::IoSlice,
+    future::poll_fn,
+    io,
+    mem::MaybeUninit,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, PROTOCOL_VERSION, ServerId,
     error::Errno,
-    frame::{self, HEADER_LEN, Header, Opcode},
+    frame::{self, Opcode},
     pb::data::{HelloReply, HelloRequest},
 };
+use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use prost::Message;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    sync::{mpsc, oneshot},
-};
 use tracing::debug;
 
-use super::buffers::Buffers;
+pub(super) use waiters::Answer;
+
+use self::{
+    receiver::{Caller, Event, Receiver, Source},
+    sender::Sender,
+    waiters::Waiters,
+};
+use super::{
+    buffers::Buffers,
+    socket::{Socket, Way},
+};
 use crate::engine::Engine;
 
 /// How long a server may take to accept and greet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Slices of one vectored write.
-const SLICES_MAX: usize = 64;
-
-/// A frame on its way out: header and body, then the payload's parts.
-struct Outgoing {
-    head: Bytes,
-    payload: Vec<Bytes>,
-}
-
-/// An answer: body and payload.
-#[derive(Debug)]
-pub(super) struct Reply {
-    pub(super) body: Bytes,
-    pub(super) payload: Bytes,
-}
-
-type Waiters = Mutex<HashMap<u64, oneshot::Sender<FsResult<Reply>>>>;
-
-struct Shared {
-    address: String,
-    buffers: Arc<Buffers>,
-    waiters: Waiters,
-    broken: AtomicBool,
-}
-
-impl Shared {
-    /// Fails everyone who waits, once.
-    fn fail(&self, why: &str) {
-        if !self.broken.swap(true, Ordering::AcqRel) {
-            debug!(server = self.address, why, "data connection ended");
-        }
-        let waiters = std::mem::take(&mut *self.waiters.lock());
-        for (_, waiter) in waiters {
-            let _ =
-                waiter.send(Err(FsError::new(Errno::EIO, format!("data server {}: {why}", self.address))));
-        }
-    }
+/// Whom a connection is made to, and by whom.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    pub(super) server: ServerId,
+    pub(super) address: String,
+    pub(super) cluster_id: String,
+    /// Who asks, for people.
+    pub(super) client: String,
+    /// Whether a Unix socket may be used.
+    pub(super) local: bool,
 }
 
 /// An open connection.
 pub(super) struct Connection {
     shared: Arc<Shared>,
-    outgoing: mpsc::UnboundedSender<Outgoing>,
-    request_next: AtomicU64,
+    way: Way,
+}
+
+struct Shared {
+    address: String,
+    socket: Socket,
+    sender: Sender,
+    receiver: Mutex<Receiver>,
+    /// Whoever drives the receiver must look again.
+    again: AtomicBool,
+    /// The request whose payload is being received into its caller's memory; 0 is none.
+    turn: AtomicU64,
+    waiters: Waiters,
+    /// Woken when something comes.
+    arrival: Waker,
+    pump: AtomicWaker,
+    broken: AtomicBool,
+}
+
+/// Wakes those who may receive.
+struct Arrival(Weak<Shared>);
+
+impl Wake for Arrival {
+    fn wake(self: Arc<Self>) {
+        if let Some(shared) = self.0.upgrade() {
+            let turn = shared.turn.load(Ordering::Acquire);
+            shared.waiters.wake((turn != 0).then_some(turn));
+            shared.pump.wake();
+        }
+    }
+}
+
+/// The socket, for one turn.
+struct Arriving<'a>(&'a Socket, Context<'a>);
+
+impl Source for Arriving<'_> {
+    fn receive(&mut self, into: &mut [MaybeUninit<u8>]) -> Poll<io::Result<usize>> {
+        self.0.poll_receive(&mut self.1, into)
+    }
 }
 
 impl Connection {
-    /// Connects and greets; the tasks run on the calling thread's lane.
+    /// Connects and greets. The socket belongs to the calling thread's lane.
     pub(super) async fn open(
         engine: &Engine,
-        address: &str,
-        server: ServerId,
-        cluster_id: &str,
-        client: &str,
+        peer: Peer,
         buffers: Arc<Buffers>,
     ) -> FsResult<Arc<Connection>> {
+        let Peer { server, address, .. } = peer.clone();
         let failed =
-            |why: String| FsError::new(Errno::EIO, format!("data server {server} at {address}: {why}"));
-        let socket = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
-            .await
-            .map_err(|_| failed(format!("no connection within {CONNECT_TIMEOUT:?}")))?
-            .map_err(|e| failed(e.to_string()))?;
-        socket.set_nodelay(true).map_err(|e| failed(e.to_string()))?;
-        let (reader, writer) = socket.into_split();
-        let shared = Arc::new(Shared {
-            address: address.to_owned(),
-            buffers,
-            waiters: Waiters::default(),
-            broken: AtomicBool::new(false),
-        });
-        let (outgoing, queue) = mpsc::unbounded_channel();
-        engine.spawn_here(write_all(writer, queue, shared.clone()));
-        engine.spawn_here(read_all(reader, shared.clone()));
-        let connection = Arc::new(Connection { shared, outgoing, request_next: AtomicU64::new(1) });
+            move |why: String| FsError::new(Errno::EIO, format!("data server {server} at {address}: {why}"));
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
-            cluster_id: cluster_id.to_owned(),
-            client: client.to_owned(),
+            cluster_id: peer.cluster_id.clone(),
+            client: peer.client.clone(),
         };
+        let opening = engine.spawn_here(async move {
+            let connecting = Socket::connect(&peer.cluster_id, server, &peer.address, peer.local);
+            let (socket, way) = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
+                .await
+                .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))?
+                .map_err(|e| e.to_string())?;
+            let shared = Shared::new(peer.address, socket, buffers);
+            tokio::spawn(pump(Arc::downgrade(&shared)));
+            Ok(Arc::new(Connection { shared, way }))
+        });
+        let connection: Arc<Connection> =
+            opening.await.map_err(|e| failed(e.to_string()))?.map_err(&failed)?;
         let greeting = connection.request(Opcode::Hello, &hello, Vec::new());
-        let reply = tokio::time::timeout(CONNECT_TIMEOUT, greeting)
+        let answer = tokio::time::timeout(CONNECT_TIMEOUT, greeting)
             .await
             .map_err(|_| failed(format!("no greeting within {CONNECT_TIMEOUT:?}")))??;
-        let hello: HelloReply = frame::decode_body(Opcode::Hello, &reply.body)?;
-        if hello.server != server.0 {
-            return Err(failed(format!("it is server s{}", hello.server)));
+        let greeting: HelloReply = frame::decode_body(Opcode::Hello, &answer.body)?;
+        if greeting.server != server.0 {
+            return Err(failed(format!("it is server s{}", greeting.server)));
+        }
+        if greeting.cluster_id != hello.cluster_id {
+            return Err(failed(format!("it belongs to cluster {}", greeting.cluster_id)));
         }
         Ok(connection)
     }
 
+    /// How the server is reached.
+    pub(super) fn way(&self) -> &Way {
+        &self.way
+    }
+
     /// False once it has failed: get another one.
     pub(super) fn usable(&self) -> bool {
-        !self.shared.broken.load(Ordering::Acquire) && !self.outgoing.is_closed()
+        !self.shared.broken.load(Ordering::Acquire)
     }
 
     /// Sends a request and waits for its answer. Dropping the future forgets the answer.
@@ -144,115 +170,164 @@ impl Connection {
         opcode: Opcode,
         body: &impl Message,
         payload: Vec<Bytes>,
-    ) -> FsResult<Reply> {
-        let request = self.request_next.fetch_add(1, Ordering::Relaxed);
-        let payload_len = payload.iter().map(Bytes::len).sum();
-        let head = Bytes::from(frame::encode(opcode, false, request, body, payload_len));
-        let (tx, rx) = oneshot::channel();
-        self.shared.waiters.lock().insert(request, tx);
-        let forget = Forget { shared: &self.shared, request };
-        if self.outgoing.send(Outgoing { head, payload }).is_err() || !self.usable() {
-            self.shared.fail("connection closed");
-        }
-        let result = rx.await;
-        drop(forget);
-        result.unwrap_or_else(|_| {
-            Err(FsError::new(Errno::EIO, format!("data server {}: connection closed", self.shared.address)))
+    ) -> FsResult<Answer> {
+        self.shared.call(opcode, body, payload, None).await
+    }
+
+    /// As [`Connection::request`], with memory for the answer's payload. [`Answer::direct`] bytes of it are filled
+    /// then; the rest of the payload is in the answer: all of it when it would not fit.
+    pub(super) async fn request_into(
+        &self,
+        opcode: Opcode,
+        body: &impl Message,
+        memory: &mut [u8],
+    ) -> FsResult<Answer> {
+        self.shared.call(opcode, body, Vec::new(), Some(memory)).await
+    }
+}
+
+impl Shared {
+    fn new(address: String, socket: Socket, buffers: Arc<Buffers>) -> Arc<Shared> {
+        Arc::new_cyclic(|shared| Shared {
+            address,
+            socket,
+            sender: Sender::default(),
+            receiver: Mutex::new(Receiver::new(buffers)),
+            again: AtomicBool::new(false),
+            turn: AtomicU64::new(0),
+            waiters: Waiters::default(),
+            arrival: Waker::from(Arc::new(Arrival(shared.clone()))),
+            pump: AtomicWaker::new(),
+            broken: AtomicBool::new(false),
         })
+    }
+
+    async fn call(
+        &self,
+        opcode: Opcode,
+        body: &impl Message,
+        payload: Vec<Bytes>,
+        mut memory: Option<&mut [u8]>,
+    ) -> FsResult<Answer> {
+        let request = self.waiters.enter(memory.as_ref().map(|memory| memory.len()))?;
+        let _leaving = Leaving { waiters: &self.waiters, request };
+        let payload_len = payload.iter().map(Bytes::len).sum();
+        self.sender.push(Bytes::from(frame::encode(opcode, false, request, body, payload_len)), payload);
+        match self.sender.flush(&self.socket) {
+            Ok(true) => {}
+            Ok(false) => self.pump.wake(),
+            Err(e) => self.fail(&e.to_string()),
+        }
+        poll_fn(|context| {
+            if let Some(answer) = self.waiters.take(request, context.waker()) {
+                return Poll::Ready(answer);
+            }
+            self.drive(Some(Caller { request, memory: memory.as_deref_mut().unwrap_or_default() }), false);
+            match self.waiters.take(request, context.waker()) {
+                Some(answer) => Poll::Ready(answer),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// Takes in what has come. The pump insists: it does not wait for a caller that was woken before and did not come.
+    fn drive(&self, mut caller: Option<Caller<'_>>, insist: bool) {
+        loop {
+            self.again.store(true, Ordering::SeqCst);
+            let Some(mut receiver) = self.receiver.try_lock() else { return };
+            self.again.store(false, Ordering::SeqCst);
+            self.receive(&mut receiver, caller.as_mut(), insist);
+            drop(receiver);
+            // Somebody came in vain, or bytes did, while the receiver was in use.
+            if !self.again.swap(false, Ordering::SeqCst) {
+                return;
+            }
+        }
+    }
+
+    fn receive(&self, receiver: &mut Receiver, mut caller: Option<&mut Caller<'_>>, insist: bool) {
+        let mut source = Arriving(&self.socket, Context::from_waker(&self.arrival));
+        loop {
+            let caller = caller.as_mut().map(|c| Caller { request: c.request, memory: &mut *c.memory });
+            let event = receiver.next(&mut source, caller, |request| self.waiters.room(request));
+            let turn = receiver.turn();
+            let before = self.turn.swap(turn.unwrap_or_default(), Ordering::AcqRel);
+            match event {
+                Ok(Event::Idle) => return,
+                Ok(Event::Answer(request, answer)) => self.waiters.finish(request, answer),
+                Ok(Event::Turn(request)) if insist && before == request => receiver.keep(),
+                Ok(Event::Turn(request)) => {
+                    self.waiters.wake(Some(request));
+                    self.pump.wake();
+                    return;
+                }
+                Ok(Event::Closed) => return self.fail("closed by the server"),
+                Err(e) => return self.fail(&e),
+            }
+        }
+    }
+
+    /// Fails everyone who waits, once.
+    fn fail(&self, why: &str) {
+        self.broken.store(true, Ordering::Release);
+        if self.waiters.fail(&FsError::new(Errno::EIO, format!("data server {}: {why}", self.address))) {
+            debug!(server = self.address, why, "data connection ended");
+            self.pump.wake();
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.pump.wake();
     }
 }
 
 /// Removes a request that nobody waits for any more.
-struct Forget<'a> {
-    shared: &'a Shared,
+struct Leaving<'a> {
+    waiters: &'a Waiters,
     request: u64,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        self.shared.waiters.lock().remove(&self.request);
+        self.waiters.leave(self.request);
     }
 }
 
-async fn write_all(
-    mut socket: OwnedWriteHalf,
-    mut queue: mpsc::UnboundedReceiver<Outgoing>,
-    shared: Arc<Shared>,
-) {
-    while let Some(frame) = queue.recv().await {
-        if let Err(e) = write_frame(&mut socket, frame).await {
-            shared.fail(&e.to_string());
-            return;
+/// Fails the connection when the pump ends before it, with its runtime.
+struct Pumping(Weak<Shared>);
+
+impl Drop for Pumping {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.fail("connection closed");
         }
     }
 }
 
-/// Writes header, body and payload with as few calls as the kernel's socket buffer allows.
-async fn write_frame(socket: &mut OwnedWriteHalf, frame: Outgoing) -> std::io::Result<()> {
-    let mut parts: std::collections::VecDeque<Bytes> =
-        std::iter::once(frame.head).chain(frame.payload).collect();
-    while !parts.is_empty() {
-        let slices: Vec<IoSlice<'_>> = parts.iter().take(SLICES_MAX).map(|p| IoSlice::new(p)).collect();
-        let mut written = socket.write_vectored(&slices).await?;
-        if written == 0 {
-            return Err(std::io::ErrorKind::WriteZero.into());
-        }
-        while let Some(part) = parts.front_mut() {
-            let step = written.min(part.len());
-            part.advance(step);
-            written -= step;
-            if part.has_remaining() {
-                break;
+/// The connection's own task: writes what the kernel did not take at once, and receives what no caller comes for.
+async fn pump(shared: Weak<Shared>) {
+    let pumping = Pumping(shared);
+    poll_fn(|context| {
+        let Some(shared) = pumping.0.upgrade() else { return Poll::Ready(()) };
+        shared.pump.register(context.waker());
+        shared.drive(None, true);
+        loop {
+            if shared.broken.load(Ordering::Acquire) {
+                return Poll::Ready(());
             }
-            parts.pop_front();
+            match shared.sender.flush(&shared.socket) {
+                Ok(true) => return Poll::Pending,
+                Ok(false) => match shared.socket.poll_writable(context) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(e)) => shared.fail(&e.to_string()),
+                },
+                Err(e) => shared.fail(&e.to_string()),
+            }
         }
-    }
-    Ok(())
-}
-
-async fn read_all(mut socket: OwnedReadHalf, shared: Arc<Shared>) {
-    let why = match read_frames(&mut socket, &shared).await {
-        Ok(()) => "closed by the server".to_owned(),
-        Err(e) => e,
-    };
-    shared.fail(&why);
-}
-
-async fn read_frames(socket: &mut OwnedReadHalf, shared: &Shared) -> Result<(), String> {
-    let mut head = [0; HEADER_LEN];
-    loop {
-        match socket.read_exact(&mut head).await {
-            Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
-            Err(e) => return Err(e.to_string()),
-        }
-        let header = Header::decode(&head).map_err(|e| e.to_string())?;
-        let body = read_bytes(socket, &shared.buffers, header.body_len as usize).await?;
-        let payload = read_bytes(socket, &shared.buffers, header.payload_len as usize).await?;
-        let waiter = shared.waiters.lock().remove(&header.request);
-        if let Some(waiter) = waiter {
-            let result = match header.status {
-                0 => Ok(Reply { body, payload }),
-                status => Err(frame::decode_error(status, &body)),
-            };
-            let _ = waiter.send(result);
-        }
-    }
-}
-
-/// Exactly `len` bytes, read straight into their own buffer.
-async fn read_bytes(socket: &mut OwnedReadHalf, buffers: &Arc<Buffers>, len: usize) -> Result<Bytes, String> {
-    let mut filling = buffers.take(len);
-    while filling.bytes.len() < len {
-        let missing = len - filling.bytes.len();
-        let n = (&mut *socket)
-            .take(missing as u64)
-            .read_buf(&mut filling.bytes)
-            .await
-            .map_err(|e| e.to_string())?;
-        if n == 0 {
-            return Err("closed in the middle of a frame".into());
-        }
-    }
-    Ok(filling.freeze())
+    })
+    .await;
 }

@@ -9,7 +9,11 @@ use std::{
 use fjordfs_proto::{FsError, FsResult, ServerId};
 use parking_lot::Mutex;
 
-use super::{buffers::Buffers, connection::Connection};
+use super::{
+    buffers::Buffers,
+    connection::{Connection, Peer},
+    socket::Way,
+};
 use crate::engine::{Engine, LaneId, lane};
 
 /// After a failed attempt, the server is not tried again for this long: its other users get the same error at once
@@ -20,8 +24,12 @@ pub(super) struct Pool {
     engine: Arc<Engine>,
     cluster_id: String,
     client: String,
+    /// Whether servers on this host are reached through their Unix sockets.
+    local: bool,
     buffers: Arc<Buffers>,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
+    /// How servers are reached, as far as that was said.
+    said: Mutex<HashMap<ServerId, Way>>,
 }
 
 /// One connection's place. The async lock is held while connecting, so that one attempt serves all who wait.
@@ -38,8 +46,16 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(engine: Arc<Engine>, cluster_id: String, client: String) -> Pool {
-        Pool { engine, cluster_id, client, buffers: Arc::default(), slots: Mutex::default() }
+    pub(super) fn new(engine: Arc<Engine>, cluster_id: String, client: String, local: bool) -> Pool {
+        Pool {
+            engine,
+            cluster_id,
+            client,
+            local,
+            buffers: Arc::default(),
+            slots: Mutex::default(),
+            said: Mutex::default(),
+        }
     }
 
     /// A usable connection of this thread's lane to `server`, which the map says is at `address`.
@@ -57,10 +73,16 @@ impl Pool {
         {
             return Err(error.clone());
         }
-        let buffers = self.buffers.clone();
-        let (cluster_id, client) = (&self.cluster_id, &self.client);
-        match Connection::open(&self.engine, address, server, cluster_id, client, buffers).await {
+        let peer = Peer {
+            server,
+            address: address.to_owned(),
+            cluster_id: self.cluster_id.clone(),
+            client: self.client.clone(),
+            local: self.local,
+        };
+        match Connection::open(&self.engine, peer, self.buffers.clone()).await {
             Ok(connection) => {
+                self.say(server, address, connection.way());
                 state.failed = None;
                 state.connection = Some(connection.clone());
                 Ok(connection)
@@ -70,6 +92,13 @@ impl Pool {
                 state.connection = None;
                 Err(e)
             }
+        }
+    }
+
+    /// Says once how a server is reached, and again when that has changed.
+    fn say(&self, server: ServerId, address: &str, way: &Way) {
+        if self.said.lock().insert(server, way.clone()).as_ref() != Some(way) {
+            tracing::info!("data server {server} ({address}) is reached over {way}");
         }
     }
 }

@@ -26,6 +26,7 @@ Options (-o, separated by commas):
   close=async|sync      async (default): what nobody else uses is decided here and sent to the
                         metaserver within a second, or when somebody asks; sync: close, create,
                         unlink, ... wait for the metaserver
+  local_sockets=on|off  use the Unix sockets of data servers on this host (default on)
   engine_threads=N      threads for connections and background work (default 2)
   threads=N             threads that serve the kernel (default: one for each core, at least 2;
                         over io_uring at most one each)
@@ -60,8 +61,8 @@ pub(crate) struct Settings {
     pub(crate) log: Option<PathBuf>,
 }
 
-const OURS: [&str; 8] =
-    ["memory", "timeout", "hedge", "readahead", "dirty_age", "close", "engine_threads", "log"];
+const OURS: [&str; 9] =
+    ["memory", "timeout", "hedge", "readahead", "dirty_age", "close", "local_sockets", "engine_threads", "log"];
 
 /// Reads a comma separated list.
 ///
@@ -115,6 +116,13 @@ impl Settings {
                     _ => return Err(wrong(format!("'{value}' is neither async nor sync"))),
                 }
             }
+            "local_sockets" => {
+                self.client.local_sockets = match value {
+                    "on" => true,
+                    "off" => false,
+                    other => return Err(wrong(format!("'{other}' is neither on nor off"))),
+                }
+            }
             "engine_threads" => {
                 let threads: u8 =
                     value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;
@@ -142,10 +150,13 @@ mod tests {
 
     #[test]
     fn both_kinds_of_options() {
-        let s = of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4").unwrap();
+        let s =
+            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_sockets=off")
+                .unwrap();
         assert!(s.fuse.read_only && s.fuse.nonempty);
         assert_eq!((s.client.memory_max, s.client.operation_timeout), (256 << 20, Duration::from_secs(30)));
         assert_eq!((s.client.threads, s.log), (4, Some("/tmp/x".into())));
+        assert!(!s.client.local_sockets && of("").unwrap().client.local_sockets);
         assert_eq!(s.fuse.source, "m:1");
         assert!(of("").is_ok());
     }
@@ -159,6 +170,7 @@ mod tests {
             ("memory=lots", "lots"),
             ("timeout=soon", "soon"),
             ("engine_threads=0", "from 1 to 64"),
+            ("local_sockets=maybe", "neither on nor off"),
             ("log=", "log=VALUE"),
         ] {
             let error = format!("{:#}", of(list).unwrap_err());
