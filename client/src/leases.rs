@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, InodeId,
-    pb::meta::{Attr, Recall, Time, request::Op, response::Result as Reply},
+    pb::meta::{Attr, DirEntry, Recall, Time, request::Op, response::Result as Reply},
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -215,6 +215,18 @@ impl Leases {
         let mut state = self.state.lock();
         let left = state.left().unwrap_or_default();
         if state.table.attr(InodeId(attr.ino)) == Some(*attr) { left } else { Duration::ZERO }
+    }
+
+    /// Attributes of entries of a directory, where name and attributes are known, and how long both stay so.
+    pub(crate) fn entries(&self, parent: InodeId, entries: &[DirEntry]) -> (Duration, Vec<Option<Attr>>) {
+        let mut state = self.state.lock();
+        let Some(left) = state.left() else { return (Duration::ZERO, Vec::new()) };
+        let table = &mut state.table;
+        let attr = |entry: &DirEntry| {
+            let ino = InodeId(entry.ino);
+            if table.name(parent, &entry.name) == Some(Some(ino)) { table.attr(ino) } else { None }
+        };
+        (left, entries.iter().map(attr).collect())
     }
 
     /// Whoever caches what is told here must hear of recalls. There is one listener.

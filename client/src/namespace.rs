@@ -7,8 +7,8 @@ use fjordfs_proto::{
     error::Errno,
     mode::{SETGID, SETUID},
     pb::meta::{
-        Attr, Entry, FileKind, GetAttr, GetParent, Link, Lookup, Make, ReadDir, ReadDirReply, ReadLink,
-        Remove, Rename, SetAttr, StatFs as StatFsOp, Time, request::Op, response,
+        Attr, DirEntry, Entry, FileKind, GetAttr, GetParent, Link, Lookup, Make, ReadDir, ReadDirReply,
+        ReadLink, Remove, Rename, SetAttr, StatFs as StatFsOp, Time, request::Op, response,
     },
 };
 
@@ -130,6 +130,21 @@ impl Client {
     /// client has written to the file and not committed it.
     pub fn attr_left(&self, attr: &Attr) -> Duration {
         self.inner.meta.leases().attr_left(attr)
+    }
+
+    /// What leases say of entries of a directory: attributes, this client's uncommitted writes included, and as [`Client::name_left`] and
+    /// [`Client::attr_left`] how long name and attributes are good.
+    pub fn known_entries(
+        &self,
+        parent: InodeId,
+        entries: &[DirEntry],
+    ) -> Vec<Option<(Attr, Duration, Duration)>> {
+        let (left, known) = self.inner.meta.leases().entries(parent, entries);
+        let with_local = |leased: Attr| {
+            let attr = self.inner.with_local(leased);
+            (attr, left, if attr == leased { left } else { Duration::ZERO })
+        };
+        known.into_iter().map(|leased| leased.map(with_local)).collect()
     }
 
     /// Who caches names and attributes below this client must listen to recalls, and answer each. One listener.

@@ -12,7 +12,13 @@ pub(crate) const KERNEL_MINOR_VERSION: u32 = 45;
 /// Oldest minor version served (Linux 5.14): older kernels may send a SETXATTR that is shorter than this file's.
 pub(crate) const KERNEL_MINOR_VERSION_MIN: u32 = 34;
 /// First version with `FUSE_NOTIFY_INC_EPOCH` (Linux 6.16).
-pub(crate) const KERNEL_MINOR_VERSION_EPOCHS: u32 = 44;
+const KERNEL_MINOR_VERSION_EPOCHS: u32 = 44;
+
+/// Whether names, and attributes that come with them, can be recalled while the answer that brings them is on its way: a kernel
+/// with epochs also notices evictions meanwhile.
+pub(crate) fn answers_can_be_recalled(kernel_minor: u32) -> bool {
+    kernel_minor >= KERNEL_MINOR_VERSION_EPOCHS
+}
 
 /// Plain old data: any bytes are a value, and a value has no padding.
 ///

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_client::{Client, File, Recalled, SetTime, SetXattrMode};
-use fjordfs_proto::pb::meta::{Attr, ReadDirReply};
+use fjordfs_proto::pb::meta::{Attr, DirEntry, ReadDirReply};
 use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 
 use crate::filesystem::{
-    Allocation, AttrChange, CopiedRange, Filesystem, NewFile, NewNode, Space, TimeChange,
+    Allocation, AttrChange, CopiedRange, Filesystem, KnownEntry, NewFile, NewNode, Space, TimeChange,
 };
 use crate::mount::{Mount, MountError, mount_filesystem};
 use crate::notify::Notifier;
@@ -195,6 +195,13 @@ impl Filesystem for Adapter {
     async fn read_dir(&self, ino: InodeId, cookie: u64, limit: u32, _: bool) -> FsResult<ReadDirReply> {
         // Who lists a directory mostly looks at what is in it: then the client knows the attributes already.
         self.client.readdir(ino, cookie, limit, true).await
+    }
+
+    fn known_entries(&self, parent: InodeId, entries: &[DirEntry]) -> Vec<Option<KnownEntry>> {
+        let known = self.client.known_entries(parent, entries).into_iter();
+        known
+            .map(|known| known.map(|(attr, name_left, attr_left)| KnownEntry { attr, name_left, attr_left }))
+            .collect()
     }
 
     async fn statfs(&self) -> FsResult<Space> {

@@ -5,7 +5,7 @@
 //! that did not fit in its own caller's buffer. "." and ".." are made up, with cookies 1 and 2, which the server
 //! does not use.
 
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::pb::meta::{DirEntry, FileKind};
@@ -13,12 +13,17 @@ use fjordfs_proto::{FsError, FsResult, InodeId};
 use tokio::sync::Mutex;
 
 use crate::abi;
-use crate::filesystem::Filesystem;
-use crate::reply::{DirentBuffer, Validity, entry_out};
+use crate::filesystem::{Filesystem, KnownEntry};
+use crate::held::Held;
+use crate::reply::{DirentBuffer, Reply, Validity, entry_out};
 use crate::request::is_entry_name;
 
 /// Entries fetched at a time: about as many as fill the 32 KiB that glibc reads at once, twice.
 const PAGE_ENTRIES: u32 = 2048;
+
+/// Entries of an open directory that bring the kernel an inode each: who looks at a listing's files asks for no more then. For what
+/// is beyond, the kernel's memory, of a kilobyte each, is better spent on files that somebody looks at.
+const BROUGHT_MAX: usize = 1 << 16;
 
 const DOT: u64 = 1;
 const DOT_DOT: u64 = 2;
@@ -28,6 +33,7 @@ const DOT_DOT: u64 = 2;
 pub(crate) struct OpenDirectory {
     ino: InodeId,
     page: Mutex<Option<Page>>,
+    brought: AtomicUsize,
 }
 
 /// Entries as the server sent them.
@@ -39,7 +45,6 @@ struct Page {
     /// No entries follow the page.
     end: bool,
     parent: InodeId,
-    fetched: Instant,
     /// Index of the entry that the last reply ended before.
     next: usize,
 }
@@ -60,16 +65,19 @@ impl Page {
 
 impl OpenDirectory {
     pub(crate) fn new(ino: InodeId) -> OpenDirectory {
-        OpenDirectory { ino, page: Mutex::new(None) }
+        OpenDirectory { ino, page: Mutex::new(None), brought: AtomicUsize::new(0) }
     }
 
-    /// Fills a reply with entries after `offset`. An empty reply is the end. With `plus`, entries come with attributes.
+    pub(crate) fn ino(&self) -> InodeId {
+        self.ino
+    }
+
+    /// Fills a reply with entries after `offset`. An empty reply is the end.
     pub(crate) async fn list<F: Filesystem>(
         &self,
         fs: &F,
         offset: u64,
-        buffer: &mut DirentBuffer,
-        plus: Option<Validity>,
+        listing: &mut Listing<'_>,
     ) -> FsResult<()> {
         let mut kept = self.page.lock().await;
         if offset == 0 {
@@ -77,17 +85,16 @@ impl OpenDirectory {
             *kept = None;
         }
         let mut cookie = if offset <= DOT_DOT { 0 } else { offset };
-        let mut page = self.page_at(fs, kept.take(), cookie, plus.is_some()).await?;
-        if !self.list_dots(offset, page.parent, buffer, plus) {
+        let mut page = self.page_at(fs, kept.take(), cookie, listing.is_plus()).await?;
+        if !self.list_dots(offset, page.parent, listing) {
             *kept = Some(page);
             return Ok(());
         }
         loop {
             let start = page.position(cookie).unwrap_or_default();
-            let attributes = plus.filter(|validity| page.fetched.elapsed() <= validity.attr);
-            page.next = start + fill(&page.entries[start..], buffer, plus, attributes);
+            page.next = start + listing.add(fs, self, &page.entries[start..]);
             let exhausted = page.next == page.entries.len();
-            if !buffer.is_empty() || (exhausted && page.end) {
+            if !listing.is_empty() || (exhausted && page.end) {
                 *kept = Some(page);
                 return Ok(());
             }
@@ -102,22 +109,14 @@ impl OpenDirectory {
                 Some(entry) if entry.cookie != cookie => entry.cookie,
                 _ => return Err(self.stuck(cookie)),
             };
-            page = self.page_at(fs, None, cookie, plus.is_some()).await?;
+            page = self.page_at(fs, None, cookie, listing.is_plus()).await?;
         }
     }
 
     /// "." and ".."; false when the buffer is full already.
-    fn list_dots(
-        &self,
-        offset: u64,
-        parent: InodeId,
-        buffer: &mut DirentBuffer,
-        plus: Option<Validity>,
-    ) -> bool {
-        // Without a node id the kernel takes the entry as a name only.
-        let nothing = plus.map(|_| abi::EntryOut::default());
+    fn list_dots(&self, offset: u64, parent: InodeId, listing: &mut Listing<'_>) -> bool {
         let mut push = |cookie: u64, ino: InodeId, name: &[u8]| {
-            offset >= cookie || buffer.push(ino, cookie, FileKind::Directory, name, nothing.as_ref())
+            offset >= cookie || listing.push(ino, cookie, FileKind::Directory, name, None)
         };
         push(DOT, self.ino, b".") && push(DOT_DOT, parent, b"..")
     }
@@ -140,14 +139,7 @@ impl OpenDirectory {
             return Err(self.stuck(cookie));
         }
         let parent = if reply.parent == 0 { self.ino } else { InodeId(reply.parent) };
-        Ok(Page {
-            after: cookie,
-            entries: reply.entries,
-            end: reply.end,
-            parent,
-            fetched: Instant::now(),
-            next: 0,
-        })
+        Ok(Page { after: cookie, entries: reply.entries, end: reply.end, parent, next: 0 })
     }
 
     fn stuck(&self, cookie: u64) -> FsError {
@@ -161,27 +153,132 @@ impl OpenDirectory {
     }
 }
 
-/// Adds entries while they fit; answers with how many were dealt with.
-fn fill(
-    entries: &[DirEntry],
-    buffer: &mut DirentBuffer,
-    plus: Option<Validity>,
-    attributes: Option<Validity>,
-) -> usize {
-    for (index, entry) in entries.iter().enumerate() {
-        if !is_entry_name(&entry.name) || entry.cookie <= DOT_DOT {
-            // The kernel would reject the whole listing.
-            tracing::error!(name = %crate::request::display(&entry.name), cookie = entry.cookie,
-                "left out a directory entry that cannot be");
-            continue;
-        }
-        let with = plus.map(|_| match (&entry.attr, attributes) {
-            (Some(attr), Some(validity)) => entry_out(attr, validity),
-            _ => abi::EntryOut::default(),
-        });
-        if !buffer.push(InodeId(entry.ino), entry.cookie, entry.kind(), &entry.name, with.as_ref()) {
-            return index;
-        }
+/// What an answer to READDIRPLUS needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plus<'a> {
+    pub(crate) held: &'a Held,
+    pub(crate) handle: u64,
+    /// What the user wants, at least.
+    pub(crate) least: Validity,
+}
+
+/// An answer to READDIR, or to READDIRPLUS: then each entry is preceded by what a LOOKUP would bring, or by nothing.
+pub(crate) struct Listing<'a> {
+    buffer: DirentBuffer,
+    plus: Option<Plus<'a>>,
+    brings: Vec<InodeId>,
+}
+
+impl<'a> Listing<'a> {
+    pub(crate) fn new(size_max: usize, plus: Option<Plus<'a>>) -> Listing<'a> {
+        Listing { buffer: DirentBuffer::new(size_max), plus, brings: Vec::new() }
     }
-    entries.len()
+
+    fn is_plus(&self) -> bool {
+        self.plus.is_some()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
+    /// The answer, and the inodes that it brings, which are counted.
+    pub(crate) fn into_reply(self) -> (Reply, Vec<InodeId>) {
+        (self.buffer.into_reply(), self.brings)
+    }
+
+    /// Adds entries while they fit; answers with how many were dealt with.
+    fn add<F: Filesystem>(&mut self, fs: &F, directory: &OpenDirectory, entries: &[DirEntry]) -> usize {
+        let entries = &entries[..self.fitting(entries)];
+        let brought = match self.plus {
+            Some(plus) if directory.brought.load(Ordering::Relaxed) < BROUGHT_MAX => {
+                directory.brought.fetch_add(entries.len(), Ordering::Relaxed);
+                self.bring(fs, plus, directory.ino, entries)
+            }
+            _ => Vec::new(),
+        };
+        for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| is_possible(entry)) {
+            let with = brought.get(index).and_then(Option::as_ref);
+            let fits = self.push(InodeId(entry.ino), entry.cookie, entry.kind(), &entry.name, with);
+            debug_assert!(fits, "it was measured");
+        }
+        entries.len()
+    }
+
+    /// How many of these entries there is room for.
+    fn fitting(&self, entries: &[DirEntry]) -> usize {
+        let mut room = self.buffer.room();
+        let fits = |entry: &&DirEntry| {
+            if !is_possible(entry) {
+                // The kernel would reject the whole listing.
+                tracing::error!(name = %crate::request::display(&entry.name), cookie = entry.cookie,
+                    "left out a directory entry that cannot be");
+                return true;
+            }
+            let size = DirentBuffer::size_of(&entry.name, self.is_plus());
+            let fits = size <= room;
+            room -= size.min(room);
+            fits
+        };
+        entries.iter().take_while(fits).count()
+    }
+
+    /// What to say of entries beside their names. Everything is counted before the filesystem is asked, so that a recall that
+    /// comes after its answer has to wait for ours.
+    fn bring<F: Filesystem>(
+        &mut self,
+        fs: &F,
+        plus: Plus<'_>,
+        directory: InodeId,
+        entries: &[DirEntry],
+    ) -> Vec<Option<abi::EntryOut>> {
+        plus.held.unsettled.list(directory, plus.handle);
+        for entry in entries {
+            plus.held.lookups.add(InodeId(entry.ino));
+        }
+        let mut known = fs.known_entries(directory, entries);
+        known.resize(entries.len(), None);
+        for name in plus.held.asked.names(directory) {
+            // Linking it would wait for the answer to the LOOKUP.
+            if let Some(index) = entries.iter().position(|entry| entry.name == name) {
+                known[index] = None;
+            }
+        }
+        if known.iter().all(Option::is_none) {
+            plus.held.unsettled.settle_listing(directory, plus.handle);
+        }
+        let with = |(entry, known): (&DirEntry, Option<KnownEntry>)| match known {
+            Some(KnownEntry { attr, name_left, attr_left })
+                if attr.ino == entry.ino && is_possible(entry) =>
+            {
+                self.brings.push(InodeId(entry.ino));
+                let validity =
+                    Validity { entry: name_left.max(plus.least.entry), attr: attr_left.max(plus.least.attr) };
+                Some(entry_out(&attr, validity))
+            }
+            _ => {
+                plus.held.lookups.subtract(InodeId(entry.ino), 1);
+                None
+            }
+        };
+        entries.iter().zip(known).map(with).collect()
+    }
+
+    fn push(
+        &mut self,
+        ino: InodeId,
+        cookie: u64,
+        kind: FileKind,
+        name: &[u8],
+        with: Option<&abi::EntryOut>,
+    ) -> bool {
+        // Without a node id the kernel takes the entry as a name only.
+        let nothing = self.plus.map(|_| abi::EntryOut::default());
+        self.buffer.push(ino, cookie, kind, name, with.or(nothing.as_ref()))
+    }
+}
+
+/// What the kernel does not reject.
+fn is_possible(entry: &DirEntry) -> bool {
+    is_entry_name(&entry.name) && entry.cookie > DOT_DOT
 }

@@ -3,21 +3,26 @@
 //! No logic of the filesystem lives here: only what the kernel needs to be told, and the state that belongs to the kernel's
 //! view (handles, the page cache's version, callers waiting). Shared by all workers of a mount.
 
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::pb::meta::Attr;
 use fjordfs_proto::{FsError, FsResult, InodeId};
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
-use crate::directory::OpenDirectory;
+use crate::directory::{Listing, OpenDirectory, Plus};
 use crate::filesystem::{CopiedRange, Filesystem};
 use crate::handles::Handles;
+use crate::held::Held;
 use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
 use crate::notify::Notifier;
-use crate::reply::{self, DirentBuffer, Reply, Validity};
+use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
 mod file;
@@ -35,21 +40,27 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     fs: F,
     /// What the user wants, at least.
     validity: Validity,
-    names_can_be_recalled: bool,
+    answers_can_be_recalled: bool,
     /// Largest READ and WRITE, bytes.
     size_max: usize,
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
+    held: Arc<Held>,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
 }
 
-/// An answer, and the handle that must be closed again if the kernel did not take it.
+/// An answer, and what must be undone if the kernel did not take it.
 pub(crate) struct Answer {
     pub(crate) reply: Reply,
-    pub(crate) opened: Option<Opened>,
+    /// A handle that was given out.
+    opened: Option<Opened>,
+    /// The inode that it brings the kernel, which is counted ([`crate::held`]).
+    brings: Option<InodeId>,
+    /// Those that a listing brings.
+    lists: Vec<InodeId>,
 }
 
 /// A handle that was given out.
@@ -61,7 +72,7 @@ pub(crate) enum Opened {
 
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
-        Answer { reply, opened: None }
+        Answer { reply, opened: None, brings: None, lists: Vec::new() }
     }
 }
 
@@ -72,15 +83,17 @@ impl<F: Filesystem> Dispatcher<F> {
         size_max: usize,
         kernel_minor: u32,
         notifier: Notifier,
+        held: Arc<Held>,
     ) -> Dispatcher<F> {
         Dispatcher {
             fs,
             validity,
-            names_can_be_recalled: kernel_minor >= abi::KERNEL_MINOR_VERSION_EPOCHS,
+            answers_can_be_recalled: abi::answers_can_be_recalled(kernel_minor),
             size_max,
             files: Handles::new(),
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
+            held,
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
@@ -95,6 +108,7 @@ impl<F: Filesystem> Dispatcher<F> {
     pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
         let Request { caller, node, operation } = request;
         let what = describe(&operation);
+        self.held.asked_about(node);
         match self.route(caller, node, operation, payload).await {
             Ok(answer) => answer,
             Err(e) => self.failed(what, node, &e).into(),
@@ -122,10 +136,10 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
                 let reply = Reply::of(&abi::OpenOut { fh, ..abi::OpenOut::default() });
-                return Ok(Answer { reply, opened: Some(Opened::Directory(fh)) });
+                return Ok(Answer { opened: Some(Opened::Directory(fh)), ..reply.into() });
             }
 
-            Operation::Lookup { name } => self.lookup(node, &name).await?,
+            Operation::Lookup { name } => return self.lookup(node, &name).await,
             Operation::Getattr => {
                 let attr = self.fs.getattr(node).await?;
                 Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
@@ -137,15 +151,18 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Setattr(input) => self.setattr(node, &input).await?,
             Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
             Operation::Symlink { name, target } => {
-                self.make(node, &name, namespace::symlink(caller, target)).await?
+                return self.make(node, &name, namespace::symlink(caller, target)).await;
             }
             Operation::Mknod { name, mode, umask, rdev } => {
-                self.make(node, &name, namespace::special(caller, mode, umask, rdev)?).await?
+                return self.make(node, &name, namespace::special(caller, mode, umask, rdev)?).await;
             }
             Operation::Mkdir { name, mode, umask } => {
-                self.make(node, &name, namespace::directory(caller, mode, umask)).await?
+                return self.make(node, &name, namespace::directory(caller, mode, umask)).await;
             }
-            Operation::Link { ino, name } => self.entry(node, &name, &self.fs.link(ino, node, &name).await?),
+            Operation::Link { ino, name } => {
+                let attr = self.fs.link(ino, node, &name).await?;
+                return Ok(self.made(node, &name, &attr));
+            }
             Operation::Unlink { name } => {
                 self.fs.unlink(node, &name).await?;
                 Reply::Empty
@@ -201,7 +218,9 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Readdir { fh, offset, size, plus } => self.readdir(fh, offset, size, plus).await?,
+            Operation::Readdir { fh, offset, size, plus } => {
+                return self.readdir(fh, offset, size, plus).await;
+            }
             Operation::Releasedir { fh } => {
                 self.close(Opened::Directory(fh)).await;
                 Reply::Empty
@@ -217,7 +236,11 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
             Operation::Forget(nodes) => {
-                nodes.into_iter().for_each(|ino| self.kernel_cache.forget(ino));
+                for (ino, answers) in nodes {
+                    if self.held.lookups.subtract(ino, answers) {
+                        self.kernel_cache.forget(ino);
+                    }
+                }
                 Reply::None
             }
             Operation::Interrupt { unique } => {
@@ -232,46 +255,92 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(reply.into())
     }
 
-    async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Reply> {
-        match self.fs.lookup(parent, name).await {
-            Ok(attr) => Ok(self.entry(parent, name, &attr)),
+    async fn lookup(&self, parent: InodeId, name: &Bytes) -> FsResult<Answer> {
+        let mut lookup = pin!(self.fs.lookup(parent, name));
+        let found = match lookup.as_mut().now_or_never() {
+            Some(found) => found,
+            None => {
+                let asked = self.held.asked.ask(parent, name);
+                tokio::select! {
+                    biased;
+                    found = lookup => found,
+                    // The kernel walks the path again.
+                    () = asked.given_up() => return Ok(Reply::Error(libc::ESTALE).into()),
+                }
+            }
+        };
+        match found {
+            Ok(attr) => Ok(self.found(parent, name, &attr)),
             Err(e) if e.errno == Errno::ENOENT => match self.name_left(parent, name, None) {
                 Duration::ZERO => Err(e),
-                left => Ok(Reply::of(&reply::absent_out(left))),
+                left => Ok(Reply::of(&reply::absent_out(left)).into()),
             },
             Err(e) => Err(e),
         }
     }
 
-    fn entry(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Reply {
-        Reply::of(&reply::entry_out(attr, self.validity_of_name(parent, name, attr)))
+    /// Answers with an inode that was there. Counted first: a recall that comes now has to wait for this answer.
+    fn found(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Answer {
+        let ino = InodeId(attr.ino);
+        self.held.lookups.add(ino);
+        let attr_left = if self.answers_can_be_recalled { self.fs.attr_left(attr) } else { Duration::ZERO };
+        self.entry(parent, name, attr, attr_left)
+    }
+
+    /// Answers with an inode that the kernel will take whatever is recalled meanwhile, so that its attributes cannot stay.
+    fn made(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Answer {
+        self.held.lookups.add(InodeId(attr.ino));
+        self.entry(parent, name, attr, Duration::ZERO)
+    }
+
+    /// Of an inode that is counted.
+    fn entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Answer {
+        let reply = Reply::of(&reply::entry_out(attr, self.validity_of_entry(parent, name, attr, attr_left)));
+        Answer { brings: Some(InodeId(attr.ino)), ..reply.into() }
+    }
+
+    fn validity_of_entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Validity {
+        let entry = self.name_left(parent, name, Some(InodeId(attr.ino)));
+        Validity { entry: entry.max(self.validity.entry), attr: attr_left.max(self.validity.attr) }
     }
 
     fn name_left(&self, parent: InodeId, name: &[u8], ino: Option<InodeId>) -> Duration {
-        if self.names_can_be_recalled { self.fs.name_left(parent, name, ino) } else { Duration::ZERO }
-    }
-
-    /// Of an answer that brings a name and, for want of a version to check them by, attributes that may not stay.
-    fn validity_of_name(&self, parent: InodeId, name: &[u8], attr: &Attr) -> Validity {
-        let left = self.name_left(parent, name, Some(InodeId(attr.ino)));
-        Validity { entry: left.max(self.validity.entry), ..self.validity }
+        if self.answers_can_be_recalled { self.fs.name_left(parent, name, ino) } else { Duration::ZERO }
     }
 
     fn validity_of_attr(&self, attr: &Attr) -> Validity {
         Validity { attr: self.fs.attr_left(attr).max(self.validity.attr), ..self.validity }
     }
 
-    async fn readdir(&self, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Reply> {
+    async fn readdir(&self, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Answer> {
         let directory = self.directories.get(fh).ok_or_else(|| unknown_handle(fh))?;
-        let mut buffer = DirentBuffer::new((size as usize).min(self.size_max));
-        directory.list(&self.fs, offset, &mut buffer, plus.then_some(self.validity)).await?;
-        Ok(buffer.into_reply())
+        self.held.unsettled.settle_listing(directory.ino(), fh);
+        let plus = plus.then_some(Plus { held: &self.held, handle: fh, least: self.validity });
+        let mut listing = Listing::new((size as usize).min(self.size_max), plus);
+        directory.list(&self.fs, offset, &mut listing).await?;
+        let (reply, lists) = listing.into_reply();
+        Ok(Answer { lists, ..reply.into() })
+    }
+
+    /// Undoes what an answer began that the kernel did not take.
+    pub(crate) async fn take_back(&self, answer: Answer) {
+        for ino in answer.brings.into_iter().chain(answer.lists) {
+            self.held.unsettled.settle_creation(ino);
+            self.held.lookups.subtract(ino, 1);
+        }
+        if let Some(opened) = answer.opened {
+            self.close(opened).await;
+        }
     }
 
     /// Takes back a handle: on RELEASE, or when the kernel did not take the answer that gave it out.
     pub(crate) async fn close(&self, opened: Opened) {
         match opened {
-            Opened::Directory(fh) => drop(self.directories.remove(fh)),
+            Opened::Directory(fh) => {
+                if let Some(directory) = self.directories.remove(fh) {
+                    self.held.unsettled.settle_listing(directory.ino(), fh);
+                }
+            }
             Opened::File(fh) => {
                 if let Some(open) = self.files.remove(fh) {
                     self.release(&open).await;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
-use fjordfs_proto::pb::meta::{Attr, FileKind, ReadDirReply, Time};
+use fjordfs_proto::pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time};
 use fjordfs_proto::{FsError, FsResult, InodeId};
 
 use crate::notify::Notifier;
@@ -103,6 +103,17 @@ pub struct CopiedRange {
     pub length: u64,
     /// Whoever changes the target may not keep its suid and sgid.
     pub clear_suid: bool,
+}
+
+/// An entry of a directory that can be told without asking anybody.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KnownEntry {
+    /// Attributes as of now: a listing may be older than a write of this mount.
+    pub attr: Attr,
+    /// How long the name leads there, as [`Filesystem::name_left`].
+    pub name_left: Duration,
+    /// How long these stay its attributes, as [`Filesystem::attr_left`].
+    pub attr_left: Duration,
 }
 
 /// Space in a filesystem, in bytes that a user can write.
@@ -303,6 +314,11 @@ pub trait Filesystem: Send + Sync + 'static {
         limit: u32,
         attributes: bool,
     ) -> impl Future<Output = FsResult<ReadDirReply>>;
+    /// What can be told of these entries of a directory without asking anybody: as many, or none of them.
+    fn known_entries(&self, parent: InodeId, entries: &[DirEntry]) -> Vec<Option<KnownEntry>> {
+        let _ = (parent, entries);
+        Vec::new()
+    }
     /// Space left.
     fn statfs(&self) -> impl Future<Output = FsResult<Space>>;
     /// Every name this mount changed survives power failure (`fsync` of a directory).

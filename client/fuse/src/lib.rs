@@ -18,6 +18,7 @@
 //! | `request`, `reply`, `abi` | the kernel's bytes, in and out |
 //! | [`filesystem`] | what can be mounted |
 //! | [`notify`] | telling the kernel what is stale |
+//! | `held` | what the kernel has been told and may not have taken in |
 //! | `adapter` | FjordFS as a [`filesystem::Filesystem`] |
 
 mod abi;
@@ -27,6 +28,7 @@ mod directory;
 mod dispatch;
 pub mod filesystem;
 mod handles;
+mod held;
 mod interrupt;
 mod kernel_cache;
 pub mod mount;

@@ -10,8 +10,8 @@
 //! request: attributes of an inode without its pages, and for names the epoch (Linux 6.16), which makes the kernel ask
 //! again for every name before it uses it. To invalidate a single name, the kernel would wait for its directory's lock,
 //! which every request in that directory holds. Answers that are on their way while a recall is written are void as
-//! well: the kernel notes epoch and attribute version before it asks. Attributes go only with answers to GETATTR and
-//! STATX, since for an inode that the kernel is just making it has no version to compare yet.
+//! well: the kernel notes epoch and attribute version before it asks. Those for which that is not so, [`crate::held`] knows; a recall
+//! of what they brought ends when they have been taken in and invalidated then.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +23,12 @@ use fjordfs_proto::InodeId;
 use tokio::sync::oneshot;
 
 use crate::abi::{NotifyInvalEntry, NotifyInvalInode, OutHeader, Pod, notify_code};
+use crate::held::Held;
 use crate::transport::dev_fuse::write_all;
+
+mod recaller;
+
+use recaller::Recaller;
 
 const QUEUE_MAX: usize = 4096;
 
@@ -82,7 +87,7 @@ impl Notifier {
 }
 
 /// Starts the threads, which write to `fd`, a clone of the session's descriptor.
-pub(crate) fn start(fd: OwnedFd) -> io::Result<(Notifier, [JoinHandle<()>; 2])> {
+pub(crate) fn start(fd: OwnedFd, held: Arc<Held>) -> io::Result<(Notifier, [JoinHandle<()>; 2])> {
     let fd = Arc::new(fd);
     let (queue, notifications) = bounded(QUEUE_MAX);
     let (recalls, recalled) = unbounded();
@@ -91,23 +96,9 @@ pub(crate) fn start(fd: OwnedFd) -> io::Result<(Notifier, [JoinHandle<()>; 2])> 
         let fd = fd.clone();
         thread("fjord-fuse-notify").spawn(move || write_notifications(&fd, &notifications))?
     };
-    let recaller = thread("fjord-fuse-recall").spawn(move || obey_recalls(&fd, &recalled))?;
+    let mut recaller = Recaller::new(fd, held);
+    let recaller = thread("fjord-fuse-recall").spawn(move || recaller.obey(&recalled))?;
     Ok((Notifier { queue, recalls }, [notifier, recaller]))
-}
-
-fn obey_recalls(fd: &OwnedFd, recalls: &Receiver<Option<Recall>>) {
-    while let Ok(Some(Recall { inodes, names, done })) = recalls.recv() {
-        for ino in inodes {
-            // A negative offset: attributes, but no pages.
-            let inode = NotifyInvalInode { ino: ino.0, off: -1, len: 0 };
-            log_refusal(ino, notify(fd, notify_code::INVAL_INODE, &[inode.as_bytes()]));
-        }
-        if names {
-            log_refusal("names", notify(fd, notify_code::INC_EPOCH, &[]));
-        }
-        // Nobody waits when the session has ended meanwhile.
-        let _ = done.send(());
-    }
 }
 
 fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {

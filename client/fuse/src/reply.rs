@@ -239,6 +239,17 @@ impl DirentBuffer {
         self.bytes.is_empty()
     }
 
+    /// Bytes left.
+    pub(crate) fn room(&self) -> usize {
+        self.size_max - self.bytes.len()
+    }
+
+    /// Bytes that an entry takes.
+    pub(crate) fn size_of(name: &[u8], plus: bool) -> usize {
+        let head = if plus { size_of::<abi::EntryOut>() } else { 0 } + size_of::<abi::Dirent>();
+        (head + name.len()).next_multiple_of(8)
+    }
+
     /// Adds an entry; false when it does not fit, and then nothing was added. `plus` is what READDIRPLUS puts before it.
     #[must_use]
     pub(crate) fn push(
@@ -249,9 +260,8 @@ impl DirentBuffer {
         name: &[u8],
         plus: Option<&abi::EntryOut>,
     ) -> bool {
-        let head = plus.map_or(0, |_| size_of::<abi::EntryOut>()) + size_of::<abi::Dirent>();
-        let padded = (head + name.len()).next_multiple_of(8);
-        if self.bytes.len() + padded > self.size_max {
+        let padded = DirentBuffer::size_of(name, plus.is_some());
+        if padded > self.room() {
             return false;
         }
         let end = self.bytes.len() + padded;

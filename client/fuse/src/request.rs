@@ -38,8 +38,8 @@ pub(crate) enum Operation {
     Lookup {
         name: Bytes,
     },
-    /// The kernel dropped these inodes from its cache. Never answered.
-    Forget(Vec<InodeId>),
+    /// The kernel dropped these inodes from its cache, which as many answers had brought it. Never answered.
+    Forget(Vec<(InodeId, u64)>),
     Getattr,
     Setattr(Box<abi::SetattrIn>),
     Statx,
@@ -236,14 +236,17 @@ impl Arguments<'_> {
             opcode::INIT => Operation::Init,
             opcode::DESTROY => Operation::Destroy,
             opcode::LOOKUP => Operation::Lookup { name: self.name()? },
-            opcode::FORGET => Operation::Forget(vec![InodeId(self.header.nodeid)]),
+            opcode::FORGET => {
+                let input: abi::ForgetIn = self.fixed()?;
+                Operation::Forget(vec![(InodeId(self.header.nodeid), input.nlookup)])
+            }
             opcode::BATCH_FORGET => {
                 let count = self.fixed::<abi::BatchForgetIn>()?.count as usize;
                 // Bounded by what is there, whatever the count says.
                 let (records, _) = self.rest.as_chunks::<{ size_of::<abi::ForgetOne>() }>();
                 let nodes =
                     records.iter().take(count).filter_map(|record| abi::ForgetOne::from_bytes(record));
-                Operation::Forget(nodes.map(|record| InodeId(record.nodeid)).collect())
+                Operation::Forget(nodes.map(|record| (InodeId(record.nodeid), record.nlookup)).collect())
             }
             opcode::GETATTR => Operation::Getattr,
             opcode::SETATTR => Operation::Setattr(Box::new(self.fixed()?)),
@@ -474,7 +477,7 @@ mod tests {
         let one = abi::ForgetOne { nodeid: 8, nlookup: 1 };
         let body = [abi::BatchForgetIn { count: u32::MAX, dummy: 0 }.as_bytes(), one.as_bytes()].concat();
         match operation(opcode::BATCH_FORGET, &body).unwrap() {
-            Operation::Forget(nodes) => assert_eq!(nodes, [InodeId(8)]),
+            Operation::Forget(nodes) => assert_eq!(nodes, [(InodeId(8), 1)]),
             other => panic!("{other:?}"),
         }
     }

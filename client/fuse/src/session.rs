@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use crate::buffer::BufferPool;
 use crate::dispatch::Dispatcher;
 use crate::filesystem::Filesystem;
+use crate::held::Held;
 use crate::notify::{self, Notifier};
 use crate::options::{MountOptions, TransportChoice};
 use crate::reply::Validity;
@@ -98,13 +99,14 @@ impl Session {
             },
         };
         let size_max = rings.as_ref().map_or(options.request_size_max, |(plan, _)| plan.size_max);
-        init.answer(&device, size_max, validity, rings.is_some())?;
+        init.answer(&device, size_max, rings.is_some())?;
 
+        let held = Arc::new(Held::default());
         let (notifier, notify_threads) = dev_fuse::clone_device(device.as_fd())
-            .and_then(notify::start)
+            .and_then(|device| notify::start(device, Arc::clone(&held)))
             .map_err(io_error("starting the notifier"))?;
         let dispatcher =
-            Arc::new(Dispatcher::new(fs, validity, size_max, init.kernel_minor(), notifier.clone()));
+            Arc::new(Dispatcher::new(fs, validity, size_max, init.kernel_minor(), notifier.clone(), held));
         dispatcher.filesystem().mounted(notifier.clone());
         let mut session = Session {
             workers: Vec::new(),

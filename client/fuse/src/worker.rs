@@ -6,7 +6,7 @@
 //!
 //! # Invariants
 //! - Every request that has an answer gets exactly one: also when the filesystem panics, also when the answer cannot be encoded.
-//! - A handle whose number the kernel did not take is closed again.
+//! - A handle whose number the kernel did not take is closed again, and inodes it did not take are not counted.
 //! - The worker ends when the mount has ended and all its requests are done.
 
 use std::cell::Cell;
@@ -95,9 +95,7 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
             Reply::Error(libc::EIO).into()
         });
     let Err(e) = slot.answer(&answer.reply) else { return };
-    if let Some(opened) = answer.opened {
-        dispatcher.close(opened).await;
-    }
+    dispatcher.take_back(answer).await;
     match e.raw_os_error() {
         // The caller was killed meanwhile, or the mount ended.
         Some(libc::ENOENT | libc::ENODEV | libc::ECONNABORTED | libc::EPERM) => {}

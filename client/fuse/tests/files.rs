@@ -204,14 +204,6 @@ fn a_growing_file_is_followed_without_opening_it_again(transport: TransportChoic
     mounted.end();
 }
 
-/// Recalls and waits until the kernel has obeyed.
-fn recall(mounted: &Mounted, inodes: &[u64], names: bool) {
-    let notifier = mounted.control.notifier.lock().clone().unwrap();
-    let (done, obeyed) = tokio::sync::oneshot::channel();
-    notifier.recall(inodes.iter().copied().map(fjordfs_proto::InodeId).collect(), names, done);
-    obeyed.blocking_recv().unwrap();
-}
-
 fn leased_names_and_attributes_are_not_asked_for_until_they_are_recalled(transport: TransportChoice) {
     let Some(mounted) = Mounted::new(transport, "") else { return };
     *mounted.control.left.lock() = Duration::from_secs(3600);
@@ -219,6 +211,12 @@ fn leased_names_and_attributes_are_not_asked_for_until_they_are_recalled(transpo
     fs::write(&path, b"old").unwrap();
     let ino = fs::metadata(&path).unwrap().ino();
     assert!(fs::metadata(&absent).is_err());
+    // An answer to CREATE brings attributes too.
+    let empty = mounted.path("empty");
+    drop(File::create(&empty).unwrap());
+    let getattrs = mounted.control.getattrs.load(Ordering::SeqCst);
+    assert_eq!(support::size(&empty), 0);
+    assert!(mounted.control.getattrs.load(Ordering::SeqCst) <= getattrs + 1, "of its directory at most");
     let asked =
         || (mounted.control.lookups.load(Ordering::SeqCst), mounted.control.getattrs.load(Ordering::SeqCst));
     let before = asked();
@@ -229,10 +227,10 @@ fn leased_names_and_attributes_are_not_asked_for_until_they_are_recalled(transpo
     assert_eq!(asked(), before);
 
     mounted.control.overwrite("file", b"newer");
-    recall(&mounted, &[ino], false);
+    mounted.control.recall(&[ino], false);
     assert_eq!(fs::metadata(&path).unwrap().len(), 5);
     assert_eq!(asked(), (before.0, before.1 + 1), "the name stands");
-    recall(&mounted, &[], true);
+    mounted.control.recall(&[], true);
     fs::metadata(&path).unwrap();
     assert!(fs::metadata(&absent).is_err());
     assert_eq!(asked().0, before.0 + 2);
@@ -252,7 +250,7 @@ fn a_recall_waits_for_no_request_of_its_directory(transport: TransportChoice) {
     while mounted.control.lookups.load(Ordering::SeqCst) == lookups {
         std::thread::sleep(Duration::from_millis(1));
     }
-    recall(&mounted, &[1, ino], true);
+    mounted.control.recall(&[1, ino], true);
     assert!(!looking.is_finished(), "the lookup holds the directory's lock all the while");
     looking.join().unwrap();
     mounted.end();

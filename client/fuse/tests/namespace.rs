@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fjordfs_fuse::{MountError, MountOptions, TransportChoice, mount_filesystem};
@@ -16,6 +17,7 @@ use support::{Control, MemFs, Mounted};
 
 over_each_transport! {
     a_large_directory_is_listed_completely_and_once
+    who_looks_at_a_listing_asks_for_nothing_more
     every_kind_of_inode
     renames_with_and_without_flags
     tools_that_ask_for_what_is_not_served_stay_silent
@@ -29,8 +31,9 @@ over_each_transport! {
 
 fn a_large_directory_is_listed_completely_and_once(transport: TransportChoice) {
     // With attributes in the listing (READDIRPLUS) and without.
-    for options in ["", "attr_timeout=1,entry_timeout=1"] {
-        let Some(mounted) = Mounted::new(transport, options) else { return };
+    for left in [Duration::ZERO, Duration::from_secs(3600)] {
+        let Some(mounted) = Mounted::new(transport, "") else { return };
+        *mounted.control.left.lock() = left;
         let expected: BTreeSet<String> =
             (0..20_000).map(|i| format!("file-{i}-{}", "x".repeat(i % 200))).collect();
         for name in &expected {
@@ -53,6 +56,38 @@ fn a_large_directory_is_listed_completely_and_once(transport: TransportChoice) {
         assert_eq!(fs::read_dir(mounted.dir.path()).unwrap().count(), 0);
         mounted.end();
     }
+}
+
+fn who_looks_at_a_listing_asks_for_nothing_more(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    *mounted.control.left.lock() = Duration::from_secs(3600);
+    let names: Vec<String> = (0..1000).map(|i| format!("file-{i}")).collect();
+    names.iter().for_each(|name| mounted.control.make_file(name, name.as_bytes()));
+    let asked = || {
+        let control = &mounted.control;
+        control.lookups.load(Ordering::SeqCst) + control.getattrs.load(Ordering::SeqCst)
+    };
+    let look = || {
+        for name in &names {
+            assert_eq!(support::size(&mounted.path(name)), name.len() as u64);
+        }
+    };
+    assert_eq!(fs::read_dir(mounted.dir.path()).unwrap().count(), names.len());
+    let before = asked();
+    look();
+    assert!(asked() <= before + 2, "{} of {}", asked() - before, names.len());
+
+    // What others change after the listing is seen, and costs one question each.
+    let inodes: Vec<u64> =
+        names.iter().map(|name| mounted.control.find(1, name.as_bytes()).unwrap()).collect();
+    mounted.control.overwrite(&names[7], b"longer than before");
+    mounted.control.recall(&inodes, false);
+    assert_eq!(support::size(&mounted.path(&names[7])), 18);
+    let before = asked();
+    mounted.control.recall(&[1], true);
+    fs::metadata(mounted.path(&names[8])).unwrap();
+    assert!(asked() > before);
+    mounted.end();
 }
 
 fn every_kind_of_inode(transport: TransportChoice) {

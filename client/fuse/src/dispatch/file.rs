@@ -6,6 +6,7 @@
 //! between is announced at once: an append that went elsewhere than the kernel assumed, and data that could not be stored.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_proto::mode::PERMISSIONS;
@@ -60,7 +61,7 @@ impl<F: Filesystem> Dispatcher<F> {
             };
         }
         let (fh, out) = self.opened(file, ino, attr.data_version, flags);
-        Ok(Answer { reply: Reply::of(&out), opened: Some(Opened::File(fh)) })
+        Ok(Answer { opened: Some(Opened::File(fh)), ..Reply::of(&out).into() })
     }
 
     pub(super) async fn create(
@@ -83,19 +84,33 @@ impl<F: Filesystem> Dispatcher<F> {
                 }
             };
         }
-        let validity = self.validity_of_name(parent, name, &attr);
+        let attr_left = self.creation_left(&attr);
+        let validity = self.validity_of_entry(parent, name, &attr, attr_left);
         Ok(self.created(&attr, validity, file, flags))
     }
 
     pub(super) async fn tmpfile(&self, directory: InodeId, new: NewFile, flags: u32) -> FsResult<Answer> {
         let (attr, file) = self.fs.create_unnamed(directory, new).await?;
+        self.held.lookups.add(InodeId(attr.ino));
         Ok(self.created(&attr, self.validity, file, flags))
+    }
+
+    /// Counts an inode, and how long its attributes are good for although no recall voids the answer: its first answer is remembered
+    /// until it is settled, which the FLUSH at the file's close does at the latest.
+    fn creation_left(&self, attr: &Attr) -> Duration {
+        let ino = InodeId(attr.ino);
+        let is_first = self.held.lookups.add(ino);
+        if is_first && self.answers_can_be_recalled && self.held.unsettled.create(ino) {
+            self.fs.attr_left(attr)
+        } else {
+            Duration::ZERO
+        }
     }
 
     fn created(&self, attr: &Attr, validity: Validity, file: F::File, flags: u32) -> Answer {
         let (fh, out) = self.opened(file, InodeId(attr.ino), attr.data_version, flags);
         let reply = Reply::created(&reply::entry_out(attr, validity), &out);
-        Answer { reply, opened: Some(Opened::File(fh)) }
+        Answer { opened: Some(Opened::File(fh)), brings: Some(InodeId(attr.ino)), ..reply.into() }
     }
 
     /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`. `mode` is the file's before.

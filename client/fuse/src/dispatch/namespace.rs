@@ -6,15 +6,16 @@ use fjordfs_proto::mode::PERMISSIONS;
 use fjordfs_proto::pb::meta::{FileKind, Time};
 use fjordfs_proto::{FILE_SIZE_MAX, FsError, FsResult, InodeId};
 
-use super::Dispatcher;
+use super::{Answer, Dispatcher};
 use crate::abi::{SetattrIn, fattr};
 use crate::filesystem::{AttrChange, Filesystem, NewNode, TimeChange};
 use crate::reply::{self, Reply};
 use crate::request::Caller;
 
 impl<F: Filesystem> Dispatcher<F> {
-    pub(super) async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Reply> {
-        Ok(self.entry(parent, name, &self.fs.make(parent, name, node).await?))
+    pub(super) async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Answer> {
+        let attr = self.fs.make(parent, name, node).await?;
+        Ok(self.made(parent, name, &attr))
     }
 
     pub(super) async fn setattr(&self, ino: InodeId, input: &SetattrIn) -> FsResult<Reply> {

@@ -10,7 +10,7 @@
 //! | `SETXATTR_EXT` | the longer form of SETXATTR, which the parser expects |
 //! | `HANDLE_KILLPRIV_V2` | suid and sgid are dropped here, on the word of the kernel which caller may not keep them. Without it the kernel asks for `security.capability` before every single write |
 //! | `DIRECT_IO_ALLOW_MMAP` | files opened with `O_DIRECT|O_APPEND` can still be mapped |
-//! | `DO_READDIRPLUS`, `READDIRPLUS_AUTO` | only while attributes may be cached: with timeouts of 0 the kernel would throw away what a listing brought, and ask for each name again |
+//! | `DO_READDIRPLUS`, not `READDIRPLUS_AUTO` | where what a listing brings can be recalled. `ls -l` reads a directory before it looks at any of it, which the kernel's own guess does not foresee; how many entries bring an inode is our choice ([`crate::directory`]) |
 //! | not `AUTO_INVAL_DATA` | it asks for attributes before *every* cached read, and drops a file's pages after this mount's own writes. Changes by others are seen without it: at `open`, because pages are kept only while the version of the bytes stands, and while open whenever the kernel learns of another size (a growing log) |
 //! | not `EXPLICIT_INVAL_DATA` | it would also switch off the last of these: the last page of a file that another client extends would end in zeros |
 //! | not `WRITEBACK_CACHE` | the client library buffers dirty data under its own memory limit and packs it into blocks; a second dirty cache in the kernel would hide appends, sizes and times of other clients, and double the memory |
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use super::{SessionError, io_error};
 use crate::abi::{self, InitIn, InitOut, Pod, init_flag, opcode};
 use crate::buffer::BufferPool;
-use crate::reply::{Reply, Validity};
+use crate::reply::Reply;
 use crate::transport::Message;
 use crate::transport::dev_fuse;
 
@@ -96,14 +96,8 @@ impl Init {
     }
 
     /// Begins the session. With `uring`, the kernel holds back requests until rings are registered.
-    pub(super) fn answer(
-        &self,
-        device: &OwnedFd,
-        size_max: usize,
-        validity: Validity,
-        uring: bool,
-    ) -> Result<(), SessionError> {
-        let out = negotiate(&self.input, size_max, validity, uring);
+    pub(super) fn answer(&self, device: &OwnedFd, size_max: usize, uring: bool) -> Result<(), SessionError> {
+        let out = negotiate(&self.input, size_max, uring);
         answer(device, self.unique, &Reply::of(&out))?;
         tracing::debug!(
             kernel_minor = self.input.minor,
@@ -135,7 +129,7 @@ fn wait_readable(device: &OwnedFd, deadline: Instant) -> Result<(), SessionError
 }
 
 /// The answer to INIT.
-fn negotiate(init: &InitIn, size_max: usize, validity: Validity, uring: bool) -> InitOut {
+fn negotiate(init: &InitIn, size_max: usize, uring: bool) -> InitOut {
     let mut wanted = init_flag::ASYNC_READ
         | init_flag::ATOMIC_O_TRUNC
         | init_flag::BIG_WRITES
@@ -148,8 +142,8 @@ fn negotiate(init: &InitIn, size_max: usize, validity: Validity, uring: bool) ->
         | init_flag::HANDLE_KILLPRIV_V2
         | init_flag::INIT_EXT
         | init_flag::DIRECT_IO_ALLOW_MMAP;
-    if !validity.attr.is_zero() {
-        wanted |= init_flag::DO_READDIRPLUS | init_flag::READDIRPLUS_AUTO;
+    if abi::answers_can_be_recalled(init.minor) {
+        wanted |= init_flag::DO_READDIRPLUS;
     }
     if uring {
         wanted |= init_flag::OVER_IO_URING;
@@ -185,7 +179,7 @@ mod tests {
             flags2: u32::MAX,
             unused: [0; 11],
         };
-        let out = negotiate(&all, 1 << 20, Validity::default(), false);
+        let out = negotiate(&all, 1 << 20, false);
         assert_eq!((out.major, out.minor, out.max_pages, out.max_write), (7, 45, 256, 1 << 20));
         let flags = u64::from(out.flags) | u64::from(out.flags2) << 32;
         assert_ne!(flags & init_flag::DIRECT_IO_ALLOW_MMAP, 0);
@@ -193,7 +187,7 @@ mod tests {
             init_flag::WRITEBACK_CACHE,
             init_flag::AUTO_INVAL_DATA,
             init_flag::EXPLICIT_INVAL_DATA,
-            init_flag::DO_READDIRPLUS,
+            init_flag::READDIRPLUS_AUTO,
             init_flag::POSIX_LOCKS,
             init_flag::FLOCK_LOCKS,
             init_flag::OVER_IO_URING,
@@ -202,17 +196,18 @@ mod tests {
         ] {
             assert_eq!(flags & refused, 0, "{refused:#x}");
         }
-        let uring = negotiate(&all, 1 << 20, Validity::default(), true);
+        let uring = negotiate(&all, 1 << 20, true);
         assert_ne!(u64::from(uring.flags2) << 32 & init_flag::OVER_IO_URING, 0);
-        let none =
-            negotiate(&InitIn { flags: 0, flags2: 0, minor: 34, ..all }, 1 << 20, Validity::default(), true);
+        let none = negotiate(&InitIn { flags: 0, flags2: 0, minor: 34, ..all }, 1 << 20, true);
         assert_eq!((none.flags, none.flags2, none.minor), (0, 0, 34));
     }
 
     #[test]
-    fn listings_bring_attributes_only_when_they_may_be_cached() {
+    fn listings_bring_attributes_only_where_they_can_be_recalled() {
         let all = InitIn { major: 7, minor: 45, flags: u32::MAX, flags2: u32::MAX, ..InitIn::default() };
-        let validity = Validity { entry: Duration::ZERO, attr: Duration::from_secs(1) };
-        assert_ne!(u64::from(negotiate(&all, 1 << 20, validity, false).flags) & init_flag::DO_READDIRPLUS, 0);
+        for (minor, expected) in [(45, init_flag::DO_READDIRPLUS), (43, 0)] {
+            let flags = u64::from(negotiate(&InitIn { minor, ..all }, 1 << 20, false).flags);
+            assert_eq!(flags & init_flag::DO_READDIRPLUS, expected, "{minor}");
+        }
     }
 }

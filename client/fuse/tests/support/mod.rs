@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use fjordfs_fuse::filesystem::{AttrChange, Filesystem, NewFile, NewNode, Space, TimeChange};
+use fjordfs_fuse::filesystem::{AttrChange, Filesystem, KnownEntry, NewFile, NewNode, Space, TimeChange};
 use fjordfs_fuse::notify::Notifier;
 use fjordfs_fuse::{Mount, MountOptions, TransportChoice, TransportKind, mount_filesystem};
 use fjordfs_proto::error::Errno;
@@ -98,7 +98,22 @@ impl Control {
         Arc::new(control)
     }
 
-    fn find(&self, parent: u64, name: &[u8]) -> FsResult<u64> {
+    /// Recalls and waits until the kernel has obeyed.
+    pub fn recall(&self, inodes: &[u64], names: bool) {
+        let notifier = self.notifier.lock().clone().unwrap();
+        let (done, obeyed) = tokio::sync::oneshot::channel();
+        notifier.recall(inodes.iter().copied().map(InodeId).collect(), names, done);
+        obeyed.blocking_recv().unwrap();
+    }
+
+    /// What another client would do: makes a file in the root.
+    pub fn make_file(&self, name: &str, data: &[u8]) {
+        let attr = Attr { mode: 0o644, ..new_attr(FileKind::Regular) };
+        self.insert(1, name.as_bytes(), FileKind::Regular, attr, b"").unwrap();
+        self.overwrite(name, data);
+    }
+
+    pub fn find(&self, parent: u64, name: &[u8]) -> FsResult<u64> {
         let inodes = self.inodes.lock();
         let directory = inodes.get(&parent).ok_or(error(Errno::ESTALE))?;
         directory.entries.get(&cookie(name)).map(|(_, ino)| *ino).ok_or(error(Errno::ENOENT))
@@ -395,6 +410,15 @@ impl Filesystem for MemFs {
         Ok(ReadDirReply { entries, end, parent: directory.parent })
     }
 
+    fn known_entries(&self, _: InodeId, entries: &[DirEntry]) -> Vec<Option<KnownEntry>> {
+        let (inodes, left) = (self.0.inodes.lock(), *self.0.left.lock());
+        let known = |entry: &DirEntry| {
+            let attr = inodes.get(&entry.ino).filter(|_| !left.is_zero())?.attr;
+            Some(KnownEntry { attr, name_left: left, attr_left: left })
+        };
+        entries.iter().map(known).collect()
+    }
+
     async fn statfs(&self) -> FsResult<Space> {
         Ok(Space { capacity: 1 << 40, free: 1 << 39, files: self.0.inodes.lock().len() as u64 })
     }
@@ -408,6 +432,11 @@ impl Filesystem for MemFs {
         self.0.fsyncs.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
+}
+
+/// Size by `stat(2)`. Unlike the standard library it does not ask for the birth time, which only answers to STATX bring.
+pub fn size(path: &Path) -> u64 {
+    rustix::fs::stat(path).unwrap().st_size as u64
 }
 
 /// Makes two tests of each function, one for each transport.
