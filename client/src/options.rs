@@ -20,7 +20,7 @@ pub struct Options {
     /// Whether what a sequential reader has passed is dropped from this client's memory. For readers that cache below, as
     /// the kernel does for a mount: the memory is better used for what comes next.
     pub drop_behind: bool,
-    /// Threads of the engine that carries connections and background work.
+    /// Threads of the engine that carries connections and background work, and as many that batches are read on.
     pub threads: usize,
 }
 
@@ -54,8 +54,13 @@ impl Options {
         self.memory_max.max(Self::MEMORY_MIN) / 2
     }
 
-    /// Share of the memory for reads under way that nobody waits for yet.
+    /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.
     pub(crate) fn prefetch_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 8
+        self.memory_max.max(Self::MEMORY_MIN) / 16
+    }
+
+    /// Share of the memory for results of batches that are not taken yet: the other half.
+    pub(crate) fn batch_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 16
     }
 }
