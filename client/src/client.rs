@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{broadcast, mpsc};
 
 use crate::{
-    Options,
+    Options, batch,
     blocks::BlockIds,
     cache::BlockCache,
     data::{DataClient, Unsynced},
@@ -49,6 +49,10 @@ pub(crate) struct Inner {
     pub(crate) dirty: Mutex<HashMap<InodeId, Arc<FileState>>>,
     /// Stored shards that are not known to be power-safe, by the inode that has bytes in them.
     pub(crate) unsynced: Mutex<HashMap<InodeId, Vec<Unsynced>>>,
+    /// Where batches are read.
+    pub(crate) lanes: batch::Lanes,
+    /// Memory of their results until they are taken.
+    pub(crate) batch_room: Arc<batch::Room>,
     pub(crate) packer: mpsc::UnboundedSender<packer::Request>,
     moved: broadcast::Sender<InodeId>,
     /// Last: the others' tasks run on it.
@@ -83,6 +87,8 @@ impl Client {
             files_sweep: AtomicUsize::new(1024),
             dirty: Mutex::default(),
             unsynced: Mutex::default(),
+            lanes: batch::Lanes::new(options.threads),
+            batch_room: Arc::new(batch::Room::new(options.batch_max())),
             packer,
             moved: broadcast::Sender::new(1024),
             meta,

@@ -159,6 +159,11 @@ impl File {
         self.handle.state.lock().view.attr()
     }
 
+    /// Bytes in the file, as [`File::attr`] has it.
+    pub fn size(&self) -> u64 {
+        self.handle.state.lock().view.size()
+    }
+
     /// Data versions between which nobody but this client changed the file: who cached its bytes as of the first, and
     /// wrote through this client only, has them as of the last.
     pub fn own_versions(&self) -> RangeInclusive<u64> {

@@ -18,8 +18,9 @@
 //! |---|---|
 //! | [`client`](Client) | begin and end of a session |
 //! | `namespace`, `xattr` | operations on inodes and directories |
-//! | [`path`](OpenOptions) | the same by path, and the batch read |
+//! | [`path`](OpenOptions) | the same by path |
 //! | [`file`](File) | open files: read, write, append, allocate, copy, seek, flush, fsync |
+//! | [`batch`](Batch) | many reads at once |
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
@@ -29,6 +30,7 @@
 //! | `meta` | the session stream |
 //! | `engine` | threads |
 
+mod batch;
 mod blocks;
 mod cache;
 mod client;
@@ -47,6 +49,7 @@ mod path;
 mod write;
 mod xattr;
 
+pub use batch::{Batch, BatchOptions, Finished, Order, ReadInto, ReadRequest};
 pub use client::Client;
 pub use engine::enter_lane;
 pub use file::{Allocation, CopiedRange, File};
@@ -58,5 +61,5 @@ pub use fjordfs_proto::{
 pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use options::Options;
-pub use path::{OpenOptions, ReadRequest};
+pub use path::OpenOptions;
 pub use xattr::SetXattrMode;

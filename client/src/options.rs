@@ -26,7 +26,7 @@ pub struct Options {
     pub defer: bool,
     /// Whether data servers on this host are reached through their Unix sockets, which costs about half the CPU time.
     pub local_sockets: bool,
-    /// Threads of the engine that carries connections and background work.
+    /// Threads of the engine that carries connections and background work, and as many that batches are read on.
     pub threads: usize,
 }
 
@@ -62,8 +62,13 @@ impl Options {
         self.memory_max.max(Self::MEMORY_MIN) / 2
     }
 
-    /// Share of the memory for reads under way that nobody waits for yet.
+    /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.
     pub(crate) fn prefetch_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 8
+        self.memory_max.max(Self::MEMORY_MIN) / 16
+    }
+
+    /// Share of the memory for results of batches that are not taken yet: the other half.
+    pub(crate) fn batch_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 16
     }
 }

@@ -1,12 +1,10 @@
-//! Operations by path, and the batch read.
+//! Operations by path.
 
-use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, InodeId, ROOT_INODE,
     error::Errno,
     pb::meta::{Attr, DirEntry, FileKind},
 };
-use futures_util::stream::{self, StreamExt};
 
 use crate::{
     client::Client,
@@ -19,9 +17,6 @@ const LINKS_MAX: usize = 40;
 
 /// Entries asked for at a time when a directory is read whole.
 const PAGE: u32 = 1024;
-
-/// Reads of a batch that are on their way at a time.
-const BATCH_IN_FLIGHT: usize = 64;
 
 /// How to open a path. Like [`std::fs::OpenOptions`]; all files can be read and written.
 #[derive(Clone, Debug)]
@@ -42,17 +37,6 @@ impl Default for OpenOptions {
     fn default() -> Self {
         OpenOptions { create: false, create_new: false, truncate: false, mode: 0o644, owner: process_owner() }
     }
-}
-
-/// One read of a batch.
-#[derive(Clone)]
-pub struct ReadRequest {
-    /// The file.
-    pub file: File,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub len: usize,
 }
 
 /// Effective user and group of this process.
@@ -225,15 +209,6 @@ impl Client {
     pub async fn remove_dir(&self, path: &str) -> FsResult<()> {
         let (parent, name) = self.parent_of(path).await?;
         self.rmdir(parent, name.as_bytes()).await.map_err(|e| at(path, e))
-    }
-
-    /// Many reads at once: dozens are on their way at a time, and results come in the order of the requests.
-    pub async fn read_batch(&self, requests: Vec<ReadRequest>) -> Vec<FsResult<Vec<Bytes>>> {
-        stream::iter(requests)
-            .map(|r| async move { r.file.read_at(r.offset, r.len).await })
-            .buffered(BATCH_IN_FLIGHT)
-            .collect()
-            .await
     }
 }
 

@@ -1,118 +1,16 @@
 //! The library against real servers in this process: what one client promises itself and others.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
-use std::{path::Path, time::Duration};
+mod support;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_client::{
-    Allocation, AttrChange, Client, CopiedRange, Errno, File, InodeId, NewFile, Options, ReadRequest,
-    SetXattrMode,
+    Allocation, AttrChange, Client, CopiedRange, Errno, File, InodeId, NewFile, Options, SetXattrMode,
 };
-use fjordfs_dataserver::DataServer;
-use fjordfs_metaserver::MetaServer;
-use fjordfs_proto::{Policy, Source, cluster::TargetState};
-
-struct Cluster {
-    meta: Option<MetaServer>,
-    data: Vec<Option<DataServer>>,
-    address: String,
-    /// Goes away with the cluster.
-    _dir: tempfile::TempDir,
-}
-
-fn data_server(dir: &Path, meta: &str, i: usize) -> DataServer {
-    DataServer::start(fjordfs_dataserver::Config {
-        listen: "127.0.0.1:0".parse().unwrap(),
-        name: format!("data-{i}"),
-        cores: 1,
-        volume_size: 64 << 20,
-        ..fjordfs_dataserver::Config::new(meta, [dir.join(format!("data-{i}"))])
-    })
-    .unwrap()
-}
-
-impl Cluster {
-    async fn start(servers: usize, policy: &str) -> Cluster {
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let policy: Policy = policy.parse().unwrap();
-        let root = dir.path().to_owned();
-        let (meta, data) = tokio::task::spawn_blocking(move || {
-            let meta = MetaServer::start(fjordfs_metaserver::Config {
-                listen: "127.0.0.1:0".parse().unwrap(),
-                default_policy: policy,
-                heartbeat: Duration::from_millis(100),
-                down_after: Duration::from_millis(500),
-                ..fjordfs_metaserver::Config::new(root.join("meta"))
-            })
-            .unwrap();
-            let address = meta.address().to_string();
-            let data = (0..servers).map(|i| Some(data_server(&root, &address, i))).collect();
-            (meta, data)
-        })
-        .await
-        .unwrap();
-        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, _dir: dir };
-        let client = cluster.client().await;
-        wait_until("all targets are up", || {
-            let map = client.map();
-            map.targets.len() == servers && map.targets.values().all(|t| t.state == TargetState::Up)
-        })
-        .await;
-        client.shutdown().await.unwrap();
-        cluster
-    }
-
-    async fn client(&self) -> Client {
-        self.client_with(Options { operation_timeout: Duration::from_secs(30), ..Options::default() }).await
-    }
-
-    async fn client_with(&self, options: Options) -> Client {
-        Client::connect(&self.address, options).await.unwrap()
-    }
-
-    fn stop_data(&mut self, i: usize) {
-        self.data[i].take().unwrap().stop().unwrap();
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        for data in self.data.drain(..).flatten() {
-            let _ = data.stop();
-        }
-        if let Some(meta) = self.meta.take() {
-            let _ = meta.stop();
-        }
-    }
-}
-
-async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    for _ in 0..300 {
-        if done() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("waited 15 s until {what}");
-}
-
-/// Bytes that differ from page to page and from seed to seed.
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (0..len as u64)
-        .map(|i| (i.wrapping_mul(31) ^ (i >> 12).wrapping_mul(seed * 7 + 1) ^ seed) as u8)
-        .collect()
-}
-
-async fn read_all(file: &File) -> Vec<u8> {
-    let len = file.attr().size as usize;
-    file.read_at(0, len).await.unwrap().concat()
-}
-
-async fn write_file(client: &Client, path: &str, data: &[u8]) {
-    let file = client.create_path(path).await.unwrap();
-    file.write_at(0, Bytes::copy_from_slice(data)).await.unwrap();
-    file.close().await.unwrap();
-}
+use fjordfs_proto::{Policy, Source};
+use support::{Cluster, pattern, read_all, write_file};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_one_client_closes_another_reads() {
@@ -278,21 +176,6 @@ async fn dirty_data_stays_within_its_bound_and_writers_wait() {
         let at = (i * 7919 % 300) << 21;
         let read = file.read_at(at, 1 << 20).await.unwrap().concat();
         assert!(read.iter().all(|b| *b == i as u8 | 1), "run {i}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_batch_comes_back_in_order() {
-    let cluster = Cluster::start(3, "replica:1").await;
-    let client = cluster.client().await;
-    let data = pattern(9, 3 << 20);
-    write_file(&client, "/f", &data).await;
-    let file = client.open_path("/f").await.unwrap();
-    let spots: Vec<usize> = (0..500).map(|i| i * 7_919 % (data.len() - 4096)).collect();
-    let requests =
-        spots.iter().map(|at| ReadRequest { file: file.clone(), offset: *at as u64, len: 4096 }).collect();
-    for (at, read) in spots.iter().zip(client.read_batch(requests).await) {
-        assert!(read.unwrap().concat() == data[*at..at + 4096], "at {at}");
     }
 }
 
