@@ -16,11 +16,13 @@ use crate::filesystem::{CopiedRange, Filesystem};
 use crate::handles::Handles;
 use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
+use crate::lock_owners::LockOwners;
 use crate::notify::Notifier;
 use crate::reply::{self, DirentBuffer, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
 mod file;
+mod lock;
 mod namespace;
 mod space;
 mod xattr;
@@ -41,6 +43,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
+    lock_owners: LockOwners,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
@@ -81,6 +84,7 @@ impl<F: Filesystem> Dispatcher<F> {
             files: Handles::new(),
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
+            lock_owners: LockOwners::default(),
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
@@ -93,9 +97,9 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Serves one request. `payload` is the slot's: data of a READ goes there if it has room.
     pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
-        let Request { caller, node, operation } = request;
+        let Request { unique, caller, node, operation } = request;
         let what = describe(&operation);
-        match self.route(caller, node, operation, payload).await {
+        match self.route(unique, caller, node, operation, payload).await {
             Ok(answer) => answer,
             Err(e) => self.failed(what, node, &e).into(),
         }
@@ -103,6 +107,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
     async fn route(
         &self,
+        unique: u64,
         caller: Caller,
         node: InodeId,
         operation: Operation,
@@ -194,10 +199,15 @@ impl<F: Filesystem> Dispatcher<F> {
                 }
             }
             Operation::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence).await?,
-            Operation::Flush { fh } => self.flush(fh).await?,
+            Operation::Getlk { fh, lock } => self.getlk(fh, lock).await?,
+            Operation::Setlk { fh, lock, wait } => self.setlk(unique, fh, lock, wait).await?,
+            Operation::Flush { fh, lock_owner } => self.flush(fh, lock_owner).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
-            Operation::Release { fh } => {
-                self.close(Opened::File(fh)).await;
+            Operation::Release { fh, flock_owner } => {
+                if let Some(open) = self.files.remove(fh) {
+                    self.unlock_open_file(fh, &open, flock_owner).await;
+                    self.release(&open).await;
+                }
                 Reply::Empty
             }
 
@@ -217,7 +227,10 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
             Operation::Forget(nodes) => {
-                nodes.into_iter().for_each(|ino| self.kernel_cache.forget(ino));
+                for ino in nodes {
+                    self.kernel_cache.forget(ino);
+                    self.lock_owners.forget(ino);
+                }
                 Reply::None
             }
             Operation::Interrupt { unique } => {
@@ -341,6 +354,7 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Fallocate { .. } => "fallocate",
         Operation::CopyFileRange { .. } => "copy_file_range",
         Operation::Lseek { .. } => "lseek",
+        Operation::Getlk { .. } | Operation::Setlk { .. } => "locking",
         Operation::Flush { .. } | Operation::Release { .. } => "close",
         Operation::Fsync { .. } => "fsync",
         Operation::Readdir { .. } => "readdir",

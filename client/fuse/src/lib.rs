@@ -29,6 +29,7 @@ pub mod filesystem;
 mod handles;
 mod interrupt;
 mod kernel_cache;
+mod lock_owners;
 pub mod mount;
 pub mod notify;
 pub mod options;
