@@ -4,6 +4,7 @@
 
 mod allocate;
 mod copy;
+mod lock;
 mod read;
 mod seek;
 mod segment;
@@ -26,6 +27,7 @@ use tokio::time::Instant;
 
 pub use allocate::Allocation;
 pub use copy::CopiedRange;
+pub use lock::{Lock, LockOwner};
 pub(crate) use segment::UnitId;
 pub(crate) use view::View;
 

@@ -19,12 +19,13 @@
 //! | [`client`](Client) | begin and end of a session |
 //! | `namespace`, `xattr` | operations on inodes and directories |
 //! | [`path`](OpenOptions) | the same by path |
-//! | [`file`](File) | open files: read, write, append, allocate, copy, seek, flush, fsync |
+//! | [`file`](File) | open files: read, write, append, allocate, copy, seek, lock, flush, fsync |
 //! | [`batch`](Batch) | many reads at once |
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
 //! | `leases` | what may be used, and decided, without asking |
+//! | `locks` | what is locked, to be told again after a reconnect |
 //! | `decided` | operations that need not wait for the metaserver |
 //! | `keeper` | commits what was written before others may see |
 //! | `meta` | the session stream |
@@ -41,6 +42,7 @@ mod file;
 mod inode_ids;
 mod keeper;
 mod leases;
+mod locks;
 mod memory;
 mod meta;
 mod namespace;
@@ -52,7 +54,7 @@ mod xattr;
 pub use batch::{Batch, BatchOptions, Finished, Order, ReadInto, ReadRequest};
 pub use client::Client;
 pub use engine::enter_lane;
-pub use file::{Allocation, CopiedRange, File};
+pub use file::{Allocation, CopiedRange, File, Lock, LockOwner};
 pub use fjordfs_proto::{
     FsError, FsResult, InodeId, ROOT_INODE,
     error::Errno,

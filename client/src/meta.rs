@@ -41,6 +41,7 @@ pub(crate) use stream::SessionState;
 use crate::{
     engine::Alive,
     leases::{Leases, Sent},
+    locks::Locks,
 };
 
 /// What callers ask of the driver.
@@ -70,6 +71,7 @@ pub(crate) struct MetaClient {
     map: watch::Receiver<Arc<ClusterMap>>,
     state: watch::Receiver<SessionState>,
     leases: Arc<Leases>,
+    locks: Arc<Locks>,
     timeout: Duration,
     address: String,
 }
@@ -93,6 +95,11 @@ impl Pending {
             )),
         }
     }
+
+    /// Waits for an answer that others decide when to give.
+    pub(crate) async fn wait_long(self) -> FsResult<response::Result> {
+        self.reply.await.unwrap_or_else(|_| Err(FsError::new(Errno::EIO, "the client was shut down")))
+    }
 }
 
 impl MetaClient {
@@ -105,9 +112,10 @@ impl MetaClient {
         let handles = Arc::new(Mutex::new(HashMap::new()));
         let (calls, queue) = mpsc::unbounded_channel();
         let leases = Arc::new(Leases::new(options.defer));
-        let attached = attach::attach_first(address, options, handles.clone()).await?;
+        let locks = Arc::new(Locks::new());
+        let attached = attach::attach_first(address, options, handles.clone(), locks.clone()).await?;
         let session = attached.session();
-        let (map, state) = stream::spawn(attached, queue, leases.clone(), alive);
+        let (map, state) = stream::spawn(attached, queue, leases.clone(), locks.clone(), alive);
         let client = MetaClient {
             calls,
             handles,
@@ -115,6 +123,7 @@ impl MetaClient {
             map,
             state,
             leases,
+            locks,
             timeout: options.operation_timeout,
             address: address.to_owned(),
         };
@@ -134,6 +143,11 @@ impl MetaClient {
     /// What may be used without asking.
     pub(crate) fn leases(&self) -> &Leases {
         &self.leases
+    }
+
+    /// What this client's programs have locked.
+    pub(crate) fn locks(&self) -> &Locks {
+        &self.locks
     }
 
     /// Number of the session; changes when the server gave up on the former one.
@@ -160,6 +174,7 @@ impl MetaClient {
     pub(crate) fn submit(&self, op: Op) -> Pending {
         let (reply, answer) = oneshot::channel();
         let sent = self.leases.sent(&op);
+        self.locks.sent(&op);
         // A closed queue drops the sender, which the waiter sees as a shut-down client.
         let _ = self.calls.send(Call::Operation(op, sent, reply));
         Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }

@@ -9,6 +9,7 @@
 //! when its batch fails. After that the store takes no more writes until a restart; reads go on.
 
 mod attach;
+mod lock;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,7 @@ use crate::{
     Config,
     leases::{Leases, Order, RecallId},
     liveness,
+    locks::Locks,
     membership::Membership,
     opens::Opens,
     ops, orphans, records,
@@ -93,6 +95,8 @@ pub(crate) enum Outcome {
     Answered(Answer),
     /// Nothing yet: it is to be tried again at the end of these recalls.
     Postponed(Request, Vec<RecallId>),
+    /// Nothing yet: it waits for a lock, and is answered by [`Core::take_lock_answers`].
+    Waiting,
 }
 
 /// See the module.
@@ -103,6 +107,8 @@ pub(crate) struct Core {
     opens: Opens,
     sessions: Sessions,
     leases: Leases,
+    locks: Locks,
+    lock_grace: lock::Grace,
     /// Of the last answer that could be cached.
     serial: u64,
     members: Membership,
@@ -173,6 +179,8 @@ impl Core {
             opens,
             sessions,
             leases,
+            locks: Locks::default(),
+            lock_grace: lock::Grace::default(),
             serial: 0,
             members,
             members_before: None,
@@ -189,7 +197,9 @@ impl Core {
             grace_until: now.mono + GRACE_MAX,
             reap: None,
         };
-        if !core.sessions.any_missing() {
+        if core.sessions.any_missing() {
+            core.lock_grace.begin();
+        } else {
             core.end_recovery();
         }
         core.commit()?;
@@ -282,7 +292,9 @@ impl Core {
 
     /// Recalls that have ended: answers that waited for them can go.
     pub(crate) fn take_ended_recalls(&mut self) -> Vec<RecallId> {
-        self.leases.take_ended()
+        let mut ended = self.leases.take_ended();
+        ended.extend(self.end_lock_grace());
+        ended
     }
 
     /// Runs `f` as one operation: an error undoes it.
@@ -340,7 +352,7 @@ impl Core {
         StatusReply {
             map: Some(self.members.map().to_pb()),
             targets: self.members.reports(),
-            sessions: self.sessions.reports(&self.opens, &self.leases, now.mono),
+            sessions: self.sessions.reports(&self.opens, &self.leases, &self.locks, now.mono),
             inodes: counters.inodes,
             blocks_to_delete: counters.queued,
             orphans: counters.orphans,

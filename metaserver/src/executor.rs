@@ -302,6 +302,25 @@ impl Executor {
             Outcome::Postponed(request, recalls) => {
                 self.postponed.hold(Postponed { session, outbox: outbox.clone(), request }, recalls);
             }
+            Outcome::Waiting => {}
+        }
+        self.answer_locks();
+    }
+
+    /// Requests for locks that have waited. At once, so that a stream's answers are in the order of what they tell.
+    fn answer_locks(&mut self) {
+        for (session, response) in self.core.take_lock_answers() {
+            // Without a stream nobody is told, and the client will ask again.
+            if let Some(outbox) = self.streams.get(&session) {
+                let outbox = outbox.clone();
+                self.answers.push(Pending {
+                    outbox,
+                    response,
+                    permit: None,
+                    sync: false,
+                    recalls: Vec::new(),
+                });
+            }
         }
     }
 
@@ -337,6 +356,7 @@ impl Executor {
 
     /// Commits the burst and answers it.
     fn finish(&mut self) {
+        self.answer_locks();
         let wrote = self.core.writes() > 0;
         let committed = self.core.commit();
         if wrote && committed.is_ok() {
@@ -361,9 +381,12 @@ impl Executor {
 
     /// Nothing of the burst happened: everybody in it is told.
     fn refuse_burst(&mut self, e: &FsError) {
-        for Pending { outbox, response, permit, .. } in std::mem::take(&mut self.answers) {
-            let result = Some(Reply::Error(e.clone().into()));
-            let response = Response { id: response.id, result, ..Response::default() };
+        for Pending { outbox, mut response, permit, .. } in std::mem::take(&mut self.answers) {
+            // Locks are not in the store.
+            if !matches!(response.result, Some(Reply::Lock(_))) {
+                let result = Some(Reply::Error(e.clone().into()));
+                response = Response { id: response.id, result, ..Response::default() };
+            }
             outbox.push([Ready { response, permit }]);
         }
         for call in std::mem::take(&mut self.calls) {

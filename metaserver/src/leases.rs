@@ -35,6 +35,8 @@ pub(crate) struct RecallId(pub(crate) u64);
 impl RecallId {
     /// The end of the grace after a start, which can be waited for as for a recall.
     pub(crate) const GRACE: RecallId = RecallId(0);
+    /// The end of the grace for locks, likewise.
+    pub(crate) const LOCKS: RecallId = RecallId(u64::MAX);
 }
 
 /// A recall that has not ended.

@@ -34,6 +34,7 @@ mod keys;
 mod label;
 mod leases;
 mod liveness;
+mod locks;
 mod membership;
 mod names;
 mod opens;

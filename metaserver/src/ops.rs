@@ -127,6 +127,9 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::LeaseBlocks(op) => Reply::LeaseBlocks(lease_blocks::run(ctx, &op)?),
         Op::LeaseInodes(op) => Reply::LeaseInodes(lease_inodes::run(ctx, &op)?),
         Op::Sync(_) => Reply::Empty(sync::run()),
+        Op::Lock(_) | Op::Unlock(_) | Op::TestLock(_) | Op::CancelLock(_) => {
+            return fail(Errno::EINVAL, "locks are no part of the namespace");
+        }
         Op::GetParent(op) => Reply::GetParent(get_parent::run(ctx, &op)?),
         Op::GetXattr(op) => Reply::Xattr(xattr::get(ctx, &op)?),
         Op::SetXattr(op) => Reply::Entry(xattr::set(ctx, &op)?),

@@ -11,6 +11,7 @@ use fjordfs_proto::{FsResult, SessionId, pb::meta::SessionReport};
 use crate::{
     keys,
     leases::Leases,
+    locks::Locks,
     opens::Opens,
     ops::InodeRanges,
     records::{self, SessionRecord},
@@ -104,7 +105,13 @@ impl Sessions {
         self.sessions.values().any(|session| session.missing)
     }
 
-    pub(crate) fn reports(&self, opens: &Opens, leases: &Leases, now: Instant) -> Vec<SessionReport> {
+    pub(crate) fn reports(
+        &self,
+        opens: &Opens,
+        leases: &Leases,
+        locks: &Locks,
+        now: Instant,
+    ) -> Vec<SessionReport> {
         self.sessions
             .iter()
             .map(|(id, session)| SessionReport {
@@ -113,6 +120,8 @@ impl Sessions {
                 attached: session.attached,
                 handles: opens.handles(*id) as u32,
                 leases: leases.held(*id) as u64,
+                locks: (locks.ranges(*id) - locks.waits(*id)) as u64,
+                lock_waits: locks.waits(*id) as u64,
                 idle_ms: now.saturating_duration_since(session.heard).as_millis() as u64,
             })
             .collect()

@@ -152,6 +152,7 @@ impl World {
         match self.core.request(session, request, self.now) {
             Outcome::Answered(answer) => answer,
             Outcome::Postponed(request, recalls) => panic!("{request:?} waits for {recalls:?}"),
+            Outcome::Waiting => panic!("it waits for a lock"),
         }
     }
 

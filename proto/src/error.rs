@@ -31,7 +31,9 @@ pub enum Errno {
     EROFS = 30,
     EMLINK = 31,
     ERANGE = 34,
+    EDEADLK = 35,
     ENAMETOOLONG = 36,
+    ENOLCK = 37,
     ENOSYS = 38,
     ENOTEMPTY = 39,
     ELOOP = 40,
@@ -46,7 +48,7 @@ pub enum Errno {
 }
 
 impl Errno {
-    const ALL: [Errno; 34] = {
+    const ALL: [Errno; 36] = {
         use Errno::*;
         [
             EPERM,
@@ -71,7 +73,9 @@ impl Errno {
             EROFS,
             EMLINK,
             ERANGE,
+            EDEADLK,
             ENAMETOOLONG,
+            ENOLCK,
             ENOSYS,
             ENOTEMPTY,
             ELOOP,

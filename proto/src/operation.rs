@@ -38,7 +38,11 @@ pub fn is_mutation(op: &Op) -> bool {
         | Op::Sync(_)
         | Op::GetXattr(_)
         | Op::ListXattrs(_)
-        | Op::GetParent(_) => false,
+        | Op::GetParent(_)
+        | Op::Lock(_)
+        | Op::Unlock(_)
+        | Op::TestLock(_)
+        | Op::CancelLock(_) => false,
     }
 }
 

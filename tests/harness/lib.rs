@@ -6,6 +6,7 @@
 //! | [`mountpoint`] | a mount in a process of its own; unmount, kill |
 //! | [`differential`] | random operations on a mount and on a local directory |
 //! | [`history`] | histories of a register, and whether an order explains them |
+//! | [`locks`] | `fcntl` and `flock` |
 //! | [`tree`] | deterministic random trees, and their comparison |
 //! | [`fault`] | damage: flipped bytes, truncated files, small disks, noise on a socket |
 //! | [`process`] | bounded commands and children that never outlive the test |
@@ -27,6 +28,7 @@ pub mod cluster;
 pub mod differential;
 pub mod fault;
 pub mod history;
+pub mod locks;
 pub mod mountpoint;
 pub mod process;
 pub mod rng;

@@ -116,6 +116,10 @@ pub(crate) struct Session {
     pub(crate) handles: u32,
     /// Inodes whose names or attributes it may cache.
     pub(crate) leases: u64,
+    /// Ranges and whole files that its programs have locked.
+    pub(crate) locks: u64,
+    /// Those that they wait for.
+    pub(crate) lock_waits: u64,
     pub(crate) idle_ms: u64,
 }
 
@@ -183,6 +187,8 @@ impl Status {
                     attached: s.attached,
                     handles: s.handles,
                     leases: s.leases,
+                    locks: s.locks,
+                    lock_waits: s.lock_waits,
                     idle_ms: s.idle_ms,
                 })
                 .collect(),
@@ -279,7 +285,7 @@ impl Status {
     }
 
     fn session_table(&self) -> comfy_table::Table {
-        let mut table = report::table(&[">SESSION", "CLIENT", ">OPEN FILES", ">LEASES", "SEEN"]);
+        let mut table = report::table(&[">SESSION", "CLIENT", ">OPEN FILES", ">LEASES", ">LOCKS", "SEEN"]);
         for s in &self.sessions {
             let idle = std::time::Duration::from_secs(s.idle_ms / 1000);
             table.add_row([
@@ -287,6 +293,10 @@ impl Status {
                 s.client.clone(),
                 s.handles.to_string(),
                 s.leases.to_string(),
+                match s.lock_waits {
+                    0 => s.locks.to_string(),
+                    waits => format!("{} + {waits} waiting", s.locks),
+                },
                 match s.attached {
                     true => "attached".to_owned(),
                     false => format!("gone for {}", humantime::format_duration(idle)),
@@ -395,6 +405,8 @@ pub(crate) mod tests {
                 attached: true,
                 handles: 3,
                 leases: 120,
+                locks: 2,
+                lock_waits: 1,
                 idle_ms: 0,
             }],
             inodes: 30_000,
@@ -411,7 +423,15 @@ pub(crate) mod tests {
         assert_eq!((status.capacity, status.free), (300 << 30, 180 << 30));
         assert_eq!(status.placement, [Placement { width: 2, groups: 4, degraded: 0, unavailable: 0 }]);
         let text = status.text();
-        for part in ["healthy", "data-2", "127.0.0.1:7443", "12,345", "node1 812 /mnt/fjord", "all whole"] {
+        for part in [
+            "healthy",
+            "data-2",
+            "2 + 1 waiting",
+            "127.0.0.1:7443",
+            "12,345",
+            "node1 812 /mnt/fjord",
+            "all whole",
+        ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
     }
@@ -446,7 +466,7 @@ pub(crate) mod tests {
             "capacity domain free full groups id message path server shards state"
         );
         assert_eq!(keys(&json["placement"][0]), "degraded groups unavailable width");
-        assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms leases");
+        assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms leases lock_waits locks");
     }
 
     #[test]

@@ -179,6 +179,11 @@ pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// `WriteIn::write_flags`: written back from the page cache (mmap); the handle is any that was open for writing.
 pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 
+/// `LkIn::lk_flags`: a lock of flock(2).
+pub(crate) const LK_FLOCK: u32 = 1 << 0;
+/// `ReleaseIn::release_flags`: the open file has, or had, a lock of flock(2).
+pub(crate) const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
+
 /// Notification codes, sent in `OutHeader::error` with `unique` 0.
 pub(crate) mod notify_code {
     pub(crate) const INVAL_INODE: i32 = 2;
@@ -271,6 +276,10 @@ abi_struct! {
     }
     struct FsyncIn: 16 { fh: u64, fsync_flags: u32, padding: u32, }
     struct AccessIn: 8 { mask: u32, padding: u32, }
+    /// A range of a file, both ends included.
+    struct FileLock: 24 { start: u64, end: u64, kind: u32, pid: u32, }
+    /// Of GETLK, SETLK and SETLKW; the first is answered with a `FileLock`.
+    struct LkIn: 48 { fh: u64, owner: u64, lk: FileLock, lk_flags: u32, padding: u32, }
     struct InitIn: 64 { major: u32, minor: u32, max_readahead: u32, flags: u32, flags2: u32, unused: [u32; 11], }
     struct InitOut: 64 {
         major: u32, minor: u32, max_readahead: u32, flags: u32, max_background: u16, congestion_threshold: u16,
@@ -321,6 +330,7 @@ pub(crate) fn fixed_size(code: u32) -> usize {
         opcode::RELEASE | opcode::RELEASEDIR => size_of::<ReleaseIn>(),
         opcode::FLUSH => size_of::<FlushIn>(),
         opcode::FSYNC | opcode::FSYNCDIR => size_of::<FsyncIn>(),
+        opcode::GETLK | opcode::SETLK | opcode::SETLKW => size_of::<LkIn>(),
         opcode::ACCESS => size_of::<AccessIn>(),
         opcode::INIT => size_of::<InitIn>(),
         opcode::INTERRUPT => size_of::<InterruptIn>(),

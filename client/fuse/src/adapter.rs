@@ -11,7 +11,8 @@ use parking_lot::Mutex;
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 
 use crate::filesystem::{
-    Allocation, AttrChange, CopiedRange, Filesystem, KnownEntry, NewFile, NewNode, Space, TimeChange,
+    Allocation, AttrChange, CopiedRange, Filesystem, KnownEntry, Lock, LockOwner, NewFile, NewNode, Space,
+    TimeChange,
 };
 use crate::mount::{Mount, MountError, mount_filesystem};
 use crate::notify::Notifier;
@@ -176,6 +177,31 @@ impl Filesystem for Adapter {
         if data { file.seek_data(offset).await } else { file.seek_hole(offset).await }
     }
 
+    async fn try_lock(&self, file: &File, lock: Lock) -> FsResult<u64> {
+        Ok(file.try_lock(to_client(lock)).await?.data_version)
+    }
+
+    async fn lock(&self, file: &File, lock: Lock, given_up: impl Future<Output = ()>) -> FsResult<u64> {
+        Ok(file.lock(to_client(lock), given_up).await?.data_version)
+    }
+
+    async fn unlock(&self, file: &File, lock: Lock) -> FsResult<()> {
+        file.unlock(to_client(lock)).await
+    }
+
+    async fn test_lock(&self, file: &File, lock: Lock) -> FsResult<Option<Lock>> {
+        let held = file.test_lock(to_client(lock)).await?;
+        Ok(held.map(|fjordfs_client::Lock { owner, start, end, write, pid }| {
+            let fjordfs_client::LockOwner { id, flock } = owner;
+            Lock { owner: LockOwner { id, flock }, start, end, write, pid }
+        }))
+    }
+
+    fn may_hold_locks(&self, file: &File, owner: LockOwner) -> bool {
+        let LockOwner { id, flock } = owner;
+        file.may_hold_locks(fjordfs_client::LockOwner { id, flock })
+    }
+
     async fn flush(&self, file: &File) -> FsResult<()> {
         file.flush().await
     }
@@ -216,6 +242,11 @@ impl Filesystem for Adapter {
     async fn sync_all(&self) -> FsResult<()> {
         self.client.sync_all().await
     }
+}
+
+fn to_client(lock: Lock) -> fjordfs_client::Lock {
+    let Lock { owner: LockOwner { id, flock }, start, end, write, pid } = lock;
+    fjordfs_client::Lock { owner: fjordfs_client::LockOwner { id, flock }, start, end, write, pid }
 }
 
 fn new_file(file: NewFile) -> fjordfs_client::NewFile {

@@ -21,11 +21,13 @@ use crate::handles::Handles;
 use crate::held::Held;
 use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
+use crate::lock_owners::LockOwners;
 use crate::notify::Notifier;
 use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
 mod file;
+mod lock;
 mod namespace;
 mod space;
 mod xattr;
@@ -47,6 +49,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
     held: Arc<Held>,
+    lock_owners: LockOwners,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
@@ -94,6 +97,7 @@ impl<F: Filesystem> Dispatcher<F> {
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
             held,
+            lock_owners: LockOwners::default(),
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
@@ -106,10 +110,10 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Serves one request. `payload` is the slot's: data of a READ goes there if it has room.
     pub(crate) async fn serve(&self, request: Request, payload: &mut [u8]) -> Answer {
-        let Request { caller, node, operation } = request;
+        let Request { unique, caller, node, operation } = request;
         let what = describe(&operation);
         self.held.asked_about(node);
-        match self.route(caller, node, operation, payload).await {
+        match self.route(unique, caller, node, operation, payload).await {
             Ok(answer) => answer,
             Err(e) => self.failed(what, node, &e).into(),
         }
@@ -117,6 +121,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
     async fn route(
         &self,
+        unique: u64,
         caller: Caller,
         node: InodeId,
         operation: Operation,
@@ -211,10 +216,15 @@ impl<F: Filesystem> Dispatcher<F> {
                 }
             }
             Operation::Lseek { fh, offset, whence } => self.lseek(fh, offset, whence).await?,
-            Operation::Flush { fh } => self.flush(fh).await?,
+            Operation::Getlk { fh, lock } => self.getlk(fh, lock).await?,
+            Operation::Setlk { fh, lock, wait } => self.setlk(unique, fh, lock, wait).await?,
+            Operation::Flush { fh, lock_owner } => self.flush(fh, lock_owner).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
-            Operation::Release { fh } => {
-                self.close(Opened::File(fh)).await;
+            Operation::Release { fh, flock_owner } => {
+                if let Some(open) = self.files.remove(fh) {
+                    self.unlock_open_file(fh, &open, flock_owner).await;
+                    self.release(&open).await;
+                }
                 Reply::Empty
             }
 
@@ -239,6 +249,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 for (ino, answers) in nodes {
                     if self.held.lookups.subtract(ino, answers) {
                         self.kernel_cache.forget(ino);
+                        self.lock_owners.forget(ino);
                     }
                 }
                 Reply::None
@@ -410,6 +421,7 @@ fn describe(operation: &Operation) -> &'static str {
         Operation::Fallocate { .. } => "fallocate",
         Operation::CopyFileRange { .. } => "copy_file_range",
         Operation::Lseek { .. } => "lseek",
+        Operation::Getlk { .. } | Operation::Setlk { .. } => "locking",
         Operation::Flush { .. } | Operation::Release { .. } => "close",
         Operation::Fsync { .. } => "fsync",
         Operation::Readdir { .. } => "readdir",

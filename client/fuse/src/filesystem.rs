@@ -116,6 +116,30 @@ pub struct KnownEntry {
     pub attr_left: Duration,
 }
 
+/// Whose lock, and of what kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockOwner {
+    /// The kernel's number of a process or an open file.
+    pub id: u64,
+    /// `flock(2)`: the whole file, and of no concern to `fcntl(2)`.
+    pub flock: bool,
+}
+
+/// A lock, or a range to be unlocked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lock {
+    /// Whose.
+    pub owner: LockOwner,
+    /// First byte.
+    pub start: u64,
+    /// Last byte; `u64::MAX` for all there will ever be.
+    pub end: u64,
+    /// Nobody else may have it.
+    pub write: bool,
+    /// The process, for who asks; 0 when it is on another machine.
+    pub pid: u32,
+}
+
 /// Space in a filesystem, in bytes that a user can write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
@@ -290,6 +314,36 @@ pub trait Filesystem: Send + Sync + 'static {
     fn seek(&self, file: &Self::File, data: bool, offset: u64) -> impl Future<Output = FsResult<u64>> {
         let _ = (file, data, offset);
         async { Err(not_served()) }
+    }
+    /// Takes a lock that is free; `EAGAIN` when it is not. Answers with the version of the file's bytes as of then.
+    fn try_lock(&self, file: &Self::File, lock: Lock) -> impl Future<Output = FsResult<u64>> {
+        let _ = (file, lock);
+        async { Err(not_served()) }
+    }
+    /// As [`Filesystem::try_lock`], but waits for it, until `given_up` ends: then with `EINTR`, unless it was granted already.
+    fn lock(
+        &self,
+        file: &Self::File,
+        lock: Lock,
+        given_up: impl Future<Output = ()>,
+    ) -> impl Future<Output = FsResult<u64>> {
+        let _ = (file, lock, given_up);
+        async { Err(not_served()) }
+    }
+    /// Gives up what the owner has in a range. Whoever locks it next sees what was written before.
+    fn unlock(&self, file: &Self::File, lock: Lock) -> impl Future<Output = FsResult<()>> {
+        let _ = (file, lock);
+        async { Err(not_served()) }
+    }
+    /// The first lock that is in the way of this one.
+    fn test_lock(&self, file: &Self::File, lock: Lock) -> impl Future<Output = FsResult<Option<Lock>>> {
+        let _ = (file, lock);
+        async { Err(not_served()) }
+    }
+    /// Whether an owner may hold locks on the file.
+    fn may_hold_locks(&self, file: &Self::File, owner: LockOwner) -> bool {
+        let _ = (file, owner);
+        false
     }
     /// What `close` promises: clients that open the file afterwards see what was written.
     fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;

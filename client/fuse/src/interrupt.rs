@@ -8,7 +8,8 @@
 //!
 //! The end of the mount gives up all of them: nobody is left who could hear.
 //!
-//! Only requests that change nothing are given up ([`crate::request::Request::is_interruptible`]).
+//! Only requests that change nothing are given up ([`crate::request::Request::is_interruptible`]). Waiting for a lock is another matter: it
+//! ends at any signal ([`Interrupts::interrupted`]).
 //!
 //! With cloned descriptors an INTERRUPT can be read by any worker, also before the worker that has the request came to
 //! register it; such early ones are kept for a moment.
@@ -65,16 +66,7 @@ impl Interrupts {
     /// Ends when nobody can hear the answer to request `unique` any more: it was interrupted and its caller is dying, or
     /// the mount has ended.
     pub(crate) async fn caller_is_gone(&self, unique: u64, pid: u32) {
-        let signal = Arc::new(Notify::new());
-        let _registration = {
-            let mut shard = self.shard(unique).lock();
-            if let Some(position) = shard.early.iter().position(|&early| early == unique) {
-                shard.early.remove(position);
-                signal.notify_one();
-            }
-            shard.waiting.insert(unique, Arc::clone(&signal));
-            Registration { interrupts: self, unique }
-        };
+        let (signal, _registration) = self.register(unique);
         let dying = async {
             signal.notified().await;
             while !is_dying(pid) {
@@ -86,6 +78,30 @@ impl Interrupts {
             () = dying => {}
             _ = ended.wait_for(|ended| *ended) => {}
         }
+    }
+}
+
+impl Interrupts {
+    /// Ends when request `unique` is interrupted, by whatever signal: its caller waits for a lock, which every program expects to be
+    /// interrupted, and the kernel takes it up again if the signal is of that kind. Ends with the mount, too.
+    pub(crate) async fn interrupted(&self, unique: u64) {
+        let (signal, _registration) = self.register(unique);
+        let mut ended = self.ended.subscribe();
+        tokio::select! {
+            () = signal.notified() => {}
+            _ = ended.wait_for(|ended| *ended) => {}
+        }
+    }
+
+    fn register(&self, unique: u64) -> (Arc<Notify>, Registration<'_>) {
+        let signal = Arc::new(Notify::new());
+        let mut shard = self.shard(unique).lock();
+        if let Some(position) = shard.early.iter().position(|&early| early == unique) {
+            shard.early.remove(position);
+            signal.notify_one();
+        }
+        shard.waiting.insert(unique, Arc::clone(&signal));
+        (signal, Registration { interrupts: self, unique })
     }
 }
 
@@ -150,6 +166,9 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(5), interrupts.caller_is_gone(6, u32::MAX - 1))
             .await
             .unwrap();
+        // Who waits for a lock is interrupted by any signal.
+        interrupts.interrupt(10);
+        tokio::time::timeout(Duration::from_secs(5), interrupts.interrupted(10)).await.unwrap();
         // Not interrupted: waits.
         let waited =
             tokio::time::timeout(Duration::from_millis(50), interrupts.caller_is_gone(8, u32::MAX - 1)).await;

@@ -42,6 +42,11 @@ impl KernelCache {
         shard.insert(ino, data_version) == Some(data_version)
     }
 
+    /// Whether the pages have this version, which an open would keep.
+    pub(crate) fn is_current(&self, ino: InodeId, data_version: u64) -> bool {
+        self.shard(ino).lock().get(&ino) == Some(&data_version)
+    }
+
     /// Between these versions only this mount changed the bytes, and the kernel had every change in its pages first.
     pub(crate) fn changed_here(&self, ino: InodeId, own: RangeInclusive<u64>) {
         if let Some(version) = self.shard(ino).lock().get_mut(&ino)

@@ -31,6 +31,7 @@ mod handles;
 mod held;
 mod interrupt;
 mod kernel_cache;
+mod lock_owners;
 pub mod mount;
 pub mod notify;
 pub mod options;

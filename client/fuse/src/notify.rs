@@ -17,6 +17,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use fjordfs_proto::InodeId;
@@ -31,11 +32,15 @@ mod recaller;
 use recaller::Recaller;
 
 const QUEUE_MAX: usize = 4096;
+/// Until who must not lose a notification looks for room again.
+const QUEUE_FULL_WAIT: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 enum Notification {
     Inode(InodeId),
     Entry(InodeId, Box<[u8]>),
+    /// As `Inode`, and somebody waits for it.
+    Pages(InodeId, oneshot::Sender<()>),
     Stop,
 }
 
@@ -59,6 +64,18 @@ impl Notifier {
     /// Cached attributes and pages of an inode are stale. Returns at once.
     pub fn invalidate_inode(&self, ino: InodeId) {
         self.send(Notification::Inode(ino));
+    }
+
+    /// As [`Notifier::invalidate_inode`], but returns when the kernel has done it, which can take requests of this mount.
+    pub async fn drop_pages(&self, ino: InodeId) {
+        let (done, dropped) = oneshot::channel();
+        let mut notification = Notification::Pages(ino, done);
+        while let Err(TrySendError::Full(again)) = self.queue.try_send(notification) {
+            notification = again;
+            tokio::time::sleep(QUEUE_FULL_WAIT).await;
+        }
+        // Without the thread there is no kernel left that caches anything.
+        let _ended = dropped.await;
     }
 
     /// What is cached under a name is stale. Returns at once.
@@ -105,7 +122,7 @@ fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
     while let Ok(notification) = notifications.recv() {
         let written = match &notification {
             // An offset of 0 and no length: all pages, and the attributes.
-            Notification::Inode(ino) => notify(
+            Notification::Inode(ino) | Notification::Pages(ino, _) => notify(
                 fd,
                 notify_code::INVAL_INODE,
                 &[NotifyInvalInode { ino: ino.0, off: 0, len: 0 }.as_bytes()],
@@ -117,6 +134,10 @@ fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
             Notification::Stop => return,
         };
         log_refusal(&notification, written);
+        if let Notification::Pages(_, done) = notification {
+            // The request may have been given up.
+            let _ = done.send(());
+        }
     }
 }
 

@@ -24,6 +24,8 @@ pub(crate) struct Caller {
 /// One request.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
+    /// By which the kernel interrupts it.
+    pub(crate) unique: u64,
     pub(crate) caller: Caller,
     /// The inode the request is about; for most namespace operations the parent directory.
     pub(crate) node: InodeId,
@@ -141,14 +143,28 @@ pub(crate) enum Operation {
         offset: u64,
         whence: u32,
     },
+    /// Which lock of somebody else is in the way.
+    Getlk {
+        fh: u64,
+        lock: LockArguments,
+    },
+    /// Locks or unlocks.
+    Setlk {
+        fh: u64,
+        lock: LockArguments,
+        wait: bool,
+    },
     Flush {
         fh: u64,
+        lock_owner: u64,
     },
     Fsync {
         fh: u64,
     },
     Release {
         fh: u64,
+        /// Who may have a lock of flock(2) through this open file.
+        flock_owner: Option<u64>,
     },
     Opendir,
     Readdir {
@@ -169,6 +185,20 @@ pub(crate) enum Operation {
     },
     /// Anything else, by its code.
     Other(u32),
+}
+
+/// A lock as the kernel names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LockArguments {
+    /// A process, or an open file.
+    pub(crate) owner: u64,
+    pub(crate) is_flock: bool,
+    pub(crate) start: u64,
+    /// Included.
+    pub(crate) end: u64,
+    /// `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
+    pub(crate) kind: u32,
+    pub(crate) pid: u32,
 }
 
 /// Why a message is not a request that can be served; [`ParseError::errno`] is the answer.
@@ -197,6 +227,7 @@ impl Request {
     pub(crate) fn parse(message: &Message) -> Result<Request, ParseError> {
         let header = &message.header;
         Ok(Request {
+            unique: header.unique,
             caller: Caller { uid: header.uid, gid: header.gid, pid: header.pid },
             node: InodeId(header.nodeid),
             operation: Arguments { header, fixed: &message.fixed, rest: message.rest.clone() }.operation()?,
@@ -344,9 +375,24 @@ impl Arguments<'_> {
                 let abi::LseekIn { fh, offset, whence, .. } = self.fixed()?;
                 Operation::Lseek { fh, offset, whence }
             }
-            opcode::FLUSH => Operation::Flush { fh: self.fixed::<abi::FlushIn>()?.fh },
+            opcode::GETLK => {
+                let (fh, lock) = self.lock()?;
+                Operation::Getlk { fh, lock }
+            }
+            code @ (opcode::SETLK | opcode::SETLKW) => {
+                let (fh, lock) = self.lock()?;
+                Operation::Setlk { fh, lock, wait: code == opcode::SETLKW }
+            }
+            opcode::FLUSH => {
+                let abi::FlushIn { fh, lock_owner, .. } = self.fixed()?;
+                Operation::Flush { fh, lock_owner }
+            }
             opcode::FSYNC => Operation::Fsync { fh: self.fixed::<abi::FsyncIn>()?.fh },
-            opcode::RELEASE => Operation::Release { fh: self.fixed::<abi::ReleaseIn>()?.fh },
+            opcode::RELEASE => {
+                let abi::ReleaseIn { fh, release_flags, lock_owner, .. } = self.fixed()?;
+                let flock_owner = (release_flags & abi::RELEASE_FLOCK_UNLOCK != 0).then_some(lock_owner);
+                Operation::Release { fh, flock_owner }
+            }
             opcode::OPENDIR => Operation::Opendir,
             code @ (opcode::READDIR | opcode::READDIRPLUS) => {
                 let input: abi::ReadIn = self.fixed()?;
@@ -360,6 +406,13 @@ impl Arguments<'_> {
             opcode::INTERRUPT => Operation::Interrupt { unique: self.fixed::<abi::InterruptIn>()?.unique },
             code => Operation::Other(code),
         })
+    }
+
+    fn lock(&self) -> Result<(u64, LockArguments), ParseError> {
+        let abi::LkIn { fh, owner, lk, lk_flags, .. } = self.fixed()?;
+        let abi::FileLock { start, end, kind, pid } = lk;
+        let is_flock = lk_flags & abi::LK_FLOCK != 0;
+        Ok((fh, LockArguments { owner, is_flock, start, end, kind, pid }))
     }
 
     fn rename(&mut self, new_parent: u64, flags: u32) -> Result<Operation, ParseError> {

@@ -50,6 +50,9 @@ pub(crate) trait Slot: 'static {
     /// Memory from which the kernel takes the data of a READ ([`Reply::InPayload`]); empty where the transport has none.
     fn payload(&mut self) -> &mut [u8];
 
+    /// The answer depends on others' requests and may take for ever: it must not use up what those need.
+    fn may_be_kept_long(&mut self) {}
+
     /// Sends the answer. `ENOENT` means that nobody waits for it any more.
     fn answer(&mut self, reply: &Reply) -> io::Result<()>;
 }

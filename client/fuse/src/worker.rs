@@ -22,6 +22,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::Notify;
 
+use crate::abi::opcode;
 use crate::dispatch::{Answer, Dispatcher};
 use crate::filesystem::Filesystem;
 use crate::reply::Reply;
@@ -69,7 +70,8 @@ async fn start<F: Filesystem, S: Slot>(
     message: Message,
     slot: S,
 ) {
-    let place = in_flight.enter();
+    // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
+    let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
     let dispatcher = Arc::clone(dispatcher);
     let mut request: Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
         serve(&dispatcher, message, slot).await;
@@ -83,6 +85,9 @@ async fn start<F: Filesystem, S: Slot>(
 
 async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
     let opcode = message.header.opcode;
+    if opcode == opcode::SETLKW {
+        slot.may_be_kept_long();
+    }
     let answer = AssertUnwindSafe(answer(dispatcher, message, slot.payload()))
         .catch_unwind()
         .await

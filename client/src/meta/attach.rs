@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::Options;
+use crate::{Options, locks::Locks};
 
 /// How to reach the server, and who we are.
 pub(super) struct Peer {
@@ -20,6 +20,7 @@ pub(super) struct Peer {
     description: String,
     delegations: bool,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
+    locks: Arc<Locks>,
 }
 
 /// A stream that has been welcomed.
@@ -93,6 +94,7 @@ impl Peer {
             client: self.description.clone(),
             handles,
             delegations: self.delegations,
+            locks: self.locks.declared(),
         };
         let first = ClientMessage { hello: Some(hello), ..Default::default() };
         let greeted = Instant::now();
@@ -132,12 +134,14 @@ pub(super) async fn attach_first(
     address: &str,
     options: &Options,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
+    locks: Arc<Locks>,
 ) -> FsResult<Attached> {
     let peer = Arc::new(Peer {
         address: address.to_owned(),
         description: options.description.clone(),
         delegations: options.defer,
         handles,
+        locks,
     });
     match peer.attach(0, "").await {
         Ok(attached) => Ok(attached),

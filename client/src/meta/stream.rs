@@ -25,6 +25,7 @@ use super::{
 use crate::{
     engine::Alive,
     leases::{Answered, Leases},
+    locks::Locks,
 };
 
 /// Wait between attempts to reach the metaserver: from, to.
@@ -45,6 +46,7 @@ pub(super) fn spawn(
     attached: Attached,
     calls: mpsc::UnboundedReceiver<Call>,
     leases: Arc<Leases>,
+    locks: Arc<Locks>,
     alive: Alive,
 ) -> (watch::Receiver<Arc<ClusterMap>>, watch::Receiver<SessionState>) {
     let (map_tx, map) = watch::channel(attached.map.clone());
@@ -55,6 +57,7 @@ pub(super) fn spawn(
         session: attached.welcome.session,
         beats: Beats::of(&attached.welcome),
         leases,
+        locks,
         letting_go: LettingGo::default(),
         peer: attached.peer.clone(),
         calls,
@@ -115,6 +118,7 @@ struct Driver {
     session: u64,
     beats: Beats,
     leases: Arc<Leases>,
+    locks: Arc<Locks>,
     letting_go: LettingGo,
     calls: mpsc::UnboundedReceiver<Call>,
     map: watch::Sender<Arc<ClusterMap>>,
@@ -271,6 +275,7 @@ impl Driver {
                 let told = Answered { result: &result, serial, changed: &changed, delegated: &delegated };
                 let dropped = self.leases.learn(&op, &sent, &told);
                 self.letting_go.dropped(dropped, self.beats.lease);
+                self.locks.answered(&op, &result);
                 // The caller may have given up waiting.
                 let _ = reply.send(result);
             }
@@ -312,6 +317,10 @@ impl Driver {
                         Errno::EIO,
                         format!("the metaserver gave up on this client: {why}"),
                     ));
+                    let locks = self.locks.lost();
+                    if locks > 0 {
+                        warn!(locks, "locks of programs on this client are lost: others may take them");
+                    }
                     self.session = 0;
                 }
                 Err(AttachError::SessionLost(why) | AttachError::Refused(why)) => {
@@ -329,7 +338,9 @@ impl Driver {
             match answer {
                 Answer::Caller(reply) => {
                     self.leases.failed(&op, &sent);
-                    let _ = reply.send(Err(error.clone()));
+                    let result = Err(error.clone());
+                    self.locks.answered(&op, &result);
+                    let _ = reply.send(result);
                 }
                 Answer::Decided => self.leases.deferred_answered(&op, &Err(error.clone())),
                 Answer::Nobody => {}

@@ -35,6 +35,7 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(session) {
             session.delegations = hello.delegations;
         }
+        self.declare_locks(session, &hello.locks);
         for open in &hello.handles {
             let ino = InodeId(open.ino);
             // One that is gone shows itself as ESTALE when it is used.
@@ -85,6 +86,8 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(session) {
             session.attached = false;
         }
+        // What waits is sent again on the next stream.
+        self.forget_lock_waits(session);
     }
 
     /// The client is done.
@@ -111,6 +114,7 @@ impl Core {
         match result {
             Ok(()) => {
                 self.leases.end_all(session);
+                self.end_locks(session);
                 self.sessions.remove(session);
                 self.events.push(Event::SessionEnded(session, why));
             }

@@ -1,5 +1,7 @@
 //! Executing a client's request: exactly once when it is a mutation.
 
+use std::ops::ControlFlow;
+
 use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, InodeId, SessionId,
@@ -56,6 +58,10 @@ impl Core {
 
     /// Executes a request, or repeats the answer of its first execution.
     pub(crate) fn request(&mut self, session: SessionId, request: Request, now: Moment) -> Outcome {
+        let request = match self.lock_request(session, request) {
+            ControlFlow::Break(outcome) => return outcome,
+            ControlFlow::Continue(other) => other,
+        };
         let Request { id, slot, sequence, deferred, op } = request;
         let Some(op) = op else {
             let e = FsError::new(Errno::ENOSYS, "this metaserver does not know that operation: upgrade it");
@@ -254,7 +260,7 @@ impl Core {
     }
 }
 
-fn response(id: u64, result: FsResult<Reply>) -> Response {
+pub(super) fn response(id: u64, result: FsResult<Reply>) -> Response {
     match result {
         Ok(reply) => Response { id, result: Some(reply), ..Response::default() },
         Err(e) => error_response(id, e),

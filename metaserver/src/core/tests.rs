@@ -368,6 +368,7 @@ fn postponed(w: &mut World, session: SessionId, op: Op) -> Vec<RecallId> {
     ) {
         Outcome::Postponed(_, recalls) => recalls,
         Outcome::Answered(answer) => panic!("{answer:?}"),
+        Outcome::Waiting => panic!("it waits for a lock"),
     }
 }
 
@@ -381,7 +382,7 @@ fn after_a_restart_everything_waits_for_what_was_decided_before() {
     assert_eq!(postponed(&mut w, a, look("f")), [RecallId::GRACE]);
     w.call(Op::Sync(Sync {})).unwrap();
     w.reattach(b, &[]);
-    assert_eq!(w.core.take_ended_recalls(), [RecallId::GRACE]);
+    assert_eq!(w.core.take_ended_recalls(), [RecallId::GRACE, RecallId::LOCKS]);
     assert_eq!(ask(&mut w, a, look("f")).0, 0);
 }
 

@@ -130,8 +130,8 @@ impl<F: Filesystem> Dispatcher<F> {
         if self.kernel_cache.keep_at_open(ino, data_version) {
             open_flags |= fopen::KEEP_CACHE;
         }
-        if is_read_only(flags) {
-            // Nothing to commit at `close`: saves one request per file read.
+        if is_read_only(flags) && !self.lock_owners.knows(ino) {
+            // Nothing to commit or to unlock at `close`: saves one request per file read.
             open_flags |= fopen::NOFLUSH;
         }
         if is_direct_append(flags) {
@@ -191,12 +191,13 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(Reply::of(&WriteOut { size: size as u32, padding: 0 }))
     }
 
-    /// Each `close` of a descriptor that can write. Not skipped for a handle that did not write itself: pages
+    /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages
     /// dirtied through a mapping are written back with any handle of the inode.
-    pub(super) async fn flush(&self, fh: u64) -> FsResult<Reply> {
+    pub(super) async fn flush(&self, fh: u64, lock_owner: u64) -> FsResult<Reply> {
         let open = self.file(fh)?;
         let result = self.fs.flush(&open.file).await;
-        self.stored(&open, result)
+        let unlocked = self.unlock_process(fh, &open, lock_owner).await;
+        self.stored(&open, result.and(unlocked))
     }
 
     pub(super) async fn fsync(&self, fh: u64) -> FsResult<Reply> {

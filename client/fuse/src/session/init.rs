@@ -16,7 +16,7 @@
 //! | not `WRITEBACK_CACHE` | the client library buffers dirty data under its own memory limit and packs it into blocks; a second dirty cache in the kernel would hide appends, sizes and times of other clients, and double the memory |
 //! | not `EXPORT_SUPPORT`, `CACHE_SYMLINKS` | lookups of ".." are not served; a symbolic link replaced by another client must be seen |
 //! | `OVER_IO_URING` | only when rings are ready to be registered: from the answer on the kernel waits for them |
-//! | not `POSIX_LOCKS`, `FLOCK_LOCKS` | locks hold among the processes of one mount, kept by the kernel |
+//! | `POSIX_LOCKS`, `FLOCK_LOCKS` | locks hold among the processes of all clients. The kernel keeps none then, also not to release them at `close`: [`crate::lock_owners`] |
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -140,6 +140,8 @@ fn negotiate(init: &InitIn, size_max: usize, uring: bool) -> InitOut {
         | init_flag::DONT_MASK
         | init_flag::SETXATTR_EXT
         | init_flag::HANDLE_KILLPRIV_V2
+        | init_flag::POSIX_LOCKS
+        | init_flag::FLOCK_LOCKS
         | init_flag::INIT_EXT
         | init_flag::DIRECT_IO_ALLOW_MMAP;
     if abi::answers_can_be_recalled(init.minor) {
@@ -188,8 +190,6 @@ mod tests {
             init_flag::AUTO_INVAL_DATA,
             init_flag::EXPLICIT_INVAL_DATA,
             init_flag::READDIRPLUS_AUTO,
-            init_flag::POSIX_LOCKS,
-            init_flag::FLOCK_LOCKS,
             init_flag::OVER_IO_URING,
             init_flag::HANDLE_KILLPRIV,
             init_flag::EXPORT_SUPPORT | init_flag::CACHE_SYMLINKS,

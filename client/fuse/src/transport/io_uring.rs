@@ -41,6 +41,7 @@ use crate::reply::Reply;
 pub(crate) mod cpus;
 pub(crate) mod memory;
 mod ring;
+mod spares;
 
 use memory::EntryBuffers;
 pub(crate) use ring::RegisterError;
@@ -109,6 +110,7 @@ impl IoUring {
             unique: header.unique,
             commit_id: in_out.commit_id,
             is_answered: false,
+            is_kept: false,
         };
         let fixed = Bytes::copy_from_slice(buffers.op_in(abi::fixed_size(header.opcode)));
         // Extensions stand at the end and were not asked for.
@@ -191,6 +193,7 @@ pub(crate) struct UringSlot {
     unique: u64,
     commit_id: u64,
     is_answered: bool,
+    is_kept: bool,
 }
 
 impl UringSlot {
@@ -212,6 +215,9 @@ impl UringSlot {
         self.buffers.set_answer(&OutHeader { len, error, unique: self.unique }, in_out);
         self.shared.ring.commit(self.index, self.commit_id)?;
         self.is_answered = true;
+        if std::mem::take(&mut self.is_kept) {
+            self.shared.ring.back(self.index);
+        }
         if let Some(waiting) = self.shared.waiting.take() {
             waiting.wake();
         }
@@ -222,6 +228,15 @@ impl UringSlot {
 impl Slot for UringSlot {
     fn payload(&mut self) -> &mut [u8] {
         self.buffers.payload_mut()
+    }
+
+    fn may_be_kept_long(&mut self) {
+        self.is_kept = true;
+        if let Err(e) = self.shared.ring.keep(self.index) {
+            tracing::warn!(
+                "one request fewer can be in flight on a CPU while this one waits for a lock: {e}"
+            );
+        }
     }
 
     fn answer(&mut self, reply: &Reply) -> io::Result<()> {

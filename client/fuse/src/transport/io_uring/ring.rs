@@ -13,6 +13,7 @@ use io_uring_06::{IoUring, cqueue, opcode, types};
 use memmap2::MmapMut;
 
 use super::memory::{self, EntryBuffers};
+use super::spares::Spares;
 use crate::abi::{Pod, UringCommand, uring};
 
 /// /dev/fuse in the ring's table of files, which saves looking it up each time.
@@ -48,6 +49,8 @@ pub(super) struct Ring {
     entries: Vec<Entry>,
     /// What REGISTER points to, for each entry.
     iovecs: Vec<[libc::iovec; 2]>,
+    /// Numbered behind the entries.
+    spares: Spares,
     unsubmitted: Cell<usize>,
     /// Requests that came while entries were registered.
     early: RefCell<VecDeque<usize>>,
@@ -88,6 +91,7 @@ impl Ring {
             uring: RefCell::new(build(entries.len())?),
             entries,
             iovecs,
+            spares: Spares::new(size_max),
             unsubmitted: Cell::new(0),
             early: RefCell::default(),
             _memory: memory,
@@ -143,28 +147,63 @@ impl Ring {
 
     /// The entry's buffers, for who may touch them.
     pub(super) fn buffers(&self, index: usize) -> Option<EntryBuffers> {
-        self.entries.get(index).map(|entry| entry.buffers)
+        self.entry(index).map(|(_, buffers)| buffers)
+    }
+
+    /// Queue and buffers of an entry.
+    fn entry(&self, index: usize) -> Option<(u16, EntryBuffers)> {
+        match self.entries.get(index) {
+            Some(entry) => Some((entry.queue, entry.buffers)),
+            None => self.spares.get(index.checked_sub(self.entries.len())?),
+        }
+    }
+
+    /// The entry's request may take for ever: its queue gets another entry, at the next `submit`.
+    pub(super) fn keep(&self, index: usize) -> io::Result<()> {
+        let (queue, _) = self.entry(index).ok_or(io::ErrorKind::InvalidInput)?;
+        match self.spares.keep(queue) {
+            Some(number) => self.register_again(self.entries.len() + number),
+            None => Ok(()),
+        }
+    }
+
+    /// Such a request is answered.
+    pub(super) fn back(&self, index: usize) {
+        if let Some((queue, _)) = self.entry(index) {
+            self.spares.back(queue);
+        }
     }
 
     /// Gives an entry with its answer back to the kernel, at the next `submit`.
     pub(super) fn commit(&self, index: usize, commit_id: u64) -> io::Result<()> {
-        let entry = self.entries.get(index).ok_or(io::ErrorKind::InvalidInput)?;
-        let command = UringCommand { commit_id, qid: entry.queue, ..UringCommand::default() };
+        let (queue, _) = self.entry(index).ok_or(io::ErrorKind::InvalidInput)?;
+        let command = UringCommand { commit_id, qid: queue, ..UringCommand::default() };
         self.push(self::command(uring::COMMIT_AND_FETCH, &command), index as u64)
     }
 
     /// Gives an entry that the kernel has forgotten to it anew, at the next `submit`.
     pub(super) fn register_again(&self, index: usize) -> io::Result<()> {
-        let (entry, iovecs) =
-            self.entries.get(index).zip(self.iovecs.get(index)).ok_or(io::ErrorKind::InvalidInput)?;
-        self.push(register_entry(entry.queue, iovecs, 2), REGISTERING | index as u64)
+        let (queue, _) = self.entry(index).ok_or(io::ErrorKind::InvalidInput)?;
+        let iovecs = match self.iovecs.get(index) {
+            Some(iovecs) => Some(&raw const *iovecs),
+            None => self.spares.iovecs(index - self.iovecs.len()),
+        };
+        let iovecs = iovecs.ok_or(io::ErrorKind::InvalidInput)?;
+        self.push(register_entry(queue, iovecs, 2), REGISTERING | index as u64)
     }
 
     fn push(&self, submission: Entry128, user_data: u64) -> io::Result<()> {
         let mut uring = self.uring.borrow_mut();
-        // SAFETY: the command points to buffers (`_memory`) and iovecs that live, unmoved, as long as the ring.
-        let pushed = unsafe { uring.submission().push(&submission.user_data(user_data)) };
-        // There is room for one submission of each entry, and an entry has one at a time.
+        let submission = submission.user_data(user_data);
+        // SAFETY: the command points to buffers (`_memory`, `spares`) and iovecs that live, unmoved, as long as the ring.
+        let mut pushed = unsafe { uring.submission().push(&submission) };
+        if pushed.is_err() {
+            // There is room for one submission of each entry, and an entry has one at a time; for spares there may be none.
+            let submitted = uring.submit()?;
+            self.unsubmitted.set(self.unsubmitted.get().saturating_sub(submitted));
+            // SAFETY: as above.
+            pushed = unsafe { uring.submission().push(&submission) };
+        }
         pushed.map_err(|_| io::Error::other("the submission queue is full"))?;
         self.unsubmitted.set(self.unsubmitted.get() + 1);
         Ok(())
@@ -236,7 +275,7 @@ fn command(code: u32, command: &UringCommand) -> Entry128 {
     opcode::UringCmd80::new(DEVICE, code).cmd(bytes).build()
 }
 
-fn register_entry(queue: u16, iovecs: &[libc::iovec; 2], count: u32) -> Entry128 {
+fn register_entry(queue: u16, iovecs: *const [libc::iovec; 2], count: u32) -> Entry128 {
     let command = UringCommand { qid: queue, ..UringCommand::default() };
     let mut entry = self::command(uring::REGISTER, &command);
     // Fields of `struct io_uring_sqe` that `UringCmd80` has no setter for.
@@ -245,7 +284,7 @@ fn register_entry(queue: u16, iovecs: &[libc::iovec; 2], count: u32) -> Entry128
     let bytes = (&raw mut entry).cast::<u8>();
     // SAFETY: an `Entry128` is the kernel's 128 byte structure, plain integers; both fields are within it.
     unsafe {
-        bytes.add(ADDR).cast::<u64>().write_unaligned(iovecs.as_ptr().addr() as u64);
+        bytes.add(ADDR).cast::<u64>().write_unaligned(iovecs.addr() as u64);
         bytes.add(LEN).cast::<u32>().write_unaligned(count);
     }
     entry

@@ -1,0 +1,466 @@
+//! Locks hold across clients, as they do across processes of one machine.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read, Write},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use fjordfs_tests::{
+    Cluster, MountPoint, Setup,
+    locks::{Kind, Owner, flock, in_the_way, lock, try_lock},
+    rng, wait,
+    wait::SOON,
+    wait_for,
+};
+use rand::Rng;
+
+use Kind::{Read as R, Unlock, Write as W};
+use Owner::{OpenFile, Process};
+
+const AGAIN: Result<(), i32> = Err(libc::EAGAIN);
+
+fn open(mount: &MountPoint, name: &str) -> File {
+    File::options().read(true).write(true).create(true).truncate(false).open(mount.join(name)).unwrap()
+}
+
+/// Until somebody else's close is noticed, which is a moment after it returns.
+fn soon_free(what: &str, attempt: impl Fn() -> Result<(), i32>) {
+    wait_for(what, SOON, || attempt().map_err(|e| format!("errno {e}")));
+}
+
+/// Waits until that many requests are in line.
+fn in_line(cluster: &Cluster, count: u64) {
+    cluster.wait_status("requests in line for locks", |status| {
+        status.list("sessions").iter().filter_map(|s| s["lock_waits"].as_u64()).sum::<u64>() == count
+    });
+}
+
+fn held(cluster: &Cluster) -> u64 {
+    cluster.status().list("sessions").iter().filter_map(|s| s["locks"].as_u64()).sum()
+}
+
+/// A process that runs a few lines of Python in a folder, says when it has come to a point, and goes on when it is told to.
+struct Script(Child);
+
+impl Script {
+    fn start(dir: &Path, lines: &str) -> Script {
+        let prelude = "import fcntl, os, signal, struct, sys\n\
+            def point(what):\n    print(what, flush=True); sys.stdin.readline()\n";
+        let child = Command::new("python3")
+            .args(["-c", &format!("{prelude}{lines}")])
+            .current_dir(dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Script(child)
+    }
+
+    /// The next line that it says.
+    fn says(&mut self) -> String {
+        let mut said = String::new();
+        let mut byte = [0];
+        while self.0.stdout.as_mut().unwrap().read(&mut byte).unwrap() == 1 && byte != *b"\n" {
+            said.push(byte[0].into());
+        }
+        said
+    }
+
+    fn go_on(&mut self) {
+        self.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    }
+
+    fn ends_well(mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn random_locks_of_three_open_files_go_as_on_a_local_filesystem() {
+    let seed = rng::seed("locks");
+    let mut random = rng::stream(seed, 0);
+    let cluster = Cluster::start("locks-random", Setup::default());
+    let mounts = [cluster.mount(), cluster.mount()];
+    let local = cluster.dir("local");
+    let files: Vec<File> = (0..3).map(|i| open(&mounts[i % 2], "f")).collect();
+    let options = File::options().read(true).write(true).create(true).truncate(false).clone();
+    let local: Vec<File> = (0..3).map(|_| options.open(local.join("f")).unwrap()).collect();
+    let kinds = [R, W, Unlock];
+    for step in 0..3000 {
+        let who = random.random_range(0..3);
+        let kind = kinds[random.random_range(0..3)];
+        let (start, len) = (random.random_range(0..30), random.random_range(0..12));
+        let told = |files: &[File]| match step % 10 {
+            0..5 => format!("{:?}", try_lock(&files[who], OpenFile, kind, start, len)),
+            5..8 if kind != Unlock => format!("{:?}", in_the_way(&files[who], OpenFile, kind, start, len)),
+            _ => format!("{:?}", flock(&files[who], kind, false)),
+        };
+        let (found, expected) = (told(&files), told(&local));
+        assert_eq!(found, expected, "step {step}: {kind:?} {start}+{len} of {who}, FJORD_SEED={seed}");
+    }
+    drop(files);
+    cluster.wait_status("no locks left", |s| s.list("sessions").iter().all(|s| s["locks"] == 0));
+    mounts.into_iter().for_each(MountPoint::unmount);
+}
+
+#[test]
+fn locks_of_processes_conflict_across_clients_and_are_shown() {
+    let cluster = Cluster::start("locks-process", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let (fa, fb) = (open(&a, "f"), open(&b, "f"));
+    try_lock(&fa, Process, W, 10, 10).unwrap();
+    assert_eq!(try_lock(&fb, Process, R, 0, 0), AGAIN);
+    try_lock(&fb, Process, R, 0, 10).unwrap();
+    let way = in_the_way(&fb, Process, R, 0, 0).unwrap().unwrap();
+    assert_eq!((way.kind, way.start, way.len, way.pid), (W, 10, 10, 0), "a process that is not here");
+    try_lock(&fa, Process, R, 12, 3).unwrap();
+    try_lock(&fb, Process, R, 12, 3).unwrap();
+    assert_eq!(try_lock(&fb, Process, R, 12, 4), AGAIN);
+    assert_eq!(in_the_way(&fb, Process, W, 0, 0).unwrap().unwrap().len, 2);
+    // Another process on the same mount is told who has it.
+    let mut script = Script::start(
+        a.path(),
+        "f = open('f', 'r+')\n\
+         t, _, start, length, pid = struct.unpack('hhqqi4x', fcntl.fcntl(f, fcntl.F_GETLK, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 12, 0, 0)))\n\
+         print(t == fcntl.F_RDLCK, start, length, pid)",
+    );
+    assert_eq!(script.says(), format!("True 12 3 {}", std::process::id()));
+    script.ends_well();
+    assert_eq!(held(&cluster), 5);
+    try_lock(&fa, Process, Unlock, 0, 0).unwrap();
+    try_lock(&fb, Process, W, 0, 0).unwrap();
+    assert_eq!(held(&cluster), 1);
+    // flock is another world.
+    flock(&fa, W, false).unwrap();
+    assert_eq!(flock(&fb, R, false), AGAIN);
+    drop(fa);
+    soon_free("the flock of a closed file", || flock(&fb, W, false));
+    a.unmount();
+    b.unmount();
+}
+
+#[test]
+fn closing_gives_locks_up() {
+    let cluster = Cluster::start("locks-close", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let other = open(&b, "f");
+    // Any descriptor of the file, also one for reading.
+    let first = open(&a, "f");
+    try_lock(&first, Process, W, 0, 1).unwrap();
+    assert_eq!(try_lock(&other, Process, W, 0, 1), AGAIN);
+    drop(File::open(a.join("f")).unwrap());
+    try_lock(&other, Process, W, 0, 1).unwrap();
+    drop(open(&b, "f"));
+    // The descriptor of another process, which has inherited it, does not.
+    try_lock(&first, Process, W, 0, 1).unwrap();
+    let child = Command::new("true").stdin(Stdio::from(first.try_clone().unwrap())).spawn().unwrap();
+    let mut child = child;
+    assert!(child.wait().unwrap().success());
+    // `try_clone` was closed in this process when the child had it.
+    soon_free("the locks of a process that closed a copy", || try_lock(&other, Process, W, 0, 1));
+    drop(open(&b, "f"));
+    // An open file keeps its locks until its last descriptor is closed, and whatever happens to others.
+    try_lock(&first, OpenFile, W, 0, 1).unwrap();
+    flock(&first, W, false).unwrap();
+    drop(first.try_clone().unwrap());
+    drop(open(&a, "f"));
+    assert_eq!((try_lock(&other, OpenFile, W, 0, 1), flock(&other, W, false)), (AGAIN, AGAIN));
+    drop(first);
+    soon_free("the locks of an open file", || try_lock(&other, OpenFile, W, 0, 1));
+    soon_free("the flock of an open file", || flock(&other, W, false));
+    // The first lock of a file, through a descriptor for reading.
+    fs::write(b.join("g"), "g").unwrap();
+    let reader = File::open(a.join("g")).unwrap();
+    try_lock(&reader, Process, R, 0, 0).unwrap();
+    let other = open(&b, "g");
+    assert_eq!(try_lock(&other, Process, W, 0, 0), AGAIN);
+    drop(reader);
+    soon_free("a lock for reading", || try_lock(&other, Process, W, 0, 0));
+    drop(other);
+    // And a later one, at once.
+    let reader = File::open(a.join("g")).unwrap();
+    try_lock(&reader, Process, R, 0, 0).unwrap();
+    drop(reader);
+    try_lock(&open(&b, "g"), Process, W, 0, 0).unwrap();
+}
+
+#[test]
+fn who_waits_gets_it_in_turn() {
+    let cluster = Cluster::start("locks-wait", Setup::default());
+    let mounts = [cluster.mount(), cluster.mount(), cluster.mount()];
+    let first = open(&mounts[0], "f");
+    try_lock(&first, OpenFile, W, 0, 0).unwrap();
+    let order = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for (i, kind) in [W, W, R, R, W].into_iter().enumerate() {
+            let (mount, order) = (&mounts[i % 3], &order);
+            scope.spawn(move || {
+                let file = open(mount, "f");
+                lock(&file, OpenFile, kind, 0, 0).unwrap();
+                order.lock().unwrap().push(i);
+                if i == 2 || i == 3 {
+                    // Both readers at once.
+                    wait::wait_until("the other reader", SOON, || order.lock().unwrap().len() == 4);
+                }
+            });
+            in_line(&cluster, i as u64 + 1);
+        }
+        try_lock(&first, OpenFile, Unlock, 0, 0).unwrap();
+    });
+    let mut order = order.into_inner().unwrap();
+    order[2..4].sort_unstable();
+    assert_eq!(order, [0, 1, 2, 3, 4]);
+    // More than a queue of the kernel has places, with the one they wait for on any of its CPUs.
+    flock(&first, W, false).unwrap();
+    let done = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for i in 0..60 {
+            let (mount, done) = (&mounts[i % 2], &done);
+            scope.spawn(move || {
+                flock(&open(mount, "f"), W, true).unwrap();
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        in_line(&cluster, 60);
+        fs::write(mounts[0].join("others"), "work").unwrap();
+        assert_eq!(done.load(Ordering::Relaxed), 0);
+        flock(&first, Unlock, false).unwrap();
+    });
+    assert_eq!(done.into_inner(), 60);
+    mounts.into_iter().for_each(MountPoint::unmount);
+}
+
+#[test]
+fn waits_are_interrupted_and_given_up() {
+    let cluster = Cluster::start("locks-interrupt", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let first = open(&a, "f");
+    for (take, call) in [
+        (flock(&first, W, false), "fcntl.flock(f, fcntl.LOCK_EX)"),
+        (try_lock(&first, Process, W, 0, 0), "fcntl.lockf(f, fcntl.LOCK_EX)"),
+    ] {
+        take.unwrap();
+        // A handler that raises makes Python's call fail; one that does not makes it try again.
+        let mut script = Script::start(
+            b.path(),
+            &format!(
+                "class Enough(Exception): pass\n\
+                 def handler(*_): raise Enough\n\
+                 signal.signal(signal.SIGUSR1, handler)\n\
+                 f = open('f', 'r+')\n\
+                 print('waiting', flush=True)\n\
+                 try:\n    {call}\n\
+                 except Enough:\n    point('interrupted')\n\
+                 {call}\n\
+                 point('locked')"
+            ),
+        );
+        assert_eq!(script.says(), "waiting");
+        in_line(&cluster, 1);
+        kill(&script.0, libc::SIGUSR1);
+        assert_eq!(script.says(), "interrupted");
+        in_line(&cluster, 0);
+        script.go_on();
+        in_line(&cluster, 1);
+        // Somebody in line behind it who dies leaves the line.
+        let mut dies =
+            Script::start(b.path(), &format!("f = open('f', 'r+'); print('waiting', flush=True); {call}"));
+        assert_eq!(dies.says(), "waiting");
+        in_line(&cluster, 2);
+        dies.0.kill().unwrap();
+        dies.0.wait().unwrap();
+        in_line(&cluster, 1);
+        flock(&first, Unlock, false).unwrap();
+        try_lock(&first, Process, Unlock, 0, 0).unwrap();
+        assert_eq!(script.says(), "locked");
+        script.go_on();
+        script.ends_well();
+    }
+    soon_free("locks of processes that are gone", || try_lock(&first, Process, W, 0, 0));
+    a.unmount();
+    b.unmount();
+}
+
+fn kill(child: &Child, signal: libc::c_int) {
+    // SAFETY: a child that has not been waited for, so its id is its own.
+    assert_eq!(unsafe { libc::kill(child.id().cast_signed(), signal) }, 0);
+}
+
+#[test]
+fn processes_that_wait_for_each_other_are_told() {
+    let cluster = Cluster::start("locks-deadlock", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let (fa, fb) = (open(&a, "f"), open(&b, "f"));
+    let (ga, gb) = (open(&a, "g"), open(&b, "g"));
+    try_lock(&fa, Process, W, 0, 0).unwrap();
+    try_lock(&gb, Process, W, 5, 1).unwrap();
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| lock(&ga, Process, R, 0, 0));
+        in_line(&cluster, 1);
+        assert_eq!(lock(&fb, Process, W, 1, 1), Err(libc::EDEADLK));
+        try_lock(&gb, Process, Unlock, 0, 0).unwrap();
+        waits.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn locks_go_with_their_client() {
+    let cluster = Cluster::start("locks-death", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let theirs = open(&b, "f");
+    flock(&theirs, W, false).unwrap();
+    try_lock(&theirs, Process, W, 0, 0).unwrap();
+    let mine = open(&a, "f");
+    assert_eq!(flock(&mine, R, false), AGAIN);
+    b.kill9();
+    // Waits, but not for ever.
+    flock(&mine, W, true).unwrap();
+    lock(&mine, Process, W, 0, 0).unwrap();
+    // With an orderly end, at once.
+    let c = cluster.mount();
+    let file = open(&c, "g");
+    flock(&file, W, false).unwrap();
+    drop(file);
+    c.unmount();
+    flock(&open(&a, "g"), W, false).unwrap();
+}
+
+#[test]
+fn locks_outlive_the_metaserver() {
+    let mut cluster = Cluster::start("locks-restart", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let (fa, fb) = (open(&a, "f"), open(&b, "f"));
+    try_lock(&fa, Process, W, 0, 10).unwrap();
+    try_lock(&fb, Process, R, 20, 10).unwrap();
+    flock(&fa, R, false).unwrap();
+    flock(&fb, R, false).unwrap();
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| lock(&fb, Process, W, 5, 1));
+        in_line(&cluster, 1);
+        cluster.kill_meta();
+        // Asked while nobody is there: answered when somebody is.
+        let asks = scope.spawn(|| try_lock(&fa, Process, W, 15, 10));
+        thread::sleep(Duration::from_millis(300));
+        cluster.start_meta();
+        assert_eq!(asks.join().unwrap(), AGAIN);
+        cluster.wait_healthy();
+        in_line(&cluster, 1);
+        assert_eq!(flock(&fb, W, false), AGAIN);
+        try_lock(&fb, Process, W, 30, 1).unwrap();
+        // That flock was given up for the one that could not be had.
+        flock(&fa, W, false).unwrap();
+        try_lock(&fa, Process, Unlock, 5, 1).unwrap();
+        waits.join().unwrap().unwrap();
+    });
+    a.unmount();
+    b.unmount();
+}
+
+/// Who has the lock reads, adds one, and writes, in a file that stays open everywhere; and nobody else is there meanwhile.
+#[test]
+fn who_has_the_lock_is_alone_and_sees_what_others_wrote() {
+    const WORKERS: usize = 6;
+    let seed = rng::seed("lock_history");
+    let mut random = rng::stream(seed, 0);
+    let mut cluster = Cluster::start("locks-history", Setup::default());
+    let mounts = [cluster.mount(), cluster.mount(), cluster.mount()];
+    open(&mounts[0], "f").write_all_at(&[0; 16], 0).unwrap();
+    let history = Mutex::new(BTreeMap::new());
+    let stop = AtomicBool::new(false);
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for worker in 0..WORKERS {
+            let (mount, history, stop) = (&mounts[worker % 3], &history, &stop);
+            scope.spawn(move || {
+                let file = open(mount, "f");
+                let mut random = rng::stream(seed, worker as u64 + 1);
+                while !stop.load(Ordering::Relaxed) {
+                    let is_flock = worker >= 3;
+                    // Everybody takes both, in one order, so that each kind is waited for.
+                    if is_flock {
+                        flock(&file, W, true).unwrap();
+                    }
+                    lock(&file, OpenFile, W, 0, 8).unwrap();
+                    let entered = start.elapsed();
+                    let mut count = [0; 8];
+                    file.read_exact_at(&mut count, 0).unwrap();
+                    let count = u64::from_le_bytes(count);
+                    if random.random_bool(0.2) {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                    file.write_all_at(&(count + 1).to_le_bytes(), 0).unwrap();
+                    let left = start.elapsed();
+                    try_lock(&file, OpenFile, Unlock, 0, 8).unwrap();
+                    if is_flock {
+                        flock(&file, Unlock, true).unwrap();
+                    }
+                    let before = history.lock().unwrap().insert(count, (entered, left, worker));
+                    assert_eq!(before, None, "{count} was seen twice, FJORD_SEED={seed}");
+                }
+            });
+        }
+        for _ in 0..4 {
+            thread::sleep(Duration::from_millis(random.random_range(300..1500)));
+            let before = history.lock().unwrap().len();
+            wait::wait_until("locks to be taken", SOON, || history.lock().unwrap().len() > before + 10);
+            cluster.kill_meta();
+            thread::sleep(Duration::from_millis(random.random_range(0..500)));
+            cluster.start_meta();
+        }
+        let before = history.lock().unwrap().len();
+        wait::wait_until("locks to be taken", SOON, || history.lock().unwrap().len() > before + 50);
+        stop.store(true, Ordering::Relaxed);
+    });
+    let history = history.into_inner().unwrap();
+    eprintln!("{} times", history.len());
+    let in_order: Vec<_> = history.into_iter().collect();
+    for (i, pair) in in_order.windows(2).enumerate() {
+        let ((count, (_, left, who)), (next, (entered, _, other))) = (pair[0], pair[1]);
+        assert_eq!((count, next), (i as u64, i as u64 + 1), "FJORD_SEED={seed}");
+        assert!(left <= entered, "{who} left at {left:?}, {other} entered at {entered:?}, FJORD_SEED={seed}");
+    }
+    let mut count = [0; 8];
+    open(&mounts[1], "f").read_exact_at(&mut count, 0).unwrap();
+    assert_eq!(u64::from_le_bytes(count), in_order.len() as u64);
+}
+
+/// What is mapped and cached by the kernel is looked at anew, too.
+#[test]
+fn a_lock_brings_the_others_bytes_into_an_open_file() {
+    let cluster = Cluster::start("locks-pages", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let size = 300_000;
+    fs::write(a.join("f"), vec![0; size]).unwrap();
+    let (fa, fb) = (open(&a, "f"), open(&b, "f"));
+    let mut seen = vec![0; size];
+    for round in 1..20u8 {
+        let (writer, reader) = if round % 2 == 0 { (&fa, &fb) } else { (&fb, &fa) };
+        lock(writer, Process, W, 0, 0).unwrap();
+        writer.write_all_at(&vec![round; size + usize::from(round)], 0).unwrap();
+        lock(writer, Process, Unlock, 0, 0).unwrap();
+        lock(reader, Process, R, 0, 0).unwrap();
+        seen.resize(size + usize::from(round), 0);
+        reader.read_exact_at(&mut seen, 0).unwrap();
+        assert!(seen.iter().all(|byte| *byte == round), "round {round}");
+        assert_eq!(reader.metadata().unwrap().size(), seen.len() as u64);
+        lock(reader, Process, Unlock, 0, 0).unwrap();
+    }
+}
