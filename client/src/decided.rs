@@ -68,14 +68,20 @@ impl Inner {
             // The commit that is to come would take away what is set now.
             return None;
         }
+        let uncommitted = file.as_ref().is_some_and(|file| file.view.has_local());
         let attr = self.meta.leases().decide(|table, now, sequence| {
             let mut set = set.clone();
             let attr = table.set_attr_here(&mut set, now, sequence)?;
+            if uncommitted {
+                // It goes with the bytes: a crash must not leave the time of bytes that are not there.
+                set.mtime = None;
+            }
             Some((Op::SetAttr(set), attr))
         })?;
         Some(match &mut file {
             Some(file) => {
-                file.view.set_times(set.mtime.is_some() || set.mtime_now, &attr);
+                let sets_mtime = set.mtime.is_some() || set.mtime_now;
+                file.view.set_times(attr.mtime.filter(|_| sets_mtime), attr.ctime);
                 file.view.learn_attr(attr);
                 file.view.attr()
             }

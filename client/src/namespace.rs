@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use fjordfs_proto::{
-    Extent, FsError, FsResult, InodeId, NAME_MAX, Policy,
+    Extent, FsError, FsResult, InodeId, NAME_MAX, Policy, ROOT_INODE,
     error::Errno,
     mode::{SETGID, SETUID},
     pb::meta::{
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     client::{Client, Inner},
-    file::File,
+    file::{File, now},
     leases::Recalled,
     meta::unexpected,
     write,
@@ -158,26 +158,37 @@ impl Client {
             crate::file::too_big(ino, Some(size))?;
         }
         let size = change.size;
-        let op = change.into_op(ino);
+        let mut op = change.into_op(ino);
         if let Some(attr) = self.inner.set_attr_here(&op) {
             return Ok(attr);
         }
         let known = self.inner.known_file(ino);
         let sets_times = op.atime.is_some() || op.mtime.is_some() || op.atime_now || op.mtime_now;
         let sets_suid = op.mode.is_some_and(|mode| mode & (SETUID | SETGID) != 0);
-        if let Some(state) = known.as_ref().filter(|_| (sets_times || sets_suid) && size.is_none()) {
+        let commits = match size {
             // A commit that comes later would put the time of the last write in place of the one set now, and drop suid.
+            None => sets_times || sets_suid,
+            // A crash before it would leave a file of the right length without its bytes.
+            Some(size) => size > 0,
+        };
+        if let Some(state) = known.as_ref().filter(|_| commits) {
             self.inner.flush(state).await?;
         }
-        let op = Op::SetAttr(op);
         let (Some(size), Some(state)) = (size, known) else {
-            let attr = self.inner.entry(op).await?;
+            let attr = self.inner.entry(Op::SetAttr(op)).await?;
             return Ok(self.inner.with_local(attr));
         };
         // Under the file's lock: commits are submitted under it too, so the two arrive in the order of their effect.
         let (freed, pending) = {
             let mut inner = state.lock();
-            (inner.view.begin_truncate(size), self.inner.meta.submit(op))
+            let freed = inner.view.begin_truncate(size);
+            // The commit of what is left must not go back behind the truncate.
+            let now = now();
+            // The server's own now would be another one.
+            op.mtime = op.mtime.filter(|_| !std::mem::take(&mut op.mtime_now)).or(Some(now));
+            op.ctime.get_or_insert(now);
+            inner.view.set_times(op.mtime, op.ctime);
+            (freed, self.inner.meta.submit(Op::SetAttr(op)))
         };
         self.inner.budget.release(freed);
         let outcome = pending.wait().await.and_then(entry_of);
@@ -227,6 +238,7 @@ impl Client {
     /// Another name for an inode.
     pub async fn link(&self, ino: InodeId, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
         let op = Link { ino: ino.0, parent: parent.0, name: name_of(name)? };
+        self.inner.commit_before_naming(ino).await?;
         let attr = self.inner.entry(Op::Link(op)).await?;
         Ok(self.inner.with_local(attr))
     }
@@ -258,6 +270,9 @@ impl Client {
             flags,
             time: None,
         };
+        if let Some(Some(source)) = self.inner.meta.leases().lookup(parent, name) {
+            self.inner.commit_before_naming(InodeId(source.ino)).await?;
+        }
         if self.inner.rename_here(&op) {
             return Ok(());
         }
@@ -333,6 +348,12 @@ impl Client {
         failed.map_or(Ok(()), Err).and(data).and(log)
     }
 
+    /// Returns when the metaserver has executed everything that this client has decided by itself. Who asks by name need not wait
+    /// for that.
+    pub async fn publish(&self) -> FsResult<()> {
+        self.inner.entry(Op::GetAttr(GetAttr { ino: ROOT_INODE.0 })).await.map(drop)
+    }
+
     /// Returns when every namespace operation that this client has been answered survives power failure: what `fsync`
     /// of a directory promises.
     pub async fn sync_namespace(&self) -> FsResult<()> {
@@ -396,6 +417,14 @@ impl Inner {
 
     pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {
         entry_of(self.meta.call(op).await?)
+    }
+
+    /// A file is often given its name when it is complete: a crash must not leave it there without its bytes.
+    async fn commit_before_naming(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
+        match self.known_file(ino) {
+            Some(state) => self.flush(&state).await,
+            None => Ok(()),
+        }
     }
 
     async fn remove(&self, parent: InodeId, name: &[u8], directory: bool) -> FsResult<()> {

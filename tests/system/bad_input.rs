@@ -170,6 +170,7 @@ fn writing_and_reading_without_any_data_server_ends_in_an_error_and_not_in_a_han
     let mount = cluster.mount_with("timeout=5s");
     let content = rng::bytes(1, 1 << 20);
     fs::write(mount.join("before"), &content).unwrap();
+    fs::File::open(mount.join("before")).and_then(|file| file.sync_all()).unwrap();
     (0..2).for_each(|server| cluster.kill_data(server));
     let fresh = cluster.mount_with("timeout=5s");
     let read = fs::read(fresh.join("before")).expect_err("no copy can be reached");

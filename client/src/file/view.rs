@@ -305,12 +305,10 @@ impl View {
 
     /// Attributes were changed after what is local was written, the modification time perhaps among them: the commit that is to come
     /// must not go back behind that.
-    pub(crate) fn set_times(&mut self, mtime: bool, attr: &Attr) {
+    pub(crate) fn set_times(&mut self, mtime: Option<Time>, ctime: Option<Time>) {
         if self.has_local() {
-            self.ctime = attr.ctime;
-            if mtime {
-                self.mtime = attr.mtime;
-            }
+            self.mtime = mtime.or(self.mtime);
+            self.ctime = ctime;
         }
     }
 

@@ -63,7 +63,7 @@ pub(super) fn spawn(
         calls,
         map: map_tx,
         state: state_tx,
-        ending: None,
+        ending: false,
         _alive: alive,
     };
     tokio::spawn(driver.run(attached));
@@ -103,15 +103,6 @@ impl Beats {
     }
 }
 
-/// How the session ends.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// With a goodbye, so that the server can close it.
-    Goodbye,
-    /// The client was dropped: what it has decided is sent, that is all.
-    Dropped,
-}
-
 struct Driver {
     peer: Arc<Peer>,
     cluster_id: String,
@@ -124,8 +115,8 @@ struct Driver {
     map: watch::Sender<Arc<ClusterMap>>,
     state: watch::Sender<SessionState>,
     queue: Queue,
-    /// Nothing more will be asked.
-    ending: Option<Ending>,
+    /// Nothing more will be asked: by a goodbye, or because the client was dropped. What is under way comes to its end.
+    ending: bool,
     _alive: Alive,
 }
 
@@ -177,7 +168,7 @@ impl Driver {
         loop {
             let due = self.leases.deferred_due();
             let is_due = due.is_some_and(|due| due <= Instant::now().into_std());
-            if is_due || self.ending.is_some() || self.queue.has_waiting() {
+            if is_due || self.ending || self.queue.has_waiting() {
                 self.queue.defer(self.leases.take_deferred());
             }
             for message in self.queue.admit() {
@@ -185,16 +176,12 @@ impl Driver {
                     return End::Broken("closed while sending".into());
                 }
             }
-            match self.ending.filter(|_| self.queue.is_idle()) {
-                Some(Ending::Dropped) => return End::Finished,
-                Some(Ending::Goodbye) => return say_goodbye(&outgoing, &mut incoming).await,
-                None => {}
+            if self.ending && self.queue.is_idle() {
+                return say_goodbye(&outgoing, &mut incoming).await;
             }
             tokio::select! {
-                n = self.calls.recv_many(&mut batch, CALLS_MAX), if self.ending.is_none() => {
-                    if n == 0 {
-                        self.ending = Some(Ending::Dropped);
-                    }
+                n = self.calls.recv_many(&mut batch, CALLS_MAX), if !self.ending => {
+                    self.ending = n == 0;
                     self.take_calls(&mut batch);
                 }
                 message = incoming.message() => match message {
@@ -228,7 +215,7 @@ impl Driver {
         for call in batch.drain(..) {
             match call {
                 Call::Operation(op, sent, reply) => self.queue.submit(op, sent, Answer::Caller(reply)),
-                Call::Goodbye => self.ending = Some(Ending::Goodbye),
+                Call::Goodbye => self.ending = true,
             }
         }
     }

@@ -14,8 +14,20 @@ pub struct Cluster {
     pub meta: Option<MetaServer>,
     pub data: Vec<Option<DataServer>>,
     pub address: String,
+    policy: Policy,
     /// Goes away with the cluster.
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
+}
+
+fn meta_server(root: &Path, listen: &str, policy: Policy) -> MetaServer {
+    MetaServer::start(fjordfs_metaserver::Config {
+        listen: listen.parse().unwrap(),
+        default_policy: policy,
+        heartbeat: Duration::from_millis(100),
+        down_after: Duration::from_millis(500),
+        ..fjordfs_metaserver::Config::new(root.join("meta"))
+    })
+    .unwrap()
 }
 
 pub fn data_server(dir: &Path, meta: &str, i: usize) -> DataServer {
@@ -35,21 +47,14 @@ impl Cluster {
         let policy: Policy = policy.parse().unwrap();
         let root = dir.path().to_owned();
         let (meta, data) = tokio::task::spawn_blocking(move || {
-            let meta = MetaServer::start(fjordfs_metaserver::Config {
-                listen: "127.0.0.1:0".parse().unwrap(),
-                default_policy: policy,
-                heartbeat: Duration::from_millis(100),
-                down_after: Duration::from_millis(500),
-                ..fjordfs_metaserver::Config::new(root.join("meta"))
-            })
-            .unwrap();
+            let meta = meta_server(&root, "127.0.0.1:0", policy);
             let address = meta.address().to_string();
             let data = (0..servers).map(|i| Some(data_server(&root, &address, i))).collect();
             (meta, data)
         })
         .await
         .unwrap();
-        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, _dir: dir };
+        let cluster = Cluster { address: meta.address().to_string(), meta: Some(meta), data, policy, dir };
         let client = cluster.client().await;
         wait_until("all targets are up", || {
             let map = client.map();
@@ -66,6 +71,17 @@ impl Cluster {
 
     pub async fn client_with(&self, options: Options) -> Client {
         Client::connect(&self.address, options).await.unwrap()
+    }
+
+    /// Stops the metaserver and starts it again where it was.
+    pub async fn restart_meta(&mut self) {
+        let (meta, root) = (self.meta.take().unwrap(), self.dir.path().to_owned());
+        let (address, policy) = (self.address.clone(), self.policy);
+        let restart = move || {
+            meta.stop().unwrap();
+            meta_server(&root, &address, policy)
+        };
+        self.meta = Some(tokio::task::spawn_blocking(restart).await.unwrap());
     }
 
     pub fn stop_data(&mut self, i: usize) {

@@ -339,6 +339,8 @@ impl Import {
     }
 
     async fn verify(&self, verifier: &Client, ino: InodeId, size: u64, sums: Vec<Sum>) -> anyhow::Result<()> {
+        // By its number, the other client could not ask for what is known only here.
+        self.client.publish().await?;
         let (attr, file) = verifier.open(ino).await.context("cannot read it back")?;
         ensure!(attr.size == size, "it has {} bytes instead of {size}", attr.size);
         for sum in sums {
