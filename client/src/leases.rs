@@ -141,13 +141,18 @@ impl State {
         self.sequence
     }
 
-    /// Tells the caches below of inodes that are recalled, and the keeper of files.
-    fn tell(&mut self, inodes: Vec<InodeId>, names: bool, below: Vec<InodeId>) -> LetGo {
+    /// Tells the caches below of inodes that are recalled, and the keeper of files that may have been written to.
+    fn tell(
+        &mut self,
+        inodes: Vec<InodeId>,
+        names: bool,
+        written: Vec<InodeId>,
+        below: Vec<InodeId>,
+    ) -> LetGo {
         if inodes.is_empty() {
             return LetGo::default();
         }
-        let recalled = inodes.clone();
-        let keeper = self.keep(|done| Keep::Flush { recalled, below, done });
+        let keeper = self.keep(|done| Keep::Flush { recalled: written, below, done });
         let (done, caches) = oneshot::channel();
         let told = self.listener.as_ref().is_some_and(|l| l.send(Recalled { inodes, names, done }).is_ok());
         LetGo { caches: told.then_some(caches), keeper }
@@ -328,7 +333,7 @@ impl Leases {
         }
         let inodes = state.table.shrink();
         let as_of = state.table.serial();
-        let let_go = state.tell(inodes.clone(), true, Vec::new());
+        let let_go = state.tell(inodes.clone(), true, inodes.clone(), Vec::new());
         Dropped { inodes, as_of, let_go }
     }
 
@@ -339,11 +344,13 @@ impl Leases {
         let inodes: Vec<InodeId> = recalls.iter().map(|recall| InodeId(recall.ino)).collect();
         let below: Vec<InodeId> = inodes.iter().flat_map(|ino| state.table.delegated_in(*ino)).collect();
         state.table.demote(&below);
+        let delegated = recalls.iter().filter(|recall| recall.delegated);
+        let written = delegated.map(|recall| InodeId(recall.ino)).collect();
         let mut names = false;
         for ino in &inodes {
             names |= state.table.forget(*ino);
         }
-        Recalling { as_of: state.table.serial(), let_go: state.tell(inodes, names, below) }
+        Recalling { as_of: state.table.serial(), let_go: state.tell(inodes, names, written, below) }
     }
 
     /// The server has repeated a sign of life that was sent at `sent`: leases are good for `lease` from then.
@@ -364,7 +371,7 @@ impl Leases {
         let dropped = state.table.clear();
         // What was written is committed on the next stream.
         let keeper = state.keeper.take();
-        let let_go = state.tell(dropped, true, Vec::new());
+        let let_go = state.tell(dropped, true, Vec::new(), Vec::new());
         state.keeper = keeper;
         let_go
     }
@@ -393,7 +400,7 @@ impl State {
             let _ = keeper.send(Keep::Refused(inodes.clone(), e.clone()));
         }
         // Nobody waits for what is below to hear of it.
-        drop(self.tell(inodes, true, Vec::new()));
+        drop(self.tell(inodes, true, Vec::new(), Vec::new()));
     }
 }
 

@@ -433,10 +433,10 @@ impl Executor {
 
     /// Sends recalls, behind the answers that granted what they take back.
     fn recall(&mut self) {
-        for Order { session, id, ino } in self.core.take_recalls() {
+        for Order { session, id, ino, delegated } in self.core.take_recalls() {
             // Without a stream the holder cannot be told; its silence ends the recall.
             if let Some(outbox) = self.streams.get(&session) {
-                outbox.push_recall(Recall { id: id.0, ino: ino.0 });
+                outbox.push_recall(Recall { id: id.0, ino: ino.0, delegated });
             }
         }
     }

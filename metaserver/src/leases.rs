@@ -63,6 +63,8 @@ pub(crate) struct Order {
     pub(crate) session: SessionId,
     pub(crate) id: RecallId,
     pub(crate) ino: InodeId,
+    /// The session may have decided something of it.
+    pub(crate) delegated: bool,
 }
 
 /// See the module.
@@ -187,7 +189,8 @@ impl Leases {
         self.contended.insert(ino, now);
         self.recalled.entry(ino).or_default().push(id);
         self.recalls.insert(id, Recall { session, ino, since: now });
-        self.orders.push(Order { session, id, ino });
+        let delegated = self.delegations.get(&ino) == Some(&session);
+        self.orders.push(Order { session, id, ino, delegated });
     }
 
     /// Recalls that must end before anybody is told something of these inodes. `actor` has seen and done more with what is
@@ -297,8 +300,9 @@ impl Leases {
         }
         self.orders.retain(|order| order.session != session);
         let Some(held) = self.sessions.get(&session) else { return };
+        let of = |ino| self.delegations.get(&ino) == Some(&session);
         let mut again: Vec<Order> =
-            held.recalls.iter().map(|(&ino, &id)| Order { session, id, ino }).collect();
+            held.recalls.iter().map(|(&ino, &id)| Order { session, id, ino, delegated: of(ino) }).collect();
         again.sort_unstable_by_key(|order| order.id);
         self.orders.append(&mut again);
     }
