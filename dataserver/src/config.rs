@@ -34,6 +34,9 @@ pub struct Config {
     pub targets: Vec<TargetConfig>,
     /// Threads that serve clients, one io_uring each; 0 is one per CPU.
     pub cores: usize,
+    /// How long a core looks for requests before it sleeps. What comes within this time is answered without waking a thread;
+    /// the CPU time is spent also when nothing comes.
+    pub poll: Duration,
     /// Of a volume file, bytes; smaller ones are made where space is short. 64 MiB to 4 GiB.
     pub volume_size: u64,
     /// How often the index is saved: a start after a crash reads what was written since.
@@ -55,6 +58,7 @@ impl Config {
             name: "data".to_owned(),
             targets: targets.into_iter().map(|path| TargetConfig { path, domain: None }).collect(),
             cores: 0,
+            poll: Duration::ZERO,
             volume_size: 1 << 30,
             checkpoint_interval: Duration::from_secs(60),
             capacity_max: None,

@@ -26,10 +26,10 @@ use fjordfs_proto::{
     frame::{self, FrameError, Header, Opcode},
     pb::data::{HelloReply, HelloRequest, PutShardRequest},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use self::reader::{Broken, FrameReader};
-use crate::{listen::Socket, node::Node, ops, store::record::record_pages};
+use crate::{listen::Socket, node::Node, ops, runtime, store::record::record_pages};
 
 /// Requests of one connection that are worked on at the same time.
 const IN_FLIGHT_MAX: usize = 128;
@@ -52,7 +52,13 @@ pub(crate) async fn serve(
 ) {
     let socket = Arc::new(socket);
     let (answers, inbox) = mpsc::unbounded_channel();
-    let writing = tokio_uring::spawn(writer::run(socket.clone(), inbox, STALL_MAX));
+    let (written, writing) = oneshot::channel();
+    let writer = writer::run(socket.clone(), inbox, STALL_MAX);
+    runtime::spawn(async move {
+        writer.await;
+        // Whoever waits for it is below.
+        let _ = written.send(());
+    });
     let mut connection = Connection {
         node,
         peer: peer.into(),
@@ -195,7 +201,7 @@ impl Connection {
         };
         record = self.reader.read_into(record, PAGE_SIZE, new.length as usize).await?;
         let (node, answers, header) = (self.node.clone(), self.answers.clone(), *header);
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let result = ops::put_shard::run(&node, &request, new, record).await;
             send(&answers, ops::answer(&header, result.map(ops::Output::from), permit));
         });
@@ -205,7 +211,7 @@ impl Connection {
     fn start(&self, header: &Header, body: Box<[u8]>, permit: OwnedSemaphorePermit) {
         let (node, answers, header) = (self.node.clone(), self.answers.clone(), *header);
         let peer = self.peer.clone();
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let result = ops::run(&node, &header, &body).await;
             if let Err(e) = &result {
                 tracing::debug!("{:?} of {peer}: {e}", header.opcode);

@@ -1,4 +1,4 @@
-//! One thread per core, each with a current-thread runtime on its own io_uring.
+//! One thread per core, each with a runtime on its own io_uring.
 //!
 //! Work comes in as jobs: closures that make a future on the core's thread, since futures on a ring cannot move between
 //! threads. Connections are handed out round robin by the one thread that accepts them, which is even also with few
@@ -20,10 +20,8 @@ use tokio::sync::mpsc;
 use crate::{
     error::StartError,
     listen::{Listener, Socket},
+    runtime::{self, Runner},
 };
-
-/// Submission entries of a ring. What does not fit is submitted in several calls.
-const RING_ENTRIES: u32 = 1024;
 
 type Job = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 
@@ -69,10 +67,11 @@ impl Jobs {
 }
 
 impl Cores {
-    pub(crate) fn start(count: usize) -> Result<Cores, StartError> {
+    /// `poll`: how long a core looks for something to do before it sleeps.
+    pub(crate) fn start(count: usize, poll: Duration) -> Result<Cores, StartError> {
         let mut cores = Vec::with_capacity(count);
         for i in 0..count {
-            cores.push(start_core(i)?);
+            cores.push(start_core(i, poll)?);
         }
         Ok(Cores { cores, next: AtomicUsize::new(0) })
     }
@@ -94,14 +93,14 @@ impl Cores {
     }
 }
 
-fn start_core(number: usize) -> Result<Core, StartError> {
+fn start_core(number: usize, poll: Duration) -> Result<Core, StartError> {
     let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();
     let (ready, started) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new()
         .name(format!("fjord-core-{number}"))
         .spawn(move || {
-            let runtime = match tokio_uring::Runtime::new(tokio_uring::builder().entries(RING_ENTRIES)) {
-                Ok(runtime) => runtime,
+            let runner = match Runner::new() {
+                Ok(runner) => runner,
                 Err(e) => {
                     // Whoever waits for it reports it.
                     let _ = ready.send(Err(e));
@@ -109,11 +108,12 @@ fn start_core(number: usize) -> Result<Core, StartError> {
                 }
             };
             let _ = ready.send(Ok(()));
-            runtime.block_on(async move {
+            let main = async move {
                 while let Some(job) = inbox.recv().await {
-                    tokio_uring::spawn(job());
+                    runtime::spawn(job());
                 }
-            });
+            };
+            runner.run(main, poll);
         })
         .map_err(StartError::Thread)?;
     match started.recv() {

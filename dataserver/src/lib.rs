@@ -11,13 +11,15 @@
 //! | `config`, `error` | what a server is told; why it does not start |
 //! | `server` | the order in which the parts come up and go down |
 //! | `listen` | where clients connect |
+//! | `runtime` | tasks, timers and the io_uring of one core |
 //! | `cores` | threads, each with an io_uring runtime, and those that accept |
 //! | `connection` | frames in, answers out |
 //! | `ops` | one file per operation |
 //! | `store` | the shards of one target: volumes, index, recovery |
 //! | `membership` | registration, heartbeats, deletions |
-//! | `buffer`, `uring` | page-aligned memory; reads, writes and transfers on the ring |
+//! | `buffer`, `uring`, `blocking` | page-aligned memory; reads, writes and transfers on the ring; threads for the rest |
 
+mod blocking;
 mod buffer;
 mod config;
 mod connection;
@@ -27,6 +29,7 @@ mod listen;
 mod membership;
 mod node;
 mod ops;
+mod runtime;
 mod server;
 mod store;
 mod uring;

@@ -14,6 +14,7 @@ use crate::{
     listen::{Listener, Socket},
     membership::{Beating, Candidate, First, Identity, Membership},
     node::{Node, Target},
+    runtime,
     store::{
         Store, StoreOptions,
         error::StoreError,
@@ -68,7 +69,7 @@ impl DataServer {
         let (cluster_id, server) = common_identity(&folders)?;
         let (listener, address) = Listener::tcp(config.listen)
             .map_err(|source| StartError::Listen { address: config.listen, source })?;
-        let cores = Cores::start(config.core_count())?;
+        let cores = Cores::start(config.core_count(), config.poll)?;
         let stores = open_stores(&config, &folders)?;
 
         let candidates = folders.iter().zip(&targets).zip(&stores);
@@ -161,7 +162,7 @@ impl Running {
         let (answer, outcome) = std::sync::mpsc::channel();
         jobs.start(move || async move {
             let mut problems = Vec::new();
-            if tokio::time::timeout(DRAIN_MAX, connections.recv()).await.is_err() {
+            if runtime::timeout(DRAIN_MAX, connections.recv()).await.is_err() {
                 problems.push("some requests were still running".to_owned());
             }
             for target in node.targets.values() {
@@ -266,7 +267,7 @@ fn keep_checkpoints(
     jobs.start(move || async move {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(interval) => {}
+                () = runtime::sleep(interval) => {}
                 _ = stopping.wait_for(|stop| *stop) => return,
             }
             if let Err(e) = store.checkpoint().await {

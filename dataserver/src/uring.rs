@@ -2,25 +2,19 @@
 //!
 //! PERFORMANCE-CRITICAL: all data goes through here.
 //!
-//! tokio-uring carries the ring and wakes the tasks; the entries are built here, for three reasons: its own `File`
-//! and `TcpStream` belong to one thread while a volume is shared by all cores, it has no `recv` with `MSG_WAITALL`
-//! (a 16 MiB payload would be hundreds of completions instead of one), and its slices refuse some legal bounds.
-//!
 //! An operation owns what the kernel touches until its completion is there, also when the future is dropped.
 
 use std::{
     fs::File,
     io,
-    marker::PhantomData,
     ops::Range,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
 };
 
-use io_uring_06::{cqueue, opcode, squeue, types};
-use tokio_uring::{OneshotOutputTransform, UnsubmittedOneshot};
+use io_uring_06::{opcode, types};
 
-use crate::{buffer::PageBuf, listen::Socket};
+use crate::{buffer::PageBuf, listen::Socket, runtime::submit};
 
 /// Most pieces in one vectored send (the kernel's UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
@@ -46,28 +40,6 @@ unsafe impl Stable for Box<[u8]> {
     fn span(&mut self) -> (*mut u8, usize) {
         (self.as_mut_ptr(), self.len())
     }
-}
-
-/// Hands back what the kernel borrowed.
-struct HandBack<T>(PhantomData<T>);
-
-impl<T> OneshotOutputTransform for HandBack<T> {
-    type Output = (io::Result<usize>, T);
-    type StoredData = T;
-
-    fn transform_oneshot_output(self, data: T, cqe: cqueue::Entry) -> Self::Output {
-        let result = cqe.result();
-        if result < 0 {
-            (Err(io::Error::from_raw_os_error(-result)), data)
-        } else {
-            (Ok(result as usize), data)
-        }
-    }
-}
-
-/// `entry` must refer only to memory and descriptors that `keep` owns at stable addresses.
-async fn submit<T: Unpin + 'static>(keep: T, entry: squeue::Entry) -> (io::Result<usize>, T) {
-    UnsubmittedOneshot::new(keep, HandBack(PhantomData), entry).submit().await
 }
 
 fn fd(raw: RawFd) -> types::Fd {

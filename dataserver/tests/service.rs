@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs::OpenOptions,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -17,7 +17,7 @@ use fjordfs_proto::{
     BLOCK_SIZE_MAX, PAGE_SIZE, PROTOCOL_VERSION,
     block::{first_bad_page, page_crcs},
     error::Errno,
-    frame::{BODY_MAX, HEADER_LEN, Header, Opcode},
+    frame::{self, BODY_MAX, HEADER_LEN, Header, Opcode},
     pb::data::*,
 };
 
@@ -295,4 +295,42 @@ fn who_does_not_speak_the_protocol_is_shown_out() {
 
     Client::connect(&server, "c1").put(1, b"still at your service").unwrap();
     server.stop().unwrap();
+}
+
+#[test]
+fn clients_on_this_host_come_over_a_unix_socket_and_others_when_its_name_is_taken() {
+    use std::os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    };
+    let hello = |cluster: &str| {
+        let name = frame::local_name(cluster, fjordfs_proto::ServerId(1));
+        let mut socket = UnixStream::connect_addr(&SocketAddr::from_abstract_name(name)?)?;
+        let hello = HelloRequest {
+            protocol_version: PROTOCOL_VERSION,
+            cluster_id: cluster.into(),
+            client: "test".into(),
+        };
+        socket.write_all(&frame::encode(Opcode::Hello, false, 9, &hello, 0))?;
+        let mut head = [0; HEADER_LEN];
+        socket.read_exact(&mut head)?;
+        let header = Header::decode(&head).unwrap();
+        let mut body = vec![0; header.body_len as usize];
+        socket.read_exact(&mut body)?;
+        Ok::<_, std::io::Error>(frame::decode_body::<HelloReply>(Opcode::Hello, &body).unwrap())
+    };
+    let cluster = format!("local-{}", std::process::id());
+    let (meta, dir) = (FakeMeta::start(&cluster), tempfile::tempdir().unwrap());
+    let server = start(&meta, dir.path());
+    let greeting = hello(&cluster).unwrap();
+    assert_eq!((greeting.server, greeting.cluster_id, greeting.targets), (1, cluster.clone(), vec![1]));
+    server.stop().unwrap();
+    // Stopped, it has let go of the name.
+    let name = frame::local_name(&cluster, fjordfs_proto::ServerId(1));
+    let taken = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap();
+    let server = start(&meta, dir.path());
+    let mut client = Client::connect(&server, &cluster);
+    client.put(1, &bytes_of(1, 5000)).unwrap();
+    assert_eq!(client.read(1, WHOLE).unwrap().1, bytes_of(1, 5000));
+    drop(taken);
 }

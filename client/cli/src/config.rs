@@ -34,6 +34,7 @@ pub(crate) struct DataFile {
     #[serde(default)]
     pub(crate) targets: Vec<TargetEntry>,
     pub(crate) cores: Option<usize>,
+    pub(crate) poll_us: Option<u32>,
     pub(crate) volume_size: Option<ByteSize>,
     pub(crate) checkpoint_interval: Option<Span>,
     pub(crate) capacity_max: Option<ByteSize>,
@@ -142,6 +143,7 @@ mod tests {
         assert!(meta.heartbeat.is_some() && meta.down_after.is_some() && meta.log_sync.is_some());
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
+        assert!(data.poll_us.is_some());
         assert!(
             data.volume_size.is_some() && data.checkpoint_interval.is_some() && data.capacity_max.is_some()
         );

@@ -1,6 +1,6 @@
 //! `fjord data`: a data server.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 use fjordfs_dataserver::{Config, DataServer, TargetConfig};
@@ -44,6 +44,9 @@ pub(crate) struct Args {
     /// Threads, each with its own io_uring; 0 is one for each core [default: 0]
     #[arg(long, value_name = "N")]
     cores: Option<usize>,
+    /// How long a thread looks for requests before it sleeps, microseconds: quicker answers for that much more CPU [default: 0]
+    #[arg(long, value_name = "N")]
+    poll_us: Option<u32>,
     /// Size of the preallocated volume files [default: 1GiB]
     #[arg(long, value_name = "SIZE")]
     volume_size: Option<ByteSize>,
@@ -104,6 +107,9 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     config.capacity_max = args.capacity_max.or(file.capacity_max).map(|size| size.0);
     if let Some(cores) = args.cores.or(file.cores) {
         config.cores = cores;
+    }
+    if let Some(us) = args.poll_us.or(file.poll_us) {
+        config.poll = Duration::from_micros(us.into());
     }
     if let Some(size) = args.volume_size.or(file.volume_size) {
         config.volume_size = size.0;

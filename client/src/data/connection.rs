@@ -12,6 +12,8 @@
 
 mod receiver;
 mod sender;
+#[cfg(test)]
+mod tests;
 mod waiters;
 
 use std::{
@@ -111,42 +113,64 @@ impl Source for Arriving<'_> {
 }
 
 impl Connection {
-    /// Connects and greets. The socket belongs to the calling thread's lane.
+    /// Connects and greets, over the Unix socket of a server on this host, else over TCP. The socket belongs to the calling
+    /// thread's lane.
     pub(super) async fn open(
         engine: &Engine,
-        peer: Peer,
-        buffers: Arc<Buffers>,
+        peer: &Peer,
+        buffers: &Arc<Buffers>,
     ) -> FsResult<Arc<Connection>> {
-        let Peer { server, address, .. } = peer.clone();
-        let failed =
-            move |why: String| FsError::new(Errno::EIO, format!("data server {server} at {address}: {why}"));
+        let why = if peer.local {
+            let (cluster_id, server) = (peer.cluster_id.clone(), peer.server);
+            let connecting = async move { Socket::local(&cluster_id, server) };
+            match Connection::make(engine, peer, buffers, Way::Local, connecting).await {
+                Ok(connection) => return Ok(connection),
+                Err(why) => why,
+            }
+        } else {
+            "asked for".to_owned()
+        };
+        let address = peer.address.clone();
+        let connecting = async move { Socket::tcp(&address).await.map_err(|e| e.to_string()) };
+        Connection::make(engine, peer, buffers, Way::Tcp(why), connecting).await.map_err(|why| {
+            FsError::new(Errno::EIO, format!("data server {} at {}: {why}", peer.server, peer.address))
+        })
+    }
+
+    async fn make(
+        engine: &Engine,
+        peer: &Peer,
+        buffers: &Arc<Buffers>,
+        way: Way,
+        connecting: impl Future<Output = Result<Socket, String>> + Send + 'static,
+    ) -> Result<Arc<Connection>, String> {
+        let (address, buffers) = (peer.address.clone(), buffers.clone());
+        let opening = engine.spawn_here(async move {
+            let socket = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
+                .await
+                .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))??;
+            let shared = Shared::new(address, socket, buffers);
+            tokio::spawn(pump(Arc::downgrade(&shared)));
+            Ok::<_, String>(Arc::new(Connection { shared, way }))
+        });
+        let connection = opening.await.map_err(|e| e.to_string())??;
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: peer.cluster_id.clone(),
             client: peer.client.clone(),
         };
-        let opening = engine.spawn_here(async move {
-            let connecting = Socket::connect(&peer.cluster_id, server, &peer.address, peer.local);
-            let (socket, way) = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
-                .await
-                .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))?
-                .map_err(|e| e.to_string())?;
-            let shared = Shared::new(peer.address, socket, buffers);
-            tokio::spawn(pump(Arc::downgrade(&shared)));
-            Ok(Arc::new(Connection { shared, way }))
-        });
-        let connection: Arc<Connection> =
-            opening.await.map_err(|e| failed(e.to_string()))?.map_err(&failed)?;
         let greeting = connection.request(Opcode::Hello, &hello, Vec::new());
         let answer = tokio::time::timeout(CONNECT_TIMEOUT, greeting)
             .await
-            .map_err(|_| failed(format!("no greeting within {CONNECT_TIMEOUT:?}")))??;
-        let greeting: HelloReply = frame::decode_body(Opcode::Hello, &answer.body)?;
-        if greeting.server != server.0 {
-            return Err(failed(format!("it is server s{}", greeting.server)));
+            .map_err(|_| format!("no greeting within {CONNECT_TIMEOUT:?}"))?
+            .map_err(|e| e.message)?;
+        let greeting: HelloReply =
+            frame::decode_body(Opcode::Hello, &answer.body).map_err(|e| e.to_string())?;
+        if greeting.server != peer.server.0 {
+            return Err(format!("it is server s{}", greeting.server));
         }
-        if greeting.cluster_id != hello.cluster_id {
-            return Err(failed(format!("it belongs to cluster {}", greeting.cluster_id)));
+        if greeting.cluster_id != peer.cluster_id {
+            return Err(format!("it belongs to cluster {}", greeting.cluster_id));
         }
         Ok(connection)
     }

@@ -80,7 +80,7 @@ impl Pool {
             client: self.client.clone(),
             local: self.local,
         };
-        match Connection::open(&self.engine, peer, self.buffers.clone()).await {
+        match Connection::open(&self.engine, &peer, &self.buffers).await {
             Ok(connection) => {
                 self.say(server, address, connection.way());
                 state.failed = None;

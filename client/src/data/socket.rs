@@ -28,6 +28,14 @@ use tokio::{
 /// with one system call. The kernel takes the memory only while bytes wait.
 const LOCAL_BUFFER: usize = 4 << 20;
 
+/// With at least this much of a payload missing, a receiver that has caught up with a sender on this host waits for it a
+/// moment without sleeping, bytes: the kernel hands over some 36 KiB at a time, and each sleep and wake-up in between would
+/// cost as much as the copying.
+const CLOSE_BEHIND: usize = 64 << 10;
+
+/// How often such a receiver looks. Each time it lets others use the CPU first, the sender above all.
+const LOOKS_MAX: usize = 16;
+
 /// How a server is reached.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Way {
@@ -53,6 +61,7 @@ impl fmt::Display for Way {
 #[derive(Debug)]
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
+    local: bool,
 }
 
 /// A wait for room to send.
@@ -60,22 +69,21 @@ pub(super) struct Socket {
 pub(super) struct Room(AsyncFd<OwnedFd>);
 
 impl Socket {
-    /// Connects to `server`, by `address` unless it can be done locally.
-    pub(super) async fn connect(
-        cluster_id: &str,
-        server: ServerId,
-        address: &str,
-        local: bool,
-    ) -> io::Result<(Socket, Way)> {
-        let (fd, way) = match connect_local(cluster_id, server, local) {
-            Ok(fd) => (fd, Way::Local),
-            Err(why) => {
-                let stream = TcpStream::connect(address).await?;
-                stream.set_nodelay(true)?;
-                (OwnedFd::from(stream.into_std()?), Way::Tcp(why))
-            }
-        };
-        Ok((Socket { fd: watch(fd, Interest::READABLE)? }, way))
+    /// Connects to a server on this host.
+    ///
+    /// # Errors
+    /// Why its Unix socket is not used.
+    pub(super) fn local(cluster_id: &str, server: ServerId) -> Result<Socket, String> {
+        let fd = connect_local(cluster_id, server)?;
+        let fd = watch(fd, Interest::READABLE).map_err(|e| e.to_string())?;
+        Ok(Socket { fd, local: true })
+    }
+
+    /// Connects to `HOST:PORT`.
+    pub(super) async fn tcp(address: &str) -> io::Result<Socket> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Socket { fd: watch(stream.into_std()?.into(), Interest::READABLE)?, local: false })
     }
 
     /// Receives what is there, at most what fits; 0 is the end of the stream. When nothing is there, the waker of
@@ -85,22 +93,31 @@ impl Socket {
         context: &mut Context<'_>,
         into: &mut [MaybeUninit<u8>],
     ) -> Poll<io::Result<usize>> {
+        let room = into.len();
+        let mut looks = 0;
         loop {
             let mut ready = ready!(self.fd.poll_read_ready(context))?;
-            let room = into.len();
             match rustix::net::recv(&self.fd, &mut *into, RecvFlags::DONTWAIT) {
                 Ok((_, n)) => {
                     // All that was there. What comes later makes it ready again, so there is no need to ask.
-                    if n < room {
+                    if n < room && (n == 0 || !self.follows_closely(room - n)) {
                         ready.clear_ready();
                     }
                     return Poll::Ready(Ok(n));
+                }
+                Err(Errno::AGAIN) if looks < LOOKS_MAX && self.follows_closely(room) => {
+                    looks += 1;
+                    std::thread::yield_now();
                 }
                 Err(Errno::AGAIN) => ready.clear_ready(),
                 Err(Errno::INTR) => {}
                 Err(e) => return Poll::Ready(Err(e.into())),
             }
         }
+    }
+
+    fn follows_closely(&self, missing: usize) -> bool {
+        self.local && missing >= CLOSE_BEHIND
     }
 
     /// Sends as much as the kernel takes.
@@ -136,10 +153,7 @@ fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// The Unix socket of a server on this host, or why it is not used.
-fn connect_local(cluster_id: &str, server: ServerId, wanted: bool) -> Result<OwnedFd, String> {
-    if !wanted {
-        return Err("asked for".to_owned());
-    }
+fn connect_local(cluster_id: &str, server: ServerId) -> Result<OwnedFd, String> {
     let connect = || -> rustix::io::Result<OwnedFd> {
         let address = SocketAddrUnix::new_abstract_name(local_name(cluster_id, server).as_bytes())?;
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

@@ -13,6 +13,7 @@ use fjordfs_proto::{
 use crate::{
     buffer::PageBuf,
     listen::Socket,
+    runtime::timeout,
     uring::{Stable, recv},
 };
 
@@ -60,7 +61,7 @@ impl FrameReader {
             let (result, buffer) = if between_frames {
                 receiving.await
             } else {
-                tokio::time::timeout(self.stall_max, receiving).await.map_err(|_| Broken::Stalled)?
+                timeout(self.stall_max, receiving).await.map_err(|_| Broken::Stalled)?
             };
             self.buffer = buffer;
             match result.map_err(Broken::Socket)? {
@@ -91,7 +92,7 @@ impl FrameReader {
         while done < len {
             let receiving = recv(&self.socket, into, at + done..at + len, true);
             let stalled = |_| Broken::Stalled;
-            let (result, back) = tokio::time::timeout(self.stall_max, receiving).await.map_err(stalled)?;
+            let (result, back) = timeout(self.stall_max, receiving).await.map_err(stalled)?;
             into = back;
             match result.map_err(Broken::Socket)? {
                 0 => return Err(cut()),
@@ -129,7 +130,7 @@ impl FrameReader {
             }
         };
         // Whichever ends it, the connection is closed next.
-        let _ = tokio::time::timeout(time, drain).await;
+        let _ = timeout(time, drain).await;
     }
 }
 

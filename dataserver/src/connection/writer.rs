@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use crate::{
     buffer::PageBuf,
     listen::Socket,
+    runtime::timeout,
     uring::{Piece, send},
 };
 
@@ -46,7 +47,7 @@ pub(super) async fn run(
             pieces.extend(answer.pieces);
             permits.extend(answer._permit);
         }
-        let sent = tokio::time::timeout(stall_max, send(&socket, pieces)).await;
+        let sent = timeout(stall_max, send(&socket, pieces)).await;
         drop(permits);
         match sent {
             Ok(Ok(())) => {}

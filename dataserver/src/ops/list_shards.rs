@@ -6,7 +6,7 @@ use fjordfs_proto::{
     pb::data::{ListShardsReply, ListShardsRequest, ShardInfo},
 };
 
-use crate::node::Node;
+use crate::{blocking, node::Node};
 
 /// Shards in a page, if the asker leaves it open, and at most: about 300 KiB of body.
 const PAGE_MAX: usize = 16_384;
@@ -18,7 +18,7 @@ pub(super) async fn run(node: &Node, request: &ListShardsRequest) -> FsResult<Li
         n => n.min(PAGE_MAX),
     };
     // It goes through the whole index: not on the core.
-    let listed = tokio::task::spawn_blocking(move || store.list(after, limit)).await;
+    let listed = blocking::run(move || store.list(after, limit)).await;
     let (entries, end) = listed.map_err(|e| FsError::new(Errno::EIO, format!("listing shards: {e}")))?;
     let info = |e: &crate::store::index::Entry| ShardInfo {
         block: e.block.0,

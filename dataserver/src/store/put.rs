@@ -23,7 +23,7 @@ use super::{
     record::{RecordHeader, fill_header, fill_table, parse_table, record_bytes, table_at, table_pages},
     volume::{Volume, VolumeId, VolumeLabel},
 };
-use crate::buffer::PageBuf;
+use crate::{blocking, buffer::PageBuf};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -169,11 +169,10 @@ impl<D: Device> Store<D> {
         let need = bytes + PAGE;
         let size = self.new_volume_size(need)?;
         let (device, uuid) = (self.device.clone(), self.uuid);
-        let made =
-            tokio::task::spawn_blocking(move || make_volume(&*device, uuid, id, salt, size, need)).await;
+        let made = blocking::run(move || make_volume(&*device, uuid, id, salt, size, need)).await;
         // Also when it failed: whatever was left behind keeps its id.
         *next_id += 1;
-        let made = made.map_err(|e| self.io(format!("making {id}"), std::io::Error::other(e)))?;
+        let made = made.map_err(|e| self.io(format!("making {id}"), e))?;
         let (file, size) = match made {
             Ok(made) => made,
             Err(e) => return Err(self.write_failure(format!("making {id}"), e, bytes)),

@@ -11,6 +11,7 @@ use super::{
     error::StoreError,
     volume::{Volume, VolumeId},
 };
+use crate::blocking;
 
 impl<D: Device> Store<D> {
     /// Makes the index power-safe, together with all it refers to. Does nothing when nothing has changed.
@@ -83,7 +84,6 @@ impl<D: Device> Store<D> {
         what: &str,
         work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let done = tokio::task::spawn_blocking(work).await;
-        done.unwrap_or_else(|e| Err(std::io::Error::other(e))).map_err(|e| self.io(what, e))
+        blocking::run(work).await.and_then(|done| done).map_err(|e| self.io(what, e))
     }
 }

@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use tokio::runtime::Runtime;
-use tokio::task::LocalSet;
+use tokio::runtime::{LocalOptions, LocalRuntime};
 
 use super::{SessionError, io_error};
 use crate::buffer::BufferPool;
@@ -88,8 +87,13 @@ fn report(index: usize, served: io::Result<()>) {
     }
 }
 
-fn runtime() -> io::Result<Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()
+fn runtime() -> io::Result<LocalRuntime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())
+}
+
+/// Runs `serving` as a task: waking what `block_on` itself runs would take a system call each time.
+fn block_on(runtime: &LocalRuntime, serving: impl Future<Output = ()> + 'static) {
+    let _panic_was_reported_by_its_hook = runtime.block_on(async { tokio::task::spawn_local(serving).await });
 }
 
 fn spawn(index: usize, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -111,13 +115,27 @@ pub(super) fn serve_dev_fuse<F: Filesystem>(
     }
     devices.push(device);
     let serving = Serving::new(dispatcher, pool, threads);
-    let start = |(index, device)| {
-        let runtime = runtime().map_err(io_error("starting a worker's runtime"))?;
+    let mut started = Vec::with_capacity(threads);
+    for (index, device) in devices.into_iter().enumerate() {
+        // A runtime belongs to its thread. None serves before all have one.
+        let (report, made) = channel();
+        let (go, told) = channel();
         let serving = serving.clone();
-        let run = move || runtime.block_on(LocalSet::new().run_until(serving.over_dev_fuse(index, device)));
-        spawn(index, run).map_err(io_error("starting a worker thread"))
-    };
-    devices.into_iter().enumerate().map(start).collect()
+        let run = move || {
+            let runtime = runtime();
+            let reported = report.send(runtime.as_ref().map(drop).map_err(clone_of));
+            if let (Ok(runtime), Ok(()), Ok(())) = (runtime, reported, told.recv()) {
+                block_on(&runtime, serving.over_dev_fuse(index, device));
+            }
+        };
+        let thread = spawn(index, run).map_err(io_error("starting a worker thread"))?;
+        let made = made.recv().unwrap_or_else(|e| Err(io::Error::other(e)));
+        made.map_err(io_error("starting a worker's runtime"))?;
+        started.push((thread, go));
+    }
+    // A thread that is gone by now has panicked, and is reported when it is joined.
+    started.iter().for_each(|(_, go)| drop(go.send(())));
+    Ok(started.into_iter().map(|(thread, _)| thread).collect())
 }
 
 /// Threads with a ring each, which do as they are told until they serve. Dropping this ends them.
@@ -220,7 +238,7 @@ fn make_ring(
     size_max: usize,
     options: &UringOptions,
     pool: Arc<BufferPool>,
-) -> io::Result<(Runtime, IoUring)> {
+) -> io::Result<(LocalRuntime, IoUring)> {
     if options.faults.no_ring == Some(index) {
         return Err(io::Error::other("no ring, by order of a test"));
     }
@@ -238,7 +256,7 @@ fn make_ring(
 /// Does as it is told until there is nobody to tell.
 fn obey<F: Filesystem>(
     index: usize,
-    runtime: &Runtime,
+    runtime: &LocalRuntime,
     transport: IoUring,
     options: &UringOptions,
     orders: &Receiver<Order<F>>,
@@ -250,8 +268,7 @@ fn obey<F: Filesystem>(
                 let _nobody_waits = report.send(transport.register(device.as_fd(), options.faults.bad_queue));
             }
             Order::Serve(serving, device) => {
-                return runtime
-                    .block_on(LocalSet::new().run_until(serving.over_uring(index, transport, device)));
+                return block_on(runtime, serving.over_uring(index, transport, device));
             }
         }
     }
