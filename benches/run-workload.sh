@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The shared workload (measure.sh of a bench folder) on a FjordFS mount and on a local ext4 beside it, in one session.
-# Writes results/<date>-<what>.json (both raw lines) and results/<date>-<what>.md (figures and ratios).
+# Writes results/<date>-<what>.json (the raw lines), .md (figures, ratios, goals, CPU time) and .svg (bars). Random reads are
+# compared with a FUSE filesystem that does nothing, too, measured before and after FjordFS.
 #
 # Both sides get a fresh ext4 of the same size in a loop device on the same disk: ext4 creates slow down tenfold after
 # mass deletes, and a filesystem shared with anything else would compare histories. The images are preallocated and the
@@ -22,7 +23,8 @@ usage: benches/run-workload.sh --bench-dir DIR [options]
   --results DIR       where the results go                                   [benches/results]
   --note TEXT         a sentence for the result page
 
-Environment: FJORD_BIN is the binary to measure; without it the release build of this work tree is.
+Environment: FJORD_BIN is the binary to measure, NULL_FUSE the filesystem that does nothing; without them the release builds of
+this work tree are.
 Needs root, fio, gcc, python3, mkfs.ext4 and loop devices. Takes 7 to 15 minutes; keep the machine quiet meanwhile.
 USAGE
 }
@@ -67,6 +69,13 @@ else
     fjord=${CARGO_TARGET_DIR:-$here/../target}/release/fjord
 fi
 [ -x "$fjord" ] || die "$fjord is no program"
+if [ -n "${NULL_FUSE:-}" ]; then
+    null_fuse=$(realpath "$NULL_FUSE")
+else
+    (cd "$here/.." && cargo build --release --quiet -p fjordfs-benches --bin null_fuse)
+    null_fuse=${CARGO_TARGET_DIR:-$here/../target}/release/null_fuse
+fi
+[ -x "$null_fuse" ] || die "$null_fuse is no program"
 
 work=$(mktemp -d "$base/fjord-workload.XXXXXX")
 up_pid=''
@@ -146,7 +155,17 @@ run() { # run NAME DIR
     echo "run-workload: measuring $1" >&2
     bash "$work/bench/measure.sh" "$2" "$1" >"$work/$1.json" || die "measuring $1 failed: $(cat "$work/$1.json")"
 }
+nulls=()
+floor() { # floor NAME
+    [[ -z $only || ,$only, == *,rand,* ]] || return 0
+    echo "run-workload: measuring the filesystem that does nothing" >&2
+    mkdir "$work/$1"
+    python3 "$here/null_reads.py" "$null_fuse" "$work/$1" >"$work/$1.json" || die "measuring the floor failed"
+    nulls+=("$work/$1.json")
+}
+floor floor-before
 PEER_PROCS='^fjord' run fjord "$work/fjord"
+floor floor-after
 # Nothing of FjordFS, not even its heartbeats, runs beside the local figures; what still does counts as foreign.
 stop_fjord
 run local "$work/local"
@@ -155,5 +174,5 @@ mkdir -p "$results"
 out=$results/$(date -u +%F)-$what
 FJORD_VERSION=$("$fjord" --version) LOOP_DIRECT=$direct POLICY=$policy SERVERS=$servers OPTIONS=$options SIZE_GIB=$size_gib \
     NOTE=$note COMMIT=$(git -C "$here" describe --always --dirty 2>/dev/null || echo unknown) \
-    python3 "$here/workload_report.py" "$work/fjord.json" "$work/local.json" "$out"
+    python3 "$here/workload_report.py" "$work/fjord.json" "$work/local.json" "$out" "${nulls[@]}"
 echo "$out.md"

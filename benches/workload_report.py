@@ -1,13 +1,32 @@
-"""workload_report.py FJORD.json LOCAL.json OUT: writes OUT.json (both raw lines) and OUT.md (figures and ratios).
+"""workload_report.py FJORD.json LOCAL.json OUT [NULL.json...]: writes OUT.json (the raw lines), OUT.md (figures, ratios, goals, CPU
+time) and OUT.svg (bars of the figures that have a goal).
 
 A ratio above 1 is in FjordFS's favour, whether the figure is a rate or a time."""
-import json, os, platform, re, sys
+import json, os, re, sys
 
-# What the workload gave JuiceFS 1.4 with Redis on such a machine, relative to local ext4 (issue 2): to be passed.
-GOALS = {"seq_write_MBps": 0.35, "seq_read_cold_MBps": 0.4, "small_4k_create_per_s": 0.017,
-         "meta_create_t1_per_s": 0.02, "small_100k_read_cold_t8_per_s": 0.17}
+import plot
+from bench_common import machine, median
+
+# The goals of issues 3 and 4: figure, least ratio, what it is relative to.
+LOCAL, NULL = "local", "null FUSE"
+GOALS = {
+    "seq_write_MBps": (0.85, LOCAL), "seq_read_cold_MBps": (0.85, LOCAL), "par4_read_cold_MBps": (0.85, LOCAL),
+    "rand_4k_j1_cold_iops": (0.6, LOCAL), "rand_4k_j8_cold_iops": (0.9, LOCAL),
+    "rand_4k_j1_warm_iops": (0.6, NULL), "rand_4k_j8_warm_iops": (0.6, NULL),
+    "mmap_4k_cold_t1_pages_per_s": (0.8, LOCAL), "mmap_4k_cold_t8_pages_per_s": (0.8, LOCAL),
+    "small_4k_create_per_s": (0.15, LOCAL), "small_100k_create_per_s": (1.0, LOCAL),
+    "small_4k_read_cold_t8_per_s": (0.5, LOCAL), "small_100k_read_cold_t8_per_s": (1.0, LOCAL),
+    "small_4k_ls_cold_secs": (1 / 1.2, LOCAL), "small_100k_ls_cold_secs": (1 / 1.2, LOCAL),
+    "meta_create_t1_per_s": (0.25, LOCAL), "meta_stat_t1_per_s": (0.5, LOCAL), "meta_unlink_t1_per_s": (0.07, LOCAL),
+    # A directory for each thread, against what the local filesystem does with eight threads in one.
+    "meta_create_t8u_per_s": (0.35, "meta_create_t8_per_s"), "meta_stat_t8u_per_s": (0.5, "meta_stat_t8_per_s"),
+    "meta_unlink_t8u_per_s": (0.15, "meta_unlink_t8_per_s"),
+}
+# With write delegations.
+LATER_GOALS = {"small_4k_create_per_s": 0.5, "meta_create_t1_per_s": 0.7, "meta_unlink_t1_per_s": 0.4}
 IS_TIME = re.compile(r"(_us|_secs)$")
 NO_FIGURE = {"total_secs", "rand_direct", "cores"}
+COLOURS = {"FjordFS": "#1f6fb4", "local ext4": "#777777", "null FUSE": "#e07b1a"}
 
 
 def figures(run):
@@ -23,56 +42,98 @@ def figures(run):
     return found
 
 
-def ratio(name, ours, local):
-    if not ours or not local:
+def ratio(name, ours, other):
+    if not ours or not other:
         return None
-    return local / ours if IS_TIME.search(name) else ours / local
+    return other / ours if IS_TIME.search(name) else ours / other
 
 
-def number(x):
-    if x is None:
-        return "-"
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+def base(name, local, null):
+    """What a figure's goal is relative to: a name for it, and its value."""
+    _, against = GOALS[name]
+    if against == NULL:
+        return NULL, null.get(name)
+    return (LOCAL, local.get(name)) if against == LOCAL else (f"local's {against}", local.get(against))
 
 
-def table(ours, local):
-    lines = ["| figure | FjordFS | local ext4 | ratio | to pass |", "|---|---:|---:|---:|---:|"]
+def goal_cells(name, ours, local, null):
+    """The ratio that counts and whether each goal is met."""
+    if name not in GOALS:
+        return "", "", ""
+    least, _ = GOALS[name]
+    against, value = base(name, local, null)
+    reached = ratio(name, ours.get(name), value)
+    if reached is None:
+        return f"{against}: not measured", f"{least:.2f}", ""
+    verdict = lambda least: f"{least:.2f} " + ("met" if reached >= least else "**missed**")
+    later = verdict(LATER_GOALS[name]) if name in LATER_GOALS else ""
+    return f"{reached:.3f} × {against} ({plot.number(value)})", verdict(least), later
+
+
+def cpu_cost(run, name):
+    """CPU time of FjordFS's processes, servers and client together, for what the figure counts."""
+    phase = re.sub(r"_(MBps|pages_per_s|per_s|iops|secs)$", "", name)
+    row, rate = run.get("cpu", {}).get(phase), figures(run).get(name)
+    if phase == name or row is None or not rate:
+        return ""
+    share = sum(float(v.rstrip("%")) / 100 for k, v in row.items() if k.startswith("fjord"))
+    if name.endswith("_MBps"):
+        return f"{share / rate * 1000:.2f} s/GB"
+    return f"{share * row['wall']:.2f} s" if IS_TIME.search(name) else f"{share / rate * 1e6:.0f} µs"
+
+
+def table(run, local, null):
+    ours = figures(run)
+    lines = ["| figure | FjordFS | local ext4 | ratio | what counts | issue 3 | issue 4 | CPU |", "|---|---:|---:|---:|---|---|---|---:|"]
     for name in ours | local:
-        a, b = ours.get(name), local.get(name)
-        r, goal = ratio(name, a, b), GOALS.get(name)
-        verdict = "" if goal is None else f"{goal} " + ("passed" if r is not None and r >= goal else "**missed**")
-        lines.append(f"| {name} | {number(a)} | {number(b)} | {'-' if r is None else f'{r:.3f}'} | {verdict} |")
+        r = ratio(name, ours.get(name), local.get(name))
+        cells = [name, plot.number(ours.get(name)), plot.number(local.get(name)), "-" if r is None else f"{r:.3f}",
+                 *goal_cells(name, ours, local, null), cpu_cost(run, name)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cpu_model():
-    with open("/proc/cpuinfo") as f:
-        return next((l.split(":", 1)[1].strip() for l in f if l.startswith("model name")), platform.machine())
+def panels(ours, local, null):
+    """One for each goal."""
+    for name, (least, _) in GOALS.items():
+        against, value = base(name, local, null)
+        if name not in ours or not value:
+            continue
+        time = IS_TIME.search(name)
+        rows = [("FjordFS", ours[name]), ("local ext4", local.get(name)), ("null FUSE", null.get(name))]
+        heading = f"{name}: goal {'at most' if time else 'at least'} {1 / least if time else least:.2f} × {against}"
+        yield heading, [(who, v, v, v) for who, v in rows if v is not None], value / least if time else value * least
 
 
 def main():
     runs = [json.loads(open(p).read().strip().splitlines()[-1]) for p in sys.argv[1:3]]
     out, env = sys.argv[3], os.environ
+    nulls = [json.loads(open(p).read()) for p in sys.argv[4:]]
+    null = {name: median([v for one in nulls for v in one[name]]) for name in (nulls[0] if nulls else {})}
     settings = {k.lower(): env.get(k, "") for k in ("FJORD_VERSION", "COMMIT", "POLICY", "SERVERS", "OPTIONS", "SIZE_GIB", "LOOP_DIRECT", "NOTE")}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "memory_gib": memory, "kernel": platform.release()}
+    about = machine()
     with open(out + ".json", "w") as f:
-        json.dump({"settings": settings, "machine": machine, "fjord": runs[0], "local": runs[1]}, f, indent=1)
+        json.dump({"settings": settings, "machine": about, "fjord": runs[0], "local": runs[1], "null_fuse": nulls}, f, indent=1)
         f.write("\n")
     ours, local = map(figures, runs)
     spoilt = {name: sorted(set(run["dirty"])) for name, run in zip(("FjordFS", "local"), runs) if run.get("dirty")}
+    what = os.path.basename(out).split("-", 3)[-1]
     with open(out + ".md", "w") as f:
-        f.write(f"# Workload of {runs[0].get('date', '?')[:10]}: {os.path.basename(out).split('-', 3)[-1]}\n\n")
+        f.write(f"# Workload of {runs[0].get('date', '?')[:10]}: {what}\n\n")
         f.write(f"{settings['fjord_version']}, commit {settings['commit']}, {settings['servers']} data servers, {settings['policy']}")
         f.write(f", mount options `{settings['options']}`" if settings["options"] else "")
         f.write(f". Both sides on a fresh {settings['size_gib']} GiB ext4 in a loop device (direct I/O {settings['loop_direct']}) on one disk.\n")
-        f.write(f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB, Linux {machine['kernel']}.\n\n")
+        f.write(f"{about['cores']} cores ({about['cpu']}), {about['memory_gib']} GiB, Linux {about['kernel']}.\n\n")
         if settings["note"]:
             f.write(settings["note"] + "\n\n")
-        f.write("A ratio above 1 is in FjordFS's favour, for rates and for times. \"To pass\": what JuiceFS 1.4 with Redis reached.\n\n")
-        f.write(table(ours, local) + "\n")
+        f.write("A ratio above 1 is in FjordFS's favour, for rates and for times. CPU: what all of FjordFS's processes, servers and client, used "
+                "for a GB, for an operation, or in all (times); from the last repetition of the phase, the figure from the median one.\n\n")
+        f.write(f"![bars]({os.path.basename(out)}.svg)\n\n" + table(runs[0], local, null) + "\n")
         for name, phases in spoilt.items():
             f.write(f"\nOther processes ran beside these phases of {name}, so their figures are doubtful: {', '.join(phases)}.\n")
+    with open(out + ".svg", "w") as f:
+        subtitle = f"commit {settings['commit']}, {settings['servers']} data servers, {settings['policy']}; the dashed line is the goal"
+        f.write(plot.bars(f"Workload: {what}", subtitle, list(panels(ours, local, null)), COLOURS))
 
 
 main()

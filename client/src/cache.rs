@@ -11,7 +11,10 @@ use parking_lot::Mutex;
 use quick_cache::{Weighter, sync::Cache};
 use tokio::sync::Semaphore;
 
-use crate::data::{BlockRange, DataClient};
+use crate::{
+    data::{BlockRange, DataClient},
+    prefetch::window::Window,
+};
 
 /// Bytes of a chunk.
 pub(crate) const CHUNK: u32 = 1 << 20;
@@ -45,6 +48,7 @@ pub(crate) struct BlockCache {
     data: Arc<DataClient>,
     prefetch: Semaphore,
     touched: Touched,
+    window: Arc<Window>,
 }
 
 /// Chunks of which a part was read lately.
@@ -77,6 +81,7 @@ impl BlockCache {
             data,
             prefetch: Semaphore::new((prefetch_max / u64::from(CHUNK)).max(4) as usize),
             touched: Touched::default(),
+            window: Window::new(prefetch_max),
         }
     }
 
@@ -88,6 +93,7 @@ impl BlockCache {
             let index = at / CHUNK;
             let stop = end.min((index + 1) * CHUNK);
             let key = (piece.block, index);
+            self.window.read(&key);
             let part = match self.chunks.get(&key) {
                 Some(chunk) => cut(&chunk, index * CHUNK, at..stop)?,
                 None if fetch == Fetch::Chunks || (fetch == Fetch::Neighbours && self.touched.again(key)) => {
@@ -120,6 +126,21 @@ impl BlockCache {
             // Whoever reads it will see the error.
             let _ = self.chunk(block, policy, index).await;
         }
+    }
+
+    /// What plans have fetched ahead of their readers.
+    pub(crate) fn window(&self) -> &Arc<Window> {
+        &self.window
+    }
+
+    /// Whether a chunk is in memory.
+    pub(crate) fn has(&self, block: BlockId, index: u32) -> bool {
+        self.chunks.peek(&(block, index)).is_some()
+    }
+
+    /// Fetches a chunk for later.
+    pub(crate) async fn fetch(&self, block: BlockId, policy: Policy, index: u32) -> FsResult<()> {
+        self.chunk(block, policy, index).await.map(drop)
     }
 
     /// Forgets a chunk: its reader will not come back to it.

@@ -3,6 +3,7 @@
 //! All handles of one inode in this client share one [`FileState`]: what one handle writes, every other reads at once.
 
 mod allocate;
+mod chunks;
 mod copy;
 mod lock;
 mod read;
@@ -26,6 +27,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 pub use allocate::Allocation;
+pub(crate) use chunks::BlockChunk;
 pub use copy::CopiedRange;
 pub use lock::{Lock, LockOwner};
 pub(crate) use segment::UnitId;

@@ -21,6 +21,7 @@
 //! | [`path`](OpenOptions) | the same by path |
 //! | [`file`](File) | open files: read, write, append, allocate, copy, seek, lock, flush, fsync |
 //! | [`batch`](Batch) | many reads at once |
+//! | [`prefetch`](Prefetch) | fetching what will be read |
 //! | `write` | dirty bytes → blocks → commits |
 //! | `cache` | verified block data in memory |
 //! | `data` | shards over the framed protocol |
@@ -48,6 +49,7 @@ mod meta;
 mod namespace;
 mod options;
 mod path;
+mod prefetch;
 mod write;
 mod xattr;
 
@@ -64,4 +66,5 @@ pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use options::Options;
 pub use path::OpenOptions;
+pub use prefetch::{Planned, Prefetch};
 pub use xattr::SetXattrMode;

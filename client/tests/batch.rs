@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_client::{
-    AttrChange, BatchOptions, Client, Errno, File, Finished, FsResult, Options, Order, ReadInto, ReadRequest,
+    AttrChange, BatchOptions, Client, Errno, File, Finished, FsResult, Options, Order, Planned, ReadInto,
+    ReadRequest,
 };
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
-use support::{Cluster, pattern, write_file};
+use support::{Cluster, pattern, wait_until, write_file};
 
 /// Files of every kind that a read tells apart, with their names.
 async fn files(client: &Client) -> Vec<File> {
@@ -200,4 +201,70 @@ async fn an_error_concerns_its_read_only() {
             Err(e) => assert_eq!(e.errno, Errno::EIO, "{e}"),
         }
     }
+}
+
+/// After the plan, nobody but memory is left to read from.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_planned_is_in_memory() {
+    let mut cluster = Cluster::start(3, "replica:1").await;
+    let client = cluster.client().await;
+    files(&client).await;
+    client.shutdown().await.unwrap();
+    let client = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(5), ..Options::default() })
+        .await;
+    let large = client.open_path("/large").await.unwrap();
+    let holed = client.open_path("/holed").await.unwrap();
+    let path = |path: &str| Planned::Path(path.into());
+    let plan = vec![
+        Planned::Range(large.clone(), 5_000_000..9_000_000),
+        path("/odd"),
+        path("/missing"),
+        path("/packed"),
+        path("/inline"),
+        path("/empty"),
+        Planned::File(holed.clone()),
+        // Beyond the end there is nothing to fetch.
+        Planned::Range(large.clone(), 50 << 20..u64::MAX),
+    ];
+    let errors = client.prefetch(plan).done().await;
+    assert_eq!(errors.iter().map(|(i, e)| (*i, e.errno)).collect::<Vec<_>>(), [(2, Errno::ENOENT)]);
+    let opened = [client.open_path("/odd").await.unwrap(), client.open_path("/packed").await.unwrap()];
+    (0..3).for_each(|i| cluster.stop_data(i));
+    let data = pattern(40 << 20, 40 << 20);
+    let read = |file: File, at: u64, len: usize| async move { text(&file.read_at(at, len).await) };
+    assert!(read(large.clone(), 5_000_000, 4_000_000).await.unwrap() == data[5_000_000..9_000_000]);
+    for (file, len) in opened.into_iter().zip([1_234_567, 5000]) {
+        assert!(read(file, 0, len).await.unwrap() == pattern(len as u64, len));
+    }
+    assert!(read(holed, 3 << 20, 300_000).await.unwrap()[..4000] == pattern(7, 300_000)[..4000]);
+    assert_eq!(read(large, 20 << 20, 4096).await, Err(Errno::EIO), "this was not planned");
+}
+
+/// A plan far larger than the memory for it waits for its reader, and ends with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_stays_a_bounded_way_ahead_of_its_reader() {
+    let cluster = Cluster::start(3, "replica:1").await;
+    let client = cluster.client_with(Options { memory_max: Options::MEMORY_MIN, ..Options::default() }).await;
+    let data = pattern(3, 64 << 20);
+    write_file(&client, "/f", &data).await;
+    let file = client.open_path("/f").await.unwrap();
+    // Backwards, so that no reader's own read-ahead does the work.
+    let order: Vec<u64> = (0..64).rev().map(|i| i << 20).collect();
+    let plan = order.iter().map(|at| Planned::Range(file.clone(), *at..at + (1 << 20))).collect();
+    let prefetch = client.prefetch(plan);
+    let share = Options::MEMORY_MIN / 16;
+    wait_until("the plan to fill its share", || prefetch.ahead() == share).await;
+    for at in &order {
+        let read = file.read_at(*at, 1 << 20).await.unwrap().concat();
+        assert!(read == data[*at as usize..][..1 << 20]);
+        assert!(prefetch.ahead() <= share);
+    }
+    assert!(prefetch.done().await.is_empty());
+    // Dropped, a plan ends although nobody has read what it fetched.
+    drop(client.prefetch(vec![Planned::File(file.clone())]));
+    let again = client.prefetch(vec![Planned::File(file)]);
+    wait_until("the next plan to get its share", || again.ahead() > 0).await;
+    drop(again);
+    client.shutdown().await.unwrap();
 }

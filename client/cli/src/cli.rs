@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{completions, data, df, layout, logs, meta, mount, stat, status, transfer, umount, up};
+use crate::{bench, completions, data, df, layout, logs, meta, mount, stat, status, transfer, umount, up};
 
 const AFTER_HELP: &str = "\
 Begin here:
   fjord up /mnt/fjord                      a whole filesystem on this machine
   fjord status                             is everything up?
   fjord import ~/dataset /mnt/fjord/data   parallel, resumable copy
+  fjord bench /mnt/fjord                   how fast is it?
 
 Which cluster: verbs that take a PATH find the cluster from the mount it lies in. Others take
 --meta HOST:PORT (or FJORD_META), else the mount of the current folder, else the only FjordFS
@@ -41,6 +42,7 @@ enum Verb {
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
     Stat(stat::Args),
+    Bench(bench::Args),
     #[command(subcommand)]
     Layout(layout::Verb),
     Completions(completions::Args),
@@ -70,6 +72,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Import(args) => transfer::run_import(args),
         Verb::Export(args) => transfer::run_export(args),
         Verb::Stat(args) => stat::run(&args),
+        Verb::Bench(args) => bench::run(args),
         Verb::Layout(verb) => layout::run(&verb),
         Verb::Completions(args) => completions::run(&args),
     }

@@ -9,6 +9,7 @@
 //! | `meta`, `data`, `mount` | the three daemons |
 //! | `umount`, `status`, `df`, `stat`, `layout` | admin verbs |
 //! | `transfer` | import and export |
+//! | `bench` | how fast it is |
 //! | `locate` | which cluster, and which path in it, an argument means |
 //! | `config`, `units` | TOML files, sizes and durations |
 //! | `daemon`, `holders`, `mounts` | signals and readiness, who keeps a mount busy, what is mounted |
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod bench;
 mod cli;
 mod completions;
 mod config;
