@@ -2,11 +2,24 @@
 //!
 //! Blocks are immutable, so nothing here is ever invalidated. The unit is a chunk of 1 MiB of a block: what a
 //! sequential reader fetches at a time. One fetch serves all who ask for a chunk meanwhile.
+//!
+//! # Memory
+//! Read data may take what written data does not: the cache's bound falls, in steps, while there is dirty data, and rises again.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    num::NonZeroUsize,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::Bytes;
-use fjordfs_proto::{BLOCK_SIZE_MAX, BlockId, FsResult, PAGE_SIZE, Policy, extent::BlockPiece};
+use fjordfs_proto::{
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, PAGE_SIZE, Policy, error::Errno, extent::BlockPiece,
+};
+use lru::LruCache;
 use parking_lot::Mutex;
 use quick_cache::{Weighter, sync::Cache};
 use tokio::sync::Semaphore;
@@ -18,6 +31,9 @@ use crate::{
 
 /// Bytes of a chunk.
 pub(crate) const CHUNK: u32 = 1 << 20;
+
+/// Dirty data takes room from the cache in steps of this.
+const STEP: u64 = 64 << 20;
 
 type Key = (BlockId, u32);
 
@@ -49,27 +65,23 @@ pub(crate) struct BlockCache {
     prefetch: Semaphore,
     touched: Touched,
     window: Arc<Window>,
+    bytes_max: u64,
+    /// Steps that dirty data has taken of `bytes_max`.
+    yielded: AtomicU64,
 }
 
-/// Chunks of which a part was read lately.
-#[derive(Default)]
-struct Touched(Mutex<VecDeque<Key>>);
+/// Chunks of which a part was read lately: as many as the cache holds, since a neighbour that comes later than that
+/// would not find the chunk.
+struct Touched(Mutex<LruCache<Key, ()>>);
 
 impl Touched {
-    /// How many chunks are remembered: readers of more packed chunks than this at a time are random.
-    const MAX: usize = 64;
+    fn new(chunks: usize) -> Touched {
+        Touched(Mutex::new(LruCache::new(NonZeroUsize::new(chunks).unwrap_or(NonZeroUsize::MIN))))
+    }
 
     /// Notes a read; true when the chunk was read before.
     fn again(&self, key: Key) -> bool {
-        let mut recent = self.0.lock();
-        if recent.contains(&key) {
-            return true;
-        }
-        if recent.len() == Touched::MAX {
-            recent.pop_front();
-        }
-        recent.push_back(key);
-        false
+        self.0.lock().put(key, ()).is_some()
     }
 }
 
@@ -80,8 +92,26 @@ impl BlockCache {
             chunks: Cache::with_weighter(items, bytes_max, ByLength),
             data,
             prefetch: Semaphore::new((prefetch_max / u64::from(CHUNK)).max(4) as usize),
-            touched: Touched::default(),
+            touched: Touched::new(items),
             window: Window::new(prefetch_max),
+            bytes_max,
+            yielded: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether a file of this size can stay in memory as a whole.
+    pub(crate) fn can_hold(&self, size: u64) -> bool {
+        // A part is lost to chunks that are not spread evenly over the cache's shards.
+        size <= self.chunks.capacity() / 8 * 7
+    }
+
+    /// Leaves room for so many bytes of dirty data.
+    pub(crate) fn yield_to(&self, dirty: u64) {
+        let steps = dirty.div_ceil(STEP);
+        if self.yielded.load(Ordering::Relaxed) != steps
+            && self.yielded.swap(steps, Ordering::AcqRel) != steps
+        {
+            self.chunks.set_capacity(self.bytes_max.saturating_sub(steps * STEP).max(STEP));
         }
     }
 
@@ -96,7 +126,7 @@ impl BlockCache {
             self.window.read(&key);
             let part = match self.chunks.get(&key) {
                 Some(chunk) => cut(&chunk, index * CHUNK, at..stop)?,
-                None if fetch == Fetch::Chunks || (fetch == Fetch::Neighbours && self.touched.again(key)) => {
+                None if self.wants_chunk(fetch, key) => {
                     let chunk = self.chunk(piece.block, piece.policy, index).await?;
                     cut(&chunk, index * CHUNK, at..stop)?
                 }
@@ -115,6 +145,50 @@ impl BlockCache {
             at = stop;
         }
         Ok(parts)
+    }
+
+    /// As [`BlockCache::read`], into memory as long as the piece.
+    pub(crate) async fn read_into(&self, piece: BlockPiece, fetch: Fetch, memory: &mut [u8]) -> FsResult<()> {
+        let end = piece.offset + piece.length;
+        let (mut at, mut rest) = (piece.offset, memory);
+        while at < end {
+            let index = at / CHUNK;
+            let stop = end.min((index + 1) * CHUNK);
+            let (part, after) = rest.split_at_mut((stop - at) as usize);
+            let key = (piece.block, index);
+            self.window.read(&key);
+            match self.chunks.get(&key) {
+                Some(chunk) => part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?),
+                None if self.wants_chunk(fetch, key) => {
+                    let chunk = self.chunk(piece.block, piece.policy, index).await?;
+                    part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?);
+                }
+                None => self.pages_into(piece, at..stop, part).await?,
+            }
+            (at, rest) = (stop, after);
+        }
+        Ok(())
+    }
+
+    fn wants_chunk(&self, fetch: Fetch, key: Key) -> bool {
+        match fetch {
+            Fetch::Chunks => true,
+            Fetch::Pages => false,
+            Fetch::Neighbours => self.touched.again(key),
+        }
+    }
+
+    /// Reads a range of a block that is not kept.
+    async fn pages_into(&self, piece: BlockPiece, range: Range<u32>, memory: &mut [u8]) -> FsResult<()> {
+        let first = range.start - range.start % PAGE_SIZE as u32;
+        let pages =
+            BlockRange { block: piece.block, policy: piece.policy, offset: first, length: range.end - first };
+        if first < range.start {
+            memory.copy_from_slice(slice(&self.data.read(pages).await?, first, range)?);
+            return Ok(());
+        }
+        let filled = self.data.read_into(pages, memory).await?;
+        if filled < memory.len() { Err(too_short(first as usize + filled, range.end)) } else { Ok(()) }
     }
 
     /// Fetches chunk `index` of a block if it is not there and memory for reading ahead is free.
@@ -160,11 +234,42 @@ impl BlockCache {
 ///
 /// # Errors
 /// `EIO` when the block ends before the range does: an extent that points past its block.
-fn cut(bytes: &Bytes, start: u32, range: std::ops::Range<u32>) -> FsResult<Bytes> {
+fn slice(bytes: &[u8], start: u32, range: Range<u32>) -> FsResult<&[u8]> {
     let (from, to) = ((range.start - start) as usize, (range.end - start) as usize);
-    if to > bytes.len() {
-        let why = format!("block ends at {}, the file needs {}", start as usize + bytes.len(), range.end);
-        return Err(fjordfs_proto::FsError::new(fjordfs_proto::error::Errno::EIO, why));
+    bytes.get(from..to).ok_or_else(|| too_short(start as usize + bytes.len(), range.end))
+}
+
+/// As [`slice`], sharing the memory.
+fn cut(bytes: &Bytes, start: u32, range: Range<u32>) -> FsResult<Bytes> {
+    slice(bytes, start, range).map(|part| bytes.slice_ref(part))
+}
+
+fn too_short(block_end: usize, needed: u32) -> FsError {
+    FsError::new(Errno::EIO, format!("block ends at {block_end}, the file needs {needed}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_chunk_are_where_the_block_has_them() {
+        let bytes = Bytes::from_static(b"0123456789");
+        assert_eq!(cut(&bytes, 100, 103..106).unwrap(), b"345"[..]);
+        assert_eq!(cut(&bytes, 100, 110..110).unwrap(), b""[..]);
+        let error = cut(&bytes, 100, 105..111).unwrap_err();
+        assert_eq!(error.errno, Errno::EIO);
+        assert!(error.message.contains("ends at 110") && error.message.contains("needs 111"), "{error}");
     }
-    Ok(bytes.slice(from..to))
+
+    #[test]
+    fn a_chunk_counts_as_touched_until_others_have_taken_its_place() {
+        let touched = Touched::new(2);
+        let key = |block| (BlockId(block), 0);
+        assert!(!touched.again(key(1)) && !touched.again(key(2)));
+        assert!(touched.again(key(1)));
+        assert!(!touched.again(key(3)), "takes the place of 2");
+        assert!(!touched.again(key(2)));
+        assert!(touched.again(key(3)));
+    }
 }

@@ -189,6 +189,15 @@ impl File {
         self.handle.read_at(offset, len).await
     }
 
+    /// As [`File::read_at`], but into `memory`, from its start on: at most as many bytes as fit. Returns how many. What is not in
+    /// this client's memory is received there.
+    ///
+    /// # Errors
+    /// As [`File::read_at`]. What is in `memory` then is nobody's to see.
+    pub async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
+        self.handle.read_into(offset, memory).await
+    }
+
     /// Writes `data` at `offset` into memory; every handle of this client reads it at once. Waits when dirty data
     /// has reached its bound.
     ///

@@ -17,8 +17,8 @@ pub struct Options {
     pub dirty_age_max: Duration,
     /// How far a sequential reader is read ahead, bytes.
     pub readahead: u64,
-    /// Whether what a sequential reader has passed is dropped from this client's memory. For readers that cache below, as
-    /// the kernel does for a mount: the memory is better used for what comes next.
+    /// Whether what a sequential reader of a file larger than the cache has passed is dropped from this client's memory. For
+    /// readers that cache below, as the kernel does for a mount: the memory is better used for what comes next.
     pub drop_behind: bool,
     /// Whether what nobody else uses is decided here and sent to the metaserver later, a second at most: names made and removed,
     /// attributes, and what was written at `close`. Others see everything at once all the same; what is at stake
@@ -51,15 +51,15 @@ impl Options {
     /// Least memory a client works with: a few blocks in flight.
     pub const MEMORY_MIN: u64 = 128 << 20;
 
-    /// Share of the memory that dirty data may take: an eighth is left for buffers in flight, half of the rest goes to
-    /// writers.
+    /// Share of the memory that dirty data may take: an eighth is left for buffers in flight, and readers keep more than half of the
+    /// rest.
     pub(crate) fn dirty_max(&self) -> u64 {
         self.memory_max.max(Self::MEMORY_MIN) * 3 / 8
     }
 
-    /// Share of the memory for block data already read.
+    /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 2
+        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8
     }
 
     /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.

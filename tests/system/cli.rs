@@ -150,6 +150,7 @@ fn status_and_df_tell_people_and_programs_the_same() {
     {
         assert!(people.contains(word), "'{word}' is missing in\n{people}");
     }
+    assert!(people.contains(" over io_uring (") || people.contains(" over /dev/fuse, because"), "{people}");
     // Without --meta or FJORD_META: through the mount.
     let through = run(fjord(["status", "--json", text(&mount.join("file"))])).ok();
     assert_eq!(json(&through)["cluster_id"], s.0["cluster_id"]);

@@ -107,8 +107,12 @@ pub(crate) fn check_mountpoint(dir: &Path, allow_nonempty: bool) -> anyhow::Resu
 }
 
 /// Mounts, serves until unmounted by anyone, flushes.
-async fn serve(meta: &str, dir: &Path, settings: options::Settings) -> anyhow::Result<ExitCode> {
+async fn serve(meta: &str, dir: &Path, mut settings: options::Settings) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::listen()?;
+    // For `fjord status`. A transport that is not possible is the mount's to report.
+    if let Ok(transport) = fjordfs_fuse::planned_transport(&settings.fuse) {
+        settings.client.description.push_str(&format!(" over {transport}"));
+    }
     let client = tokio::select! {
         client = Client::connect(meta, settings.client) => {
             client.with_context(|| format!("cannot mount the FjordFS at {meta}"))?

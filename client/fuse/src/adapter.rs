@@ -151,6 +151,10 @@ impl Filesystem for Adapter {
         file.read_at(offset, len).await
     }
 
+    async fn read_into(&self, file: &File, offset: u64, buffer: &mut [u8]) -> FsResult<usize> {
+        file.read_into(offset, buffer).await
+    }
+
     fn drop_suid(&self, file: &File) -> bool {
         file.drop_suid()
     }

@@ -46,4 +46,4 @@ pub use filesystem::Filesystem;
 pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
 pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::SessionError;
-pub use transport::selection::{TransportInfo, TransportKind};
+pub use transport::selection::{TransportInfo, TransportKind, planned_transport};

@@ -19,7 +19,7 @@ use crate::options::{MountOptions, TransportChoice};
 use crate::reply::Validity;
 use crate::transport::dev_fuse;
 use crate::transport::io_uring::RegisterError;
-use crate::transport::selection::{Plan, Selection, TransportInfo, TransportKind};
+use crate::transport::selection::{Selection, TransportInfo, TransportKind};
 
 mod init;
 mod threads;
@@ -117,7 +117,7 @@ impl Session {
         if let Some((plan, threads)) = rings {
             match threads.register(&device) {
                 Ok(()) => {
-                    session.transport.kind = kind(&plan);
+                    session.transport.kind = plan.kind();
                     session.workers = threads.serve(&dispatcher, device, &pool);
                     return Ok(session);
                 }
@@ -158,8 +158,4 @@ impl Session {
     pub(crate) fn has_ended(&self) -> bool {
         self.workers.iter().all(JoinHandle::is_finished)
     }
-}
-
-fn kind(plan: &Plan) -> TransportKind {
-    TransportKind::IoUring { threads: plan.shares.len(), queues: plan.queues, depth: plan.depth }
 }

@@ -48,7 +48,6 @@ impl DataClient {
     ///
     /// # Errors
     /// As [`DataClient::read`]. What is in `memory` then is not verified and must not be shown to anyone.
-    #[allow(dead_code, reason = "its caller, the mount's read path, is merged separately")]
     pub(crate) async fn read_into(self: &Arc<Self>, range: BlockRange, memory: &mut [u8]) -> FsResult<usize> {
         let copies = self.copies(range)?;
         let Some((&first, others)) = copies.split_first() else { return Err(all_failed(range, &[])) };

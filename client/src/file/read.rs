@@ -85,7 +85,7 @@ impl Handle {
             };
             self.client.fetch_extents(&self.state, missing).await?;
         }
-        Err(FsError::new(Errno::EIO, format!("{}: changed all the while it was read", self.state.ino)))
+        Err(self.always_changed())
     }
 
     async fn fetch(&self, offset: u64, parts: Vec<Part>) -> FsResult<Vec<Bytes>> {
@@ -108,8 +108,55 @@ impl Handle {
         Ok(fetched.into_iter().flatten().collect())
     }
 
+    pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
+        for _ in 0..ATTEMPTS {
+            let plan = self.state.lock().view.plan_read(offset, memory.len() as u64);
+            let missing = match plan {
+                ReadPlan::Extents(from) => from,
+                ReadPlan::Parts(parts) => match self.fill(offset, &parts, memory).await {
+                    Err(e) if e.errno == Errno::ENOENT => 0,
+                    result => return result,
+                },
+            };
+            self.client.fetch_extents(&self.state, missing).await?;
+        }
+        Err(self.always_changed())
+    }
+
+    fn always_changed(&self) -> FsError {
+        FsError::new(Errno::EIO, format!("{}: changed all the while it was read", self.state.ino))
+    }
+
+    /// Puts parts into memory, one after the other, and says how many bytes they are.
+    async fn fill(&self, offset: u64, parts: &[Part], memory: &mut [u8]) -> FsResult<usize> {
+        let total = parts.iter().map(Part::len).sum::<u64>() as usize;
+        let fetch = match parts.iter().any(|part| matches!(part, Part::Block(_))) {
+            true => self.reading(offset..offset + total as u64),
+            false => Fetch::Pages,
+        };
+        if let [Part::Block(piece)] = parts {
+            self.client.cache.read_into(*piece, fetch, &mut memory[..total]).await?;
+            return Ok(total);
+        }
+        let mut rest = memory;
+        let mut blocks = Vec::new();
+        for part in parts {
+            let (room, after) = rest.split_at_mut(part.len() as usize);
+            rest = after;
+            match part {
+                Part::Memory(bytes) => room.copy_from_slice(bytes),
+                Part::Zeros(_) => room.fill(0),
+                Part::Block(piece) => blocks.push(self.client.cache.read_into(*piece, fetch, room)),
+            }
+        }
+        try_join_all(blocks).await?;
+        Ok(total)
+    }
+
     /// Decides how this read fetches, and reads ahead of a sequential reader.
     fn reading(&self, range: Range<u64>) -> Fetch {
+        // What writers have given back is the cache's again.
+        self.client.cache.yield_to(self.client.budget.used());
         let size = self.state.lock().view.size();
         if size <= SMALL_FILE {
             return Fetch::Neighbours;
@@ -133,7 +180,7 @@ impl Handle {
             (from..target, passed)
         };
         self.prefetch(ahead);
-        if self.client.options.drop_behind {
+        if self.client.options.drop_behind && !self.client.cache.can_hold(size) {
             self.chunks_of(passed, |piece, index| self.client.cache.drop_chunk(piece.block, index));
         }
         Fetch::Chunks

@@ -40,6 +40,7 @@ impl Handle {
             let portion = data.split_to(data.len().min(self.client.budget.portion_max()));
             let len = portion.len() as u64;
             self.client.budget.reserve(len).await;
+            self.client.cache.yield_to(self.client.budget.used());
             match self.place(next, portion).await {
                 Ok(offset) => {
                     begin.get_or_insert(offset);

@@ -37,11 +37,14 @@ impl Model {
         let is_new = !self.inodes.contains_key(&answer.ino);
         let cached = self.inodes.entry(answer.ino).or_default();
         cached.answers += 1;
-        let is_void = answer.asked.is_some_and(|(version, evictions)| {
-            cached.version > version || (is_new && evictions < self.evictions)
-        });
-        if !is_void {
+        let Some((version, evictions)) = answer.asked else {
             (cached.version, cached.value) = (self.version, answer.value);
+            return;
+        };
+        if cached.version <= version {
+            // An inode made anew after an eviction gets a version from the answer, but not its attributes.
+            let is_evicted = is_new && evictions < self.evictions;
+            (cached.version, cached.value) = (self.version, answer.value.filter(|_| !is_evicted));
         }
     }
 }

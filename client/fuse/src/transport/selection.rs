@@ -84,6 +84,23 @@ pub(crate) fn select(options: &MountOptions) -> Result<Selection, String> {
     }
 }
 
+/// How the kernel's requests will come to a mount with these options, unless the kernel refuses it at the beginning, which the mount logs.
+///
+/// # Errors
+/// Why the transport that was insisted on is not possible.
+pub fn planned_transport(options: &MountOptions) -> Result<TransportInfo, String> {
+    Ok(match select(options)? {
+        Selection::IoUring(plan) => TransportInfo { kind: plan.kind(), fallback: None },
+        Selection::DevFuse { fallback } => TransportInfo { kind: TransportKind::DevFuse, fallback },
+    })
+}
+
+impl Plan {
+    pub(crate) fn kind(&self) -> TransportKind {
+        TransportKind::IoUring { threads: self.shares.len(), queues: self.queues, depth: self.depth }
+    }
+}
+
 fn probe(options: &MountOptions) -> Result<Plan, String> {
     switch_on(&options.uring.faults.parameter)?;
     io_uring::probe().map_err(|e| match e.raw_os_error() {
@@ -163,6 +180,18 @@ mod tests {
     fn dev_fuse_by_option_has_no_reason() {
         let options = MountOptions { transport: TransportChoice::DevFuse, ..options() };
         assert_eq!(select(&options), Ok(Selection::DevFuse { fallback: None }));
+    }
+
+    #[test]
+    fn what_is_planned_can_be_told_before_mounting() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut options = options();
+        options.uring.faults.parameter = folder.path().join("enable_uring");
+        let planned = planned_transport(&options).unwrap();
+        assert_eq!(planned.name(), "dev_fuse");
+        assert!(planned.to_string().contains("because this kernel has no FUSE over io_uring"), "{planned}");
+        options.transport = TransportChoice::IoUring;
+        assert!(planned_transport(&options).is_err());
     }
 
     #[test]
