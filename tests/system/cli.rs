@@ -335,6 +335,24 @@ fn nonsense_is_not_measured() {
 }
 
 #[test]
+fn daemons_are_told_apart_by_their_names() {
+    let cluster = Cluster::start("names", Setup { servers: 1, ..Setup::policy("replica:1") });
+    let mount = cluster.mount();
+    for (word, name) in [
+        (text(&cluster.meta_folder()), "fjord-meta"),
+        (text(&cluster.target_folder(0, 0)), "fjord-data"),
+        (text(mount.path()), "fjord-mount"),
+    ] {
+        let found: Vec<String> = fjordfs_tests::process::fjords_with(word)
+            .iter()
+            .map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap().trim().to_owned())
+            .collect();
+        assert_eq!(found, [name], "with {word} in the arguments");
+    }
+    mount.unmount();
+}
+
+#[test]
 fn completions_and_help() {
     for shell in ["bash", "zsh", "fish"] {
         let script = run(fjord(["completions", shell])).ok().stdout;

@@ -1,7 +1,8 @@
 //! What can be typed.
 
-use std::process::ExitCode;
+use std::{ffi::CStr, process::ExitCode};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::{bench, completions, data, df, layout, logs, meta, mount, stat, status, transfer, umount, up};
@@ -58,9 +59,24 @@ impl Verb {
     }
 }
 
+impl Verb {
+    /// What `top` and `ps` call the daemons, so that their shares can be told apart.
+    fn process_name(&self) -> Option<&'static CStr> {
+        match self {
+            Verb::Meta(_) => Some(c"fjord-meta"),
+            Verb::Data(_) => Some(c"fjord-data"),
+            Verb::Mount(_) => Some(c"fjord-mount"),
+            _ => None,
+        }
+    }
+}
+
 /// Runs the verb; an error is the sentence to print before exit status 1.
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     logs::init(cli.verb.log_level())?;
+    if let Some(name) = cli.verb.process_name() {
+        rustix::thread::set_name(name).context("cannot name this process")?;
+    }
     match cli.verb {
         Verb::Up(args) => up::run(args),
         Verb::Meta(args) => meta::run(args),
