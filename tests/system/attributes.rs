@@ -32,6 +32,22 @@ fn as_user(dir: &Path, uid: u32, line: &str) -> Run {
 }
 
 #[test]
+fn a_label_that_was_never_set_is_refused_and_one_that_was_is_kept() {
+    let cluster = Cluster::start("label", Setup::default());
+    let mount = cluster.mount();
+    let path = mount.join("f");
+    fs::write(&path, b"content").unwrap();
+    let mut got = [0; 64];
+    assert_eq!(getxattr(&path, "user.never", &mut got[..]), Err(Errno::NODATA));
+    setxattr(&path, "security.selinux", b"label", XattrFlags::empty()).unwrap();
+    let length = getxattr(&path, "security.selinux", &mut got[..]).unwrap();
+    assert_eq!(&got[..length], b"label");
+    removexattr(&path, "security.selinux").unwrap();
+    assert_eq!(getxattr(&path, "security.selinux", &mut got[..]), Err(Errno::OPNOTSUPP));
+    mount.unmount();
+}
+
+#[test]
 fn extended_attributes_up_to_the_limits() {
     let cluster = Cluster::start("xattrs", Setup::default());
     fs::set_permissions(cluster.folder(), fs::Permissions::from_mode(0o755)).unwrap();

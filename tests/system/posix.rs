@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
+    fs::{self, File, FileTimes},
     io::{Read, Write},
     os::fd::AsRawFd,
     os::unix::{
@@ -15,6 +15,7 @@ use std::{
     process::Command,
     sync::Barrier,
     thread,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use fjordfs_tests::{
@@ -260,6 +261,21 @@ fn times_and_what_changes_them() {
 fn stamp(path: &Path) -> (i64, i64, i64, i64) {
     let meta = fs::metadata(path).unwrap();
     (meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec())
+}
+
+#[test]
+fn reading_leaves_the_access_time() {
+    let cluster = Cluster::start("atime", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    fs::write(a.join("f"), "text").unwrap();
+    let set = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    File::open(a.join("f")).unwrap().set_times(FileTimes::new().set_accessed(set)).unwrap();
+    for mount in [&a, &b] {
+        assert_eq!(fs::read(mount.join("f")).unwrap(), b"text");
+        assert_eq!(fs::metadata(mount.join("f")).unwrap().accessed().unwrap(), set);
+    }
+    a.unmount();
+    b.unmount();
 }
 
 #[test]
