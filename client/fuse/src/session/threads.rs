@@ -134,7 +134,9 @@ pub(super) fn serve_dev_fuse<F: Filesystem>(
         started.push((thread, go));
     }
     // A thread that is gone by now has panicked, and is reported when it is joined.
-    started.iter().for_each(|(_, go)| drop(go.send(())));
+    for (_, go) in &started {
+        let _reported_when_joined = go.send(());
+    }
     Ok(started.into_iter().map(|(thread, _)| thread).collect())
 }
 
