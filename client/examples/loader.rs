@@ -16,7 +16,7 @@ const SAMPLE: usize = 16 << 10;
 const SAMPLES_PER_SHARD: u64 = 2048;
 const LOADERS: u64 = 2;
 
-fn main() -> FsResult<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let meta = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:7440".into());
     let runtime = tokio::runtime::Runtime::new()?;
     let client = runtime.block_on(Client::connect(&meta, Options::default()))?;
@@ -46,7 +46,8 @@ fn main() -> FsResult<()> {
         }
         client.remove_dir("/loader-example").await?;
         client.shutdown().await
-    })
+    })?;
+    Ok(())
 }
 
 fn path(shard: u64) -> String {

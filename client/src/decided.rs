@@ -13,20 +13,16 @@ use crate::{client::Inner, leases::Removed};
 
 impl Inner {
     /// Makes an inode, if that can be decided here.
-    pub(crate) fn make_here(&self, mut make: Make) -> Result<Attr, Make> {
+    pub(crate) fn make_here(&self, make: &Make) -> Option<Attr> {
         let leases = self.meta.leases();
         if !leases.is_delegated(InodeId(make.parent)) {
-            return Err(make);
+            return None;
         }
-        let Some(ino) = self.inodes.take_now() else { return Err(make) };
-        make.ino = ino;
-        let made = leases.decide(|table, now, sequence| {
+        let ino = self.inodes.take_now()?;
+        leases.decide(|table, now, sequence| {
+            let mut make = Make { ino, ..make.clone() };
             let attr = table.make_here(&mut make, now, sequence)?;
-            Some((Op::Make(make.clone()), attr))
-        });
-        made.ok_or_else(|| {
-            make.ino = 0;
-            make
+            Some((Op::Make(make), attr))
         })
     }
 
@@ -70,7 +66,7 @@ impl Inner {
         }
         let uncommitted = file.as_ref().is_some_and(|file| file.view.has_local());
         let attr = self.meta.leases().decide(|table, now, sequence| {
-            let mut set = set.clone();
+            let mut set = *set;
             let attr = table.set_attr_here(&mut set, now, sequence)?;
             if uncommitted {
                 // It goes with the bytes: a crash must not leave the time of bytes that are not there.

@@ -213,9 +213,9 @@ impl Client {
             umask: node.umask,
             ..Make::default()
         };
-        match self.inner.make_here(op) {
-            Ok(attr) => Ok(attr),
-            Err(op) => self.inner.entry(Op::Make(op)).await,
+        match self.inner.make_here(&op) {
+            Some(attr) => Ok(attr),
+            None => self.inner.entry(Op::Make(op)).await,
         }
     }
 
@@ -406,9 +406,10 @@ impl Inner {
     /// Makes a regular file and opens it.
     async fn create(self: &Arc<Self>, make: Make) -> FsResult<(Attr, File)> {
         let handle = self.meta.new_handle();
-        let attr = match self.make_here(Make { handle: handle.0, ..make }) {
-            Ok(attr) => attr,
-            Err(make) => self.entry(Op::Make(make)).await?,
+        let make = Make { handle: handle.0, ..make };
+        let attr = match self.make_here(&make) {
+            Some(attr) => attr,
+            None => self.entry(Op::Make(make)).await?,
         };
         self.meta.remember_handle(handle, InodeId(attr.ino));
         let file = File::of_handle(self, handle, attr);

@@ -295,7 +295,7 @@ impl Table {
     }
 
     pub(super) fn get(&mut self, ino: InodeId) -> Option<&Cached> {
-        self.inodes.get(&ino).map(|cached| &*cached)
+        self.inodes.get(&ino)
     }
 
     pub(super) fn insert(&mut self, ino: InodeId, cached: Cached) {

@@ -137,7 +137,7 @@ impl<K: Kernel> Recaller<K> {
         let written = self.kernel.drop_attributes(ino);
         let is_unknown = matches!(&written, Err(e) if e.raw_os_error() == Some(libc::ENOENT));
         log_refusal(ino, written);
-        !is_created && !(is_unknown && self.held.lookups.count(ino) > 0)
+        !(is_created || is_unknown && self.held.lookups.count(ino) > 0)
     }
 }
 
