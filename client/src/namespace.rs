@@ -188,6 +188,10 @@ impl Client {
             op.mtime = op.mtime.filter(|_| !std::mem::take(&mut op.mtime_now)).or(Some(now));
             op.ctime.get_or_insert(now);
             inner.view.set_times(op.mtime, op.ctime);
+            if !inner.view.has_local() {
+                inner.dirty_since = None;
+                self.inner.dirty.lock().remove(&ino);
+            }
             (freed, self.inner.meta.submit(Op::SetAttr(op)))
         };
         self.inner.budget.release(freed);

@@ -248,6 +248,8 @@ async fn a_plan_stays_a_bounded_way_ahead_of_its_reader() {
     let client = cluster.client_with(Options { memory_max: Options::MEMORY_MIN, ..Options::default() }).await;
     let data = pattern(3, 64 << 20);
     write_file(&client, "/f", &data).await;
+    // Bytes that are not committed are in memory anyway.
+    client.sync_all().await.unwrap();
     let file = client.open_path("/f").await.unwrap();
     // Backwards, so that no reader's own read-ahead does the work.
     let order: Vec<u64> = (0..64).rev().map(|i| i << 20).collect();
@@ -262,6 +264,10 @@ async fn a_plan_stays_a_bounded_way_ahead_of_its_reader() {
     }
     assert!(prefetch.done().await.is_empty());
     // Dropped, a plan ends although nobody has read what it fetched.
+    let other = cluster.client().await;
+    write_file(&other, "/g", &data).await;
+    other.shutdown().await.unwrap();
+    let file = client.open_path("/g").await.unwrap();
     drop(client.prefetch(vec![Planned::File(file.clone())]));
     let again = client.prefetch(vec![Planned::File(file)]);
     wait_until("the next plan to get its share", || again.ahead() > 0).await;

@@ -334,7 +334,9 @@ impl View {
         self.attr.size = size;
         // The end of the file is now where we say: what was appended before it stays where it is.
         self.append_base = None;
-        self.dropped(&gone)
+        let freed = self.dropped(&gone);
+        self.settle();
+        freed
     }
 
     /// The truncate was answered.

@@ -4,6 +4,7 @@ use std::{
     io::{Read, Write},
     net::TcpListener,
     os::{linux::net::SocketAddrExt, unix::net::UnixListener},
+    task::Poll,
 };
 
 use fjordfs_proto::{
@@ -147,7 +148,12 @@ async fn answers_find_their_callers_whoever_leaves() {
                         1 => {
                             // Begun, then not polled while another one of the same connection is awaited.
                             let mut whole = Box::pin(whole);
-                            assert!(futures_util::poll!(whole.as_mut()).is_pending());
+                            if let Poll::Ready(answer) = futures_util::poll!(whole.as_mut()) {
+                                // Another caller's turn has brought the answer already.
+                                drop(whole);
+                                check(answer.unwrap(), &request, &memory);
+                                continue;
+                            }
                             let other = connection.request(Opcode::ReadShard, &beside, Vec::new());
                             assert_eq!(other.await.unwrap().payload, bytes(&beside.ranges[0]));
                             let answer = whole.await.unwrap();
