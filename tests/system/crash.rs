@@ -23,7 +23,7 @@ use rand::Rng;
 
 /// Large enough that an import of it can be caught in the middle.
 fn import_tree() -> Tree {
-    Tree { small: 4000, large: 10, ..Tree::mixed() }
+    Tree { small: 4000, large: 24, ..Tree::mixed() }
 }
 
 /// An import under way.
@@ -46,8 +46,10 @@ impl Import {
     fn wait_under_way(&mut self, cluster: &Cluster) {
         wait_for("the import to be under way", SOON, || {
             let s = cluster.try_status()?;
-            if s.number("inodes") > 30 && s.shards() > 0 { Ok(()) } else { Err(s.to_string()) }
+            // Names and bytes come to the servers in batches: that it is there is the first that is seen of it.
+            if s.to_string().contains("fjord import") { Ok(()) } else { Err(s.to_string()) }
         });
+        thread::sleep(Duration::from_millis(100));
         assert!(
             self.process.running(),
             "the import was over too soon to be disturbed:\n{}",
