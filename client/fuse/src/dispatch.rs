@@ -222,6 +222,7 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Fsync { fh } => self.fsync(fh).await?,
             Operation::Release { fh, flock_owner } => {
                 if let Some(open) = self.files.remove(fh) {
+                    self.open_was_taken_in(fh, &open);
                     self.unlock_open_file(fh, &open, flock_owner).await;
                     self.release(&open).await;
                 }

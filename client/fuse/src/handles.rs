@@ -29,9 +29,18 @@ impl<T> Handles<T> {
 
     /// Numbers are never used twice in a mount's life.
     pub(crate) fn insert(&self, value: T) -> u64 {
-        let fh = self.next.fetch_add(1, Ordering::Relaxed);
-        self.shard(fh).write().insert(fh, Arc::new(value));
+        let fh = self.number();
+        self.insert_as(fh, value);
         fh
+    }
+
+    /// A number for [`Handles::insert_as`].
+    pub(crate) fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn insert_as(&self, number: u64, value: T) {
+        self.shard(number).write().insert(number, Arc::new(value));
     }
 
     pub(crate) fn get(&self, fh: u64) -> Option<Arc<T>> {

@@ -5,6 +5,9 @@
 //! another version made the kernel drop every page. So a page may be newer than its label, which costs a needless drop, and
 //! never older.
 //!
+//! The kernel drops pages when a thread takes in the answer to its open, which may be long after the answer was given. Until a
+//! request shows that it did, another open that finds the same version must not keep what is there: each drops for itself.
+//!
 //! Bounded: an entry goes when the kernel forgets the inode, and its pages with it, and a full shard is emptied, which costs
 //! one needless drop per file.
 
@@ -15,13 +18,21 @@ use fjordfs_proto::InodeId;
 use parking_lot::Mutex;
 
 const SHARDS: usize = 32;
-/// 32 × 32 Ki entries of 16 bytes: some 20 MiB when the kernel caches a million open inodes.
+/// 32 × 32 Ki entries of 32 bytes: some 40 MiB when the kernel caches a million open inodes.
 const SHARD_ENTRIES_MAX: usize = 32 << 10;
 
-/// Inode → data version of its cached pages.
+/// Inode → what its cached pages are.
 #[derive(Debug)]
 pub(crate) struct KernelCache {
-    shards: [Mutex<HashMap<InodeId, u64>>; SHARDS],
+    shards: [Mutex<HashMap<InodeId, Label>>; SHARDS],
+}
+
+#[derive(Debug)]
+struct Label {
+    /// Data version of the pages.
+    version: u64,
+    /// The handle whose open makes the kernel drop older pages, while they may still be there.
+    dropping: Option<u64>,
 }
 
 impl KernelCache {
@@ -29,30 +40,54 @@ impl KernelCache {
         KernelCache { shards: std::array::from_fn(|_| Mutex::default()) }
     }
 
-    fn shard(&self, ino: InodeId) -> &Mutex<HashMap<InodeId, u64>> {
+    fn shard(&self, ino: InodeId) -> &Mutex<HashMap<InodeId, Label>> {
         &self.shards[(ino.0 % SHARDS as u64) as usize]
     }
 
-    /// A file is being opened while its bytes have this version: whether cached pages may stay.
-    pub(crate) fn keep_at_open(&self, ino: InodeId, data_version: u64) -> bool {
+    /// A file is being opened as `fh` while its bytes have this version: whether cached pages may stay. If not, [`KernelCache::dropped`]
+    /// is to be told when the kernel has dropped them.
+    pub(crate) fn keep_at_open(&self, ino: InodeId, data_version: u64, fh: u64) -> bool {
+        let keep = self.is_current(ino, data_version);
+        if !keep {
+            self.label(ino, Label { version: data_version, dropping: Some(fh) });
+        }
+        keep
+    }
+
+    /// A request with this handle came, so the kernel has taken in the answer to its open.
+    pub(crate) fn dropped(&self, ino: InodeId, fh: u64) {
+        if let Some(label) = self.shard(ino).lock().get_mut(&ino)
+            && label.dropping == Some(fh)
+        {
+            label.dropping = None;
+        }
+    }
+
+    /// No page is older than this version.
+    pub(crate) fn set_current(&self, ino: InodeId, data_version: u64) {
+        self.label(ino, Label { version: data_version, dropping: None });
+    }
+
+    fn label(&self, ino: InodeId, label: Label) {
         let mut shard = self.shard(ino).lock();
         if shard.len() >= SHARD_ENTRIES_MAX && !shard.contains_key(&ino) {
             shard.clear();
         }
-        shard.insert(ino, data_version) == Some(data_version)
+        shard.insert(ino, label);
     }
 
     /// Whether the pages have this version, which an open would keep.
     pub(crate) fn is_current(&self, ino: InodeId, data_version: u64) -> bool {
-        self.shard(ino).lock().get(&ino) == Some(&data_version)
+        let shard = self.shard(ino).lock();
+        shard.get(&ino).is_some_and(|label| label.version == data_version && label.dropping.is_none())
     }
 
     /// Between these versions only this mount changed the bytes, and the kernel had every change in its pages first.
     pub(crate) fn changed_here(&self, ino: InodeId, own: RangeInclusive<u64>) {
-        if let Some(version) = self.shard(ino).lock().get_mut(&ino)
-            && own.contains(version)
+        if let Some(label) = self.shard(ino).lock().get_mut(&ino)
+            && own.contains(&label.version)
         {
-            *version = *own.end();
+            label.version = *own.end();
         }
     }
 
@@ -66,37 +101,59 @@ impl KernelCache {
 mod tests {
     use super::*;
 
+    /// An open whose answer the kernel takes in at once.
+    fn open(cache: &KernelCache, ino: InodeId, version: u64) -> bool {
+        let keep = cache.keep_at_open(ino, version, 1);
+        cache.dropped(ino, 1);
+        keep
+    }
+
     #[test]
     fn pages_stay_only_under_the_same_version() {
         let cache = KernelCache::new();
         let ino = InodeId(33);
-        assert!(!cache.keep_at_open(ino, 1));
-        assert!(cache.keep_at_open(ino, 1));
-        assert!(!cache.keep_at_open(ino, 2));
+        assert!(!open(&cache, ino, 1));
+        assert!(open(&cache, ino, 1));
+        assert!(!open(&cache, ino, 2));
         // A late answer with the older version relabels, it never keeps.
-        assert!(!cache.keep_at_open(ino, 1));
-        assert!(!cache.keep_at_open(ino, 2));
+        assert!(!open(&cache, ino, 1));
+        assert!(!open(&cache, ino, 2));
         cache.forget(ino);
-        assert!(!cache.keep_at_open(ino, 2));
+        assert!(!open(&cache, ino, 2));
+        cache.set_current(ino, 3);
+        assert!(open(&cache, ino, 3));
+    }
+
+    #[test]
+    fn pages_that_are_yet_to_be_dropped_are_not_kept() {
+        let cache = KernelCache::new();
+        let ino = InodeId(33);
+        assert!(open(&cache, ino, 1) || open(&cache, ino, 1));
+        assert!(!cache.keep_at_open(ino, 2, 7));
+        assert!(!cache.keep_at_open(ino, 2, 8), "handle 7's pages may still be there");
+        cache.dropped(ino, 7);
+        assert!(!cache.is_current(ino, 2), "the last to open is waited for");
+        cache.dropped(ino, 8);
+        assert!(cache.keep_at_open(ino, 2, 9));
     }
 
     #[test]
     fn pages_stay_over_changes_made_here() {
         let cache = KernelCache::new();
         let ino = InodeId(7);
-        cache.keep_at_open(ino, 3);
+        open(&cache, ino, 3);
         cache.changed_here(ino, 2..=5);
-        assert!(cache.keep_at_open(ino, 5));
+        assert!(open(&cache, ino, 5));
         // Somebody else made version 6.
         cache.changed_here(ino, 6..=8);
-        assert!(!cache.keep_at_open(ino, 8));
+        assert!(!open(&cache, ino, 8));
     }
 
     #[test]
     fn the_map_is_bounded() {
         let cache = KernelCache::new();
         for i in 0..2 * SHARD_ENTRIES_MAX as u64 {
-            cache.keep_at_open(InodeId(i * SHARDS as u64), 1);
+            open(&cache, InodeId(i * SHARDS as u64), 1);
         }
         assert!(cache.shards[0].lock().len() <= SHARD_ENTRIES_MAX);
     }

@@ -6,6 +6,7 @@
 //! between is announced at once: an append that went elsewhere than the kernel assumed, and data that could not be stored.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +24,14 @@ use crate::request::Caller;
 pub(super) struct OpenFile<T> {
     pub(super) file: T,
     pub(super) ino: InodeId,
+    /// The kernel drops cached pages when it takes in the answer to the open, and no request has shown yet that it did.
+    drops_pages: AtomicBool,
+}
+
+impl<T> OpenFile<T> {
+    fn new(file: T, ino: InodeId) -> OpenFile<T> {
+        OpenFile { file, ino, drops_pages: AtomicBool::new(false) }
+    }
 }
 
 fn has(flags: u32, flag: libc::c_int) -> bool {
@@ -55,7 +64,7 @@ impl<F: Filesystem> Dispatcher<F> {
             attr = match self.truncate(ino, attr.mode, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
-                    self.release(&OpenFile { file, ino }).await;
+                    self.release(&OpenFile::new(file, ino)).await;
                     return Err(e);
                 }
             };
@@ -79,7 +88,7 @@ impl<F: Filesystem> Dispatcher<F> {
             attr = match self.truncate(ino, attr.mode, open_flags).await {
                 Ok(attr) => attr,
                 Err(e) => {
-                    self.release(&OpenFile { file, ino }).await;
+                    self.release(&OpenFile::new(file, ino)).await;
                     return Err(e);
                 }
             };
@@ -126,9 +135,13 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
+        let fh = self.files.number();
+        let open = OpenFile::new(file, ino);
         let mut open_flags = 0;
-        if self.kernel_cache.keep_at_open(ino, data_version) {
+        if self.kernel_cache.keep_at_open(ino, data_version, fh) {
             open_flags |= fopen::KEEP_CACHE;
+        } else {
+            open.drops_pages.store(true, Relaxed);
         }
         if is_read_only(flags) && !self.lock_owners.knows(ino) {
             // Nothing to commit or to unlock at `close`: saves one request per file read.
@@ -137,12 +150,21 @@ impl<F: Filesystem> Dispatcher<F> {
         if is_direct_append(flags) {
             open_flags |= fopen::DIRECT_IO;
         }
-        let fh = self.files.insert(OpenFile { file, ino });
+        self.files.insert_as(fh, open);
         (fh, OpenOut { fh, open_flags, ..OpenOut::default() })
     }
 
     pub(super) fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
-        self.files.get(fh).ok_or_else(|| unknown_handle(fh))
+        let open = self.files.get(fh).ok_or_else(|| unknown_handle(fh))?;
+        self.open_was_taken_in(fh, &open);
+        Ok(open)
+    }
+
+    /// The kernel knows the handle.
+    pub(super) fn open_was_taken_in(&self, fh: u64, open: &OpenFile<F::File>) {
+        if open.drops_pages.load(Relaxed) && open.drops_pages.swap(false, Relaxed) {
+            self.kernel_cache.dropped(open.ino, fh);
+        }
     }
 
     pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Reply> {

@@ -69,7 +69,7 @@ impl<F: Filesystem> Dispatcher<F> {
         if !self.kernel_cache.is_current(open.ino, version) {
             self.kernel_cache.forget(open.ino);
             self.notifier.drop_pages(open.ino).await;
-            self.kernel_cache.keep_at_open(open.ino, version);
+            self.kernel_cache.set_current(open.ino, version);
         }
     }
 
