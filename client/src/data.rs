@@ -6,6 +6,7 @@
 
 mod buffers;
 mod connection;
+mod local;
 mod pool;
 mod read;
 mod socket;
@@ -21,6 +22,7 @@ pub(crate) use read::BlockRange;
 pub(crate) use sync::Unsynced;
 
 use connection::Connection;
+use local::LocalReads;
 use pool::Pool;
 
 use crate::{Options, engine::Engine};
@@ -28,6 +30,7 @@ use crate::{Options, engine::Engine};
 /// All data servers, as this client sees them.
 pub(crate) struct DataClient {
     pool: Pool,
+    local: LocalReads,
     map: watch::Receiver<Arc<ClusterMap>>,
     hedge_delay: Duration,
     timeout: Duration,
@@ -41,6 +44,7 @@ impl DataClient {
     ) -> DataClient {
         let cluster_id = map.borrow().cluster_id.clone();
         DataClient {
+            local: LocalReads::new(engine.clone(), options),
             pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
             map,
             hedge_delay: options.hedge_delay,

@@ -26,6 +26,9 @@ pub struct Options {
     pub defer: bool,
     /// Whether data servers on this host are reached through their Unix sockets, which costs about half the CPU time.
     pub local_sockets: bool,
+    /// Whether shards of data servers on this host are read from their files, where this process may open those. The data servers
+    /// then only tell where the shards are.
+    pub local_reads: bool,
     /// Threads of the engine that carries connections and background work, and as many that batches are read on.
     pub threads: usize,
 }
@@ -42,6 +45,7 @@ impl Default for Options {
             drop_behind: false,
             defer: true,
             local_sockets: true,
+            local_reads: true,
             threads: 2,
         }
     }
@@ -59,7 +63,13 @@ impl Options {
 
     /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8
+        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8 - self.tables_max()
+    }
+
+    /// Share of the memory for the places and checksums of shards on this host: a thousandth of the data read at random, so this is
+    /// enough for 16 times the whole memory.
+    pub(crate) fn tables_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 64
     }
 
     /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.

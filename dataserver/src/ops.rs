@@ -3,6 +3,7 @@
 
 mod delete_shards;
 mod list_shards;
+mod locate_shard;
 pub(crate) mod put_shard;
 pub(crate) mod read_shard;
 mod stat;
@@ -47,6 +48,7 @@ pub(crate) async fn run(node: &Node, header: &Header, body: &[u8]) -> FsResult<O
             Ok(delete_shards::run(node, &frame::decode_body(opcode, body)?).await?.into())
         }
         Opcode::ListShards => Ok(list_shards::run(node, &frame::decode_body(opcode, body)?).await?.into()),
+        Opcode::LocateShard => Ok(locate_shard::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::Sync => Ok(sync::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::Stat => Ok(stat::run(node)?.into()),
         Opcode::Hello | Opcode::PutShard => {

@@ -61,13 +61,15 @@ pub enum Opcode {
     Sync = 6,
     /// Capacity and counters.
     Stat = 7,
+    /// Where a shard is in which file.
+    LocateShard = 8,
 }
 
 impl Opcode {
     /// From the opcode byte with [`REPLY`] cleared.
     pub fn from_code(code: u8) -> Option<Opcode> {
         use Opcode::*;
-        [Hello, PutShard, ReadShard, DeleteShards, ListShards, Sync, Stat]
+        [Hello, PutShard, ReadShard, DeleteShards, ListShards, Sync, Stat, LocateShard]
             .into_iter()
             .find(|op| *op as u8 == code)
     }

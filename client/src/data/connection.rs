@@ -180,6 +180,11 @@ impl Connection {
         &self.way
     }
 
+    /// Whether the server is on this host, and was reached as such.
+    pub(super) fn is_local(&self) -> bool {
+        self.way == Way::Local
+    }
+
     /// False once it has failed: get another one.
     pub(super) fn usable(&self) -> bool {
         !self.shared.broken.load(Ordering::Acquire)

@@ -12,7 +12,7 @@ use fjordfs_proto::{
     cluster::mix,
     error::Errno,
     frame::{self, Opcode},
-    pb::data::{Range, ReadShardReply, ReadShardRequest},
+    pb::data::{LocateShardRequest, Range, ReadShardReply, ReadShardRequest},
 };
 use futures_util::{
     future::{Either, select},
@@ -20,7 +20,7 @@ use futures_util::{
 };
 use tracing::warn;
 
-use super::DataClient;
+use super::{DataClient, local::Shard};
 
 /// Bytes of one block. `offset` is a multiple of the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -133,8 +133,11 @@ impl DataClient {
     }
 
     async fn read_copy(&self, target: TargetId, range: BlockRange) -> FsResult<Bytes> {
-        let connection = self.connection(target).await?;
         let request = self.request(target, range);
+        if let Some(bytes) = self.read_here(&request).await? {
+            return Ok(bytes.slice(..bytes.len().min(range.length as usize)));
+        }
+        let connection = self.connection(target).await?;
         let answer = connection.request(Opcode::ReadShard, &request, Vec::new()).await?;
         verify(target, range, &answer.payload, &answer.body)?;
         Ok(answer.payload.slice(..answer.payload.len().min(range.length as usize)))
@@ -146,8 +149,13 @@ impl DataClient {
         range: BlockRange,
         memory: &mut [u8],
     ) -> FsResult<usize> {
-        let connection = self.connection(target).await?;
         let request = self.request(target, range);
+        if let Some(bytes) = self.read_here(&request).await? {
+            let filled = bytes.len().min(memory.len()).min(range.length as usize);
+            memory[..filled].copy_from_slice(&bytes[..filled]);
+            return Ok(filled);
+        }
+        let connection = self.connection(target).await?;
         let room = memory.len().min(whole_pages(range.length));
         let answer = connection.request_into(Opcode::ReadShard, &request, &mut memory[..room]).await?;
         let filled = answer.direct + answer.payload.len();
@@ -159,6 +167,30 @@ impl DataClient {
             verify(target, range, &memory[..filled], &answer.body)?;
         }
         Ok(filled.min(memory.len()).min(range.length as usize))
+    }
+
+    /// Reads the one range of a request from the shard's file, if that is on this host; `None` when the server has to be asked.
+    ///
+    /// # Errors
+    /// The server's, which knows of no such shard.
+    async fn read_here(&self, request: &ReadShardRequest) -> FsResult<Option<Bytes>> {
+        let &[Range { offset, length }] = &request.ranges[..] else { return Ok(None) };
+        let shard =
+            Shard { target: TargetId(request.target), block: BlockId(request.block), no: request.shard };
+        if !self.local.may_read(shard.target) {
+            return Ok(None);
+        }
+        let locate = async || {
+            let connection = self.connection(shard.target).await?;
+            if !connection.is_local() {
+                return Ok(None);
+            }
+            let request =
+                LocateShardRequest { target: shard.target.0, block: shard.block.0, shard: shard.no };
+            let answer = connection.request(Opcode::LocateShard, &request, Vec::new()).await?;
+            frame::decode_body(Opcode::LocateShard, &answer.body).map(Some).map_err(FsError::from)
+        };
+        self.local.read(shard, offset, length, locate).await
     }
 
     fn request(&self, target: TargetId, range: BlockRange) -> ReadShardRequest {

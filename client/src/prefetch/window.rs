@@ -12,6 +12,7 @@ use std::{
 };
 
 use fjordfs_proto::BlockId;
+use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -22,23 +23,29 @@ type Key = (BlockId, u32);
 /// Readers read about in the order of the plan: what lies further back than this, in chunks, was left out.
 const REORDERED_MAX: u64 = 32;
 
+/// A reader may overtake its plan by this many chunks, and the plan knows that they were read.
+const OVERTAKEN_MAX: usize = 4096;
+
 /// Chunks that were asked for and not read yet, of all plans.
 #[derive(Debug)]
 pub(crate) struct Window {
     chunks_max: usize,
-    /// Whether there is anything in it.
+    /// Whether there are plans.
     active: AtomicBool,
     state: Mutex<State>,
     room: Notify,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    plans: usize,
     plan_next: u64,
     turn_next: u64,
     /// When each was asked for, and by which plan.
     by_key: HashMap<Key, (u64, u64)>,
     by_turn: BTreeMap<(u64, u64), Key>,
+    /// Read before any plan came to them. Fetched then, they would wait for a reader that has passed.
+    overtaken: LruCache<Key, ()>,
 }
 
 impl State {
@@ -55,7 +62,15 @@ impl Window {
         Arc::new(Window {
             chunks_max: (bytes_max / u64::from(CHUNK)).max(1) as usize,
             active: AtomicBool::new(false),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                plans: 0,
+                plan_next: 0,
+                turn_next: 0,
+                by_key: HashMap::new(),
+                by_turn: BTreeMap::new(),
+                // Its room is made when it is needed.
+                overtaken: LruCache::unbounded(),
+            }),
             room: Notify::new(),
         })
     }
@@ -63,6 +78,8 @@ impl Window {
     pub(super) fn plan(self: &Arc<Self>) -> Arc<Plan> {
         let mut state = self.state.lock();
         state.plan_next += 1;
+        state.plans += 1;
+        self.active.store(true, Release);
         Arc::new(Plan { id: state.plan_next, window: self.clone() })
     }
 
@@ -72,17 +89,18 @@ impl Window {
             return;
         }
         let mut state = self.state.lock();
-        let Some((plan, turn)) = state.remove(key) else { return };
+        let Some((plan, turn)) = state.remove(key) else {
+            state.overtaken.put(*key, ());
+            if state.overtaken.len() > OVERTAKEN_MAX {
+                state.overtaken.pop_lru();
+            }
+            return;
+        };
         while let Some((&(_, passed), &key)) = state.by_turn.range((plan, 0)..(plan, turn)).next()
             && passed + REORDERED_MAX < turn
         {
             state.remove(&key);
         }
-        self.changed(&state);
-    }
-
-    fn changed(&self, state: &State) {
-        self.active.store(!state.by_key.is_empty(), Release);
         self.room.notify_waiters();
     }
 }
@@ -95,7 +113,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Waits for room for a chunk; false when it is ahead already.
+    /// Waits for room for a chunk; false when it is ahead already, or was read.
     pub(super) async fn enter(&self, key: Key) -> bool {
         loop {
             let room = self.window.room.notified();
@@ -103,7 +121,7 @@ impl Plan {
             room.as_mut().enable();
             {
                 let mut state = self.window.state.lock();
-                if state.by_key.contains_key(&key) {
+                if state.by_key.contains_key(&key) || state.overtaken.pop(&key).is_some() {
                     return false;
                 }
                 if state.by_key.len() < self.window.chunks_max {
@@ -111,7 +129,6 @@ impl Plan {
                     let at = (self.id, state.turn_next);
                     state.by_key.insert(key, at);
                     state.by_turn.insert(at, key);
-                    self.window.active.store(true, Release);
                     return true;
                 }
             }
@@ -123,7 +140,7 @@ impl Plan {
     pub(super) fn leave(&self, key: &Key) {
         let mut state = self.window.state.lock();
         state.remove(key);
-        self.window.changed(&state);
+        self.window.room.notify_waiters();
     }
 
     /// Bytes that were asked for and not read yet.
@@ -144,7 +161,12 @@ impl Drop for Plan {
                 state.by_turn.insert(at, key);
             }
         }
-        self.window.changed(&state);
+        state.plans -= 1;
+        if state.plans == 0 {
+            state.overtaken.clear();
+            self.window.active.store(false, Release);
+        }
+        self.window.room.notify_waiters();
     }
 }
 
@@ -185,6 +207,24 @@ mod tests {
         assert_eq!(plan.ahead(), 32 << 20);
         window.read(&key(3));
         assert_eq!(plan.ahead(), 32 << 20);
+    }
+
+    #[tokio::test]
+    async fn what_was_read_before_the_plan_came_to_it_is_not_waited_for() {
+        let window = Window::new(2 << 20);
+        window.read(&key(0));
+        let plan = window.plan();
+        assert!(plan.enter(key(0)).await, "read before there was a plan");
+        window.read(&key(7));
+        assert!(!plan.enter(key(7)).await);
+        assert!(plan.enter(key(7)).await, "who names it twice reads it twice");
+        window.read(&key(0));
+        for i in 0..2 * OVERTAKEN_MAX as u32 {
+            window.read(&key(100 + i));
+        }
+        assert_eq!(window.state.lock().overtaken.len(), OVERTAKEN_MAX);
+        drop(plan);
+        assert!(window.state.lock().overtaken.is_empty());
     }
 
     #[tokio::test]

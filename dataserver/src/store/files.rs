@@ -24,7 +24,10 @@ use memmap2::Mmap;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek, statvfs};
 
 use super::{
+    Store,
     device::{CheckpointBytes, Device, DeviceSpace},
+    error::StoreError,
+    index::Entry,
     volume::VolumeId,
 };
 use crate::{buffer::PageBuf, uring};
@@ -136,6 +139,27 @@ impl Deref for Mapped {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// A volume's file, as others can find it.
+pub(crate) struct VolumeFile {
+    pub(crate) path: PathBuf,
+    /// `st_dev` and `st_ino`.
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+impl Store<Files> {
+    /// The file that a shard is in.
+    pub(crate) fn file_of(&self, entry: &Entry) -> Result<VolumeFile, StoreError> {
+        let volume = self.volumes.read().get(&entry.volume).cloned();
+        // Gone with its last shard.
+        let volume = volume.ok_or_else(|| self.missing(entry.block, entry.shard))?;
+        let path = self.device.volume_path(entry.volume);
+        let found = std::path::absolute(&path).and_then(|path| Ok((path, rustix::fs::fstat(&volume.file)?)));
+        let (path, stat) = found.map_err(|e| self.io(format!("looking at {}", path.display()), e))?;
+        Ok(VolumeFile { path, device: stat.st_dev, inode: stat.st_ino })
     }
 }
 

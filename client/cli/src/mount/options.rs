@@ -27,6 +27,7 @@ Options (-o, separated by commas):
                         metaserver within a second, or when somebody asks; sync: close, create,
                         unlink, ... wait for the metaserver
   local_sockets=on|off  use the Unix sockets of data servers on this host (default on)
+  local_reads=on|off    read shards of data servers on this host from their files (default on)
   engine_threads=N      threads for connections and background work (default 2)
   threads=N             threads that serve the kernel (default: one for each core, at least 2;
                         over io_uring at most one each)
@@ -61,7 +62,7 @@ pub(crate) struct Settings {
     pub(crate) log: Option<PathBuf>,
 }
 
-const OURS: [&str; 9] = [
+const OURS: [&str; 10] = [
     "memory",
     "timeout",
     "hedge",
@@ -69,6 +70,7 @@ const OURS: [&str; 9] = [
     "dirty_age",
     "close",
     "local_sockets",
+    "local_reads",
     "engine_threads",
     "log",
 ];
@@ -95,6 +97,14 @@ pub(crate) fn parse(list: &str, meta: &str, dir: &Path, sloppy: bool) -> anyhow:
         }
     }
     Ok(settings)
+}
+
+fn on_or_off(value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(format!("'{other}' is neither on nor off")),
+    }
 }
 
 impl Settings {
@@ -125,13 +135,8 @@ impl Settings {
                     _ => return Err(wrong(format!("'{value}' is neither async nor sync"))),
                 }
             }
-            "local_sockets" => {
-                self.client.local_sockets = match value {
-                    "on" => true,
-                    "off" => false,
-                    other => return Err(wrong(format!("'{other}' is neither on nor off"))),
-                }
-            }
+            "local_sockets" => self.client.local_sockets = on_or_off(value).map_err(wrong)?,
+            "local_reads" => self.client.local_reads = on_or_off(value).map_err(wrong)?,
             "engine_threads" => {
                 let threads: u8 =
                     value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;
@@ -160,12 +165,13 @@ mod tests {
     #[test]
     fn both_kinds_of_options() {
         let s =
-            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_sockets=off")
+            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_reads=off")
                 .unwrap();
         assert!(s.fuse.read_only && s.fuse.nonempty);
         assert_eq!((s.client.memory_max, s.client.operation_timeout), (256 << 20, Duration::from_secs(30)));
         assert_eq!((s.client.threads, s.log), (4, Some("/tmp/x".into())));
-        assert!(!s.client.local_sockets && of("").unwrap().client.local_sockets);
+        assert!(!s.client.local_reads && of("").unwrap().client.local_reads);
+        assert!(!of("local_sockets=off").unwrap().client.local_sockets && s.client.local_sockets);
         assert_eq!(s.fuse.source, "m:1");
         assert!(of("").is_ok());
     }
