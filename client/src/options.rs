@@ -63,13 +63,18 @@ impl Options {
 
     /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8 - self.tables_max()
+        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8 - self.tables_max() - self.arena_max()
     }
 
     /// Share of the memory for the places and checksums of shards on this host: a thousandth of the data read at random, so this is
     /// enough for 16 times the whole memory.
     pub(crate) fn tables_max(&self) -> u64 {
         self.memory_max.max(Self::MEMORY_MIN) / 64
+    }
+
+    /// Share of the memory that reads of shards on this host are done in: what a few streams have under way.
+    pub(crate) fn arena_max(&self) -> u64 {
+        (self.memory_max.max(Self::MEMORY_MIN) / 64).min(32 << 20)
     }
 
     /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.

@@ -18,6 +18,7 @@ mod writer;
 
 pub(crate) use writer::Answer;
 
+use fjordfs_proto::crc32c::crc32c;
 use std::{net::Shutdown, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
@@ -245,7 +246,7 @@ fn protocol(header: &Header, what: impl Into<String>) -> Broken {
 /// Opcode and request id of a header that was refused, as far as they can be believed.
 fn salvage(raw: &[u8; frame::HEADER_LEN]) -> (Opcode, u64) {
     let crc = u32::from_le_bytes([raw[28], raw[29], raw[30], raw[31]]);
-    if crc != crc32c::crc32c(&raw[..28]) {
+    if crc != crc32c(&raw[..28]) {
         return (Opcode::Hello, 0);
     }
     let request = u64::from_le_bytes([raw[8], raw[9], raw[10], raw[11], raw[12], raw[13], raw[14], raw[15]]);

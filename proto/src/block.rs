@@ -1,5 +1,7 @@
 //! Sizes of blocks and pages, and the integrity entries of a page.
 
+use crate::crc32c::{crc32c, crc32c_append};
+
 /// Most bytes in a block.
 pub const BLOCK_SIZE_MAX: usize = 16 << 20;
 
@@ -14,7 +16,7 @@ pub const fn pages(bytes: usize) -> usize {
 /// CRC32C of each page of `data`, little-endian; the last page counts its used bytes only.
 pub fn page_crcs(data: &[u8]) -> Vec<u8> {
     let mut crcs = Vec::with_capacity(4 * pages(data.len()));
-    crcs.extend(data.chunks(PAGE_SIZE).flat_map(|page| crc32c::crc32c(page).to_le_bytes()));
+    crcs.extend(data.chunks(PAGE_SIZE).flat_map(|page| crc32c(page).to_le_bytes()));
     crcs
 }
 
@@ -25,7 +27,7 @@ pub fn page_crcs_of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
     for mut part in parts {
         while !part.is_empty() {
             let take = part.len().min(PAGE_SIZE - filled);
-            crc = crc32c::crc32c_append(crc, &part[..take]);
+            crc = crc32c_append(crc, &part[..take]);
             filled += take;
             part = &part[take..];
             if filled == PAGE_SIZE {
@@ -46,10 +48,8 @@ pub fn page_crcs_of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
 pub fn first_bad_page(data: &[u8], crcs: &[u8]) -> Option<usize> {
     let (entries, rest) = crcs.as_chunks::<4>();
     let n = pages(data.len());
-    let bad = data
-        .chunks(PAGE_SIZE)
-        .zip(entries)
-        .position(|(page, crc)| crc32c::crc32c(page) != u32::from_le_bytes(*crc));
+    let bad =
+        data.chunks(PAGE_SIZE).zip(entries).position(|(page, crc)| crc32c(page) != u32::from_le_bytes(*crc));
     bad.or_else(|| (entries.len() != n || !rest.is_empty()).then_some(n.min(entries.len())))
 }
 

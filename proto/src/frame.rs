@@ -12,6 +12,7 @@
 //!
 //! After a frame that does not decode, the byte stream has no meaning any more: the connection is closed.
 
+use crate::crc32c::crc32c;
 use prost::Message;
 
 use crate::{BLOCK_SIZE_MAX, FsError, ServerId, error::Errno, pb};
@@ -129,7 +130,7 @@ impl Header {
         out[8..16].copy_from_slice(&self.request.to_le_bytes());
         out[16..20].copy_from_slice(&self.body_len.to_le_bytes());
         out[20..24].copy_from_slice(&self.payload_len.to_le_bytes());
-        let crc = crc32c::crc32c(&out[..28]);
+        let crc = crc32c(&out[..28]);
         out[28..32].copy_from_slice(&crc.to_le_bytes());
         out
     }
@@ -143,7 +144,7 @@ impl Header {
         if u32_at(0) != MAGIC {
             return Err(FrameError::Magic(u32_at(0)));
         }
-        if u32_at(28) != crc32c::crc32c(&raw[..28]) {
+        if u32_at(28) != crc32c(&raw[..28]) {
             return Err(FrameError::Checksum);
         }
         if raw[4] != FRAME_VERSION {

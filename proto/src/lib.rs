@@ -19,6 +19,7 @@
 
 pub mod block;
 pub mod cluster;
+pub mod crc32c;
 pub mod error;
 pub mod extent;
 pub mod frame;

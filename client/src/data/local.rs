@@ -102,7 +102,7 @@ pub(super) struct LocalReads {
     files: Mutex<LruCache<(u64, u64), Arc<File>>>,
     /// Targets whose servers are asked, and since when.
     remote: Mutex<HashMap<TargetId, Instant>>,
-    memory: Arc<Pool>,
+    memory: Pool,
 }
 
 impl Drop for LocalReads {
@@ -124,7 +124,7 @@ impl LocalReads {
             places: Cache::with_weighter((tables_max >> 14) as usize, tables_max, ByTable),
             files: Mutex::new(LruCache::new(FILES_MAX)),
             remote: Mutex::default(),
-            memory: Arc::default(),
+            memory: Pool::new(options.arena_max()),
         }
     }
 
@@ -197,7 +197,7 @@ impl LocalReads {
         match self.rings.lock().entry(lane) {
             Entry::Occupied(ring) => ring.get().clone(),
             Entry::Vacant(free) => {
-                let ring = Ring::new(lane != 0)
+                let ring = Ring::new(lane != 0, self.memory.arena())
                     .inspect_err(|e| tracing::info!("no io_uring for reads of local files: {e}"))
                     .ok();
                 if let Some(ring) = &ring {

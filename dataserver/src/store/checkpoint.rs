@@ -15,6 +15,7 @@
 //! checkpoint is on stable storage, and every record that it leaves out is a hole there. Empty volumes are removed after
 //! a checkpoint that no longer names them is current: a volume that a checkpoint names and that is missing has been lost.
 
+use fjordfs_proto::crc32c::{crc32c, crc32c_append};
 use std::io::{self, Write};
 
 use super::{
@@ -87,7 +88,7 @@ impl<'a> CheckpointWriter<'a> {
     }
 
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        self.crc = crc32c_append(self.crc, bytes);
         self.out.write_all(bytes)
     }
 }
@@ -102,7 +103,7 @@ impl Checkpoint<'_> {
     /// `None` when it is damaged, of another version or of another target.
     pub(crate) fn parse<'a>(raw: &'a [u8], uuid: &[u8; 16]) -> Option<Checkpoint<'a>> {
         let (body, crc) = raw.split_at_checked(raw.len().checked_sub(4)?)?;
-        if body.len() < HEADER_LEN + TRAILER_LEN - 4 || crc != crc32c::crc32c(body).to_le_bytes() {
+        if body.len() < HEADER_LEN + TRAILER_LEN - 4 || crc != crc32c(body).to_le_bytes() {
             return None;
         }
         let u32_at = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));

@@ -28,6 +28,7 @@
 //! therefore seeded with a random number of the volume that is never in a record, and the header names its own
 //! position: a copy of any header, from this volume or another, does not verify where it was not written by the store.
 
+use fjordfs_proto::crc32c::{crc32c, crc32c_append};
 use fjordfs_proto::{BlockId, PAGE_SIZE, ShardNo, block::pages};
 
 const MAGIC: &[u8; 8] = b"FJSHARD1";
@@ -76,7 +77,7 @@ pub(crate) fn fill_table(record: &mut [u8], length: u32, page_crcs: &[u8]) {
     record[data_end..table].fill(0);
     let end = table + page_crcs.len();
     record[table..end].copy_from_slice(page_crcs);
-    record[end..end + 4].copy_from_slice(&crc32c::crc32c(page_crcs).to_le_bytes());
+    record[end..end + 4].copy_from_slice(&crc32c(page_crcs).to_le_bytes());
     record[end + 4..record_bytes(length) as usize].fill(0);
 }
 
@@ -97,7 +98,7 @@ pub(crate) fn fill_header(page: &mut [u8], header: &RecordHeader, salt: u64, pos
 }
 
 fn header_crc(page: &[u8], salt: u64) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&salt.to_le_bytes()), &page[..CRC_AT])
+    crc32c_append(crc32c(&salt.to_le_bytes()), &page[..CRC_AT])
 }
 
 /// The header in `page`, if one was written there at `position` of the volume with `salt`.
@@ -125,7 +126,7 @@ pub(crate) fn parse_header(page: &[u8], salt: u64, position: u64) -> Option<Reco
 /// The CRCs of all data pages from the table of a shard of `length` bytes, if the table verifies.
 pub(crate) fn parse_table(table: &[u8], length: u32) -> Option<&[u8]> {
     let (crcs, rest) = table.split_at_checked(4 * pages(length as usize))?;
-    (rest.get(..4)? == crc32c::crc32c(crcs).to_le_bytes()).then_some(crcs)
+    (rest.get(..4)? == crc32c(crcs).to_le_bytes()).then_some(crcs)
 }
 
 /// Whether a whole record (its header already believed) verifies: table and every data page.

@@ -17,6 +17,7 @@
 //! - A put that was given up without a verdict (its task died) holds `position` back until the next start.
 //! - The label is on stable storage before the first record is written, so `salt` is always known to recovery.
 
+use fjordfs_proto::crc32c::crc32c;
 use std::{
     collections::BTreeSet,
     fmt,
@@ -70,7 +71,7 @@ impl VolumeLabel {
         page[32..40].copy_from_slice(&self.salt.to_le_bytes());
         page[40..48].copy_from_slice(&self.size.to_le_bytes());
         page[48..56].copy_from_slice(&self.created_ms.to_le_bytes());
-        let crc = crc32c::crc32c(&page[..60]);
+        let crc = crc32c(&page[..60]);
         page[60..64].copy_from_slice(&crc.to_le_bytes());
     }
 
@@ -80,7 +81,7 @@ impl VolumeLabel {
         let u32_at = |at: usize| u32::from_le_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
         let genuine = page[0..8] == *MAGIC
-            && u32_at(60) == crc32c::crc32c(&page[..60])
+            && u32_at(60) == crc32c(&page[..60])
             && page[12..14] == VERSION.to_le_bytes();
         genuine.then(|| VolumeLabel {
             id: VolumeId(u32_at(8)),

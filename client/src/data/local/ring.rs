@@ -29,7 +29,7 @@ use tokio::{
     sync::Notify,
 };
 
-use super::pages::Pages;
+use super::pages::{Arena, Pages};
 
 /// Submission entries. What does not fit is submitted in several calls.
 const ENTRIES: u32 = 256;
@@ -54,7 +54,10 @@ type Operations = Slab<(State, Read)>;
 
 /// See the module.
 pub(super) struct Ring {
+    /// Before the arena: the kernel lets go of it first.
     uring: Mutex<IoUring>,
+    /// Memory that is registered as buffer 0.
+    arena: Option<Arc<Arena>>,
     operations: Mutex<Operations>,
     /// Nobody looks for completions any more.
     ended: AtomicBool,
@@ -73,15 +76,23 @@ impl AsRawFd for RingFd {
 }
 
 impl Ring {
-    /// A ring. `one_thread`: all that use it run on one thread, which then is not interrupted by completions while it computes.
-    pub(super) fn new(one_thread: bool) -> io::Result<Arc<Ring>> {
+    /// A ring, for memory of `arena` above all. `one_thread`: all that use it run on one thread, which then is not interrupted by
+    /// completions while it computes.
+    pub(super) fn new(one_thread: bool, arena: Option<&Arc<Arena>>) -> io::Result<Arc<Ring>> {
         let mut builder = IoUring::builder();
         builder.setup_submit_all();
         if one_thread {
             builder.setup_coop_taskrun();
         }
+        let uring = builder.build(ENTRIES)?;
+        let arena = arena.filter(|arena| {
+            // SAFETY: the arena lives as long as the ring, which has a share of it, and its memory is used as its slots allow.
+            let registered = unsafe { uring.submitter().register_buffers(&[arena.iovec()]) };
+            registered.inspect_err(|e| tracing::info!("memory for reads is not registered: {e}")).is_ok()
+        });
         Ok(Arc::new(Ring {
-            uring: Mutex::new(builder.build(ENTRIES)?),
+            uring: Mutex::new(uring),
+            arena: arena.cloned(),
             operations: Mutex::default(),
             ended: AtomicBool::new(false),
             attention: Notify::new(),
@@ -89,12 +100,17 @@ impl Ring {
         }))
     }
 
-    /// Reads from `offset` on into all of `pages`: the result is how many bytes came, or the errno, negative.
+    /// Reads from `offset` on into all of `pages`, which are of the pool that has the arena: the result is how many bytes came, or the errno, negative.
     pub(super) fn read(self: &Arc<Self>, file: Arc<File>, offset: u64, mut pages: Pages) -> Reading {
         let fd = types::Fd(file.as_raw_fd());
         let (memory, len) = (pages.as_mut_ptr(), pages.len() as u32);
+        let is_registered = self.arena.is_some() && pages.is_registered();
         let place = self.operations.lock().insert((State::Running(None), Read { _file: file, pages }));
-        let entry = opcode::Read::new(fd, memory, len).offset(offset).build().user_data(place as u64);
+        let entry = match is_registered {
+            true => opcode::ReadFixed::new(fd, memory, len, 0).offset(offset).build(),
+            false => opcode::Read::new(fd, memory, len).offset(offset).build(),
+        };
+        let entry = entry.user_data(place as u64);
         let mut uring = self.uring.lock();
         let submitted = loop {
             // SAFETY: file and memory are kept in `operations` until the completion.

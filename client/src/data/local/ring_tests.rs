@@ -11,12 +11,13 @@ fn file_of(bytes: &[u8]) -> Arc<File> {
 
 #[tokio::test]
 async fn what_is_read_is_what_the_file_has() {
-    let ring = Ring::new(true).unwrap();
+    let pool = Pool::new(4 << 20);
+    let ring = Ring::new(true, pool.arena()).unwrap();
+    assert!(ring.arena.is_some());
     let driver = tokio::spawn(Arc::clone(&ring).drive());
-    let pool = Arc::new(Pool::default());
     let bytes: Vec<u8> = (0..3 * 4096u32).map(|i| (i % 251) as u8).collect();
     let file = file_of(&bytes);
-    // More than the ring has entries.
+    // More than the ring has entries, and the pool slots.
     let many = (0..3 * ENTRIES as usize).map(|i| {
         let (file, pages) = (file.clone(), pool.take(4096));
         let offset = 4096 * (i % 3);
@@ -39,8 +40,8 @@ async fn what_is_read_is_what_the_file_has() {
 
 #[tokio::test]
 async fn abandoned_reads_keep_their_memory_until_they_are_done() {
-    let ring = Ring::new(true).unwrap();
-    let pool = Arc::new(Pool::default());
+    let pool = Pool::new(4 << 20);
+    let ring = Ring::new(true, pool.arena()).unwrap();
     let file = file_of(&[7; 1 << 20]);
     for _ in 0..8 {
         drop(ring.read(file.clone(), 0, pool.take(1 << 20)));
