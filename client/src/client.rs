@@ -16,6 +16,7 @@ use crate::{
     data::{DataClient, Unsynced},
     engine::Engine,
     file::FileState,
+    habits::Habits,
     inode_ids::InodeIds,
     keeper,
     memory::DirtyBudget,
@@ -55,6 +56,7 @@ pub(crate) struct Inner {
     pub(crate) batch_room: Arc<batch::Room>,
     pub(crate) packer: mpsc::UnboundedSender<packer::Request>,
     moved: broadcast::Sender<InodeId>,
+    pub(crate) habits: Habits,
     /// Last: the others' tasks run on it.
     pub(crate) engine: Arc<Engine>,
 }
@@ -91,6 +93,7 @@ impl Client {
             batch_room: Arc::new(batch::Room::new(options.batch_max())),
             packer,
             moved: broadcast::Sender::new(1024),
+            habits: Habits::default(),
             meta,
             data,
             options,

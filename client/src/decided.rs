@@ -19,7 +19,7 @@ impl Inner {
             return None;
         }
         let ino = self.inodes.take_now()?;
-        leases.decide(|table, now, sequence| {
+        leases.decide(None, |table, now, sequence| {
             let mut make = Make { ino, ..make.clone() };
             let attr = table.make_here(&mut make, now, sequence)?;
             Some((Op::Make(make), attr))
@@ -28,7 +28,8 @@ impl Inner {
 
     /// Removes a name, if that can be decided here; whether it was.
     pub(crate) fn remove_here(&self, remove: &Remove) -> bool {
-        let removed = self.meta.leases().decide(|table, now, sequence| {
+        let name = (InodeId(remove.parent), &remove.name[..]);
+        let removed = self.meta.leases().decide(Some(name), |table, now, sequence| {
             let mut remove = remove.clone();
             let removed = table.remove_here(&mut remove, now, sequence)?;
             Some((Op::Remove(remove), removed))
@@ -41,7 +42,8 @@ impl Inner {
 
     /// Renames, if that can be decided here; whether it was.
     pub(crate) fn rename_here(&self, rename: &Rename) -> bool {
-        let renamed = self.meta.leases().decide(|table, now, sequence| {
+        let name = (InodeId(rename.new_parent), &rename.new_name[..]);
+        let renamed = self.meta.leases().decide(Some(name), |table, now, sequence| {
             let mut rename = rename.clone();
             let replaced = table.rename_here(&mut rename, now, sequence)?;
             Some((Op::Rename(rename), replaced))
@@ -65,7 +67,7 @@ impl Inner {
             return None;
         }
         let uncommitted = file.as_ref().is_some_and(|file| file.view.has_local());
-        let attr = self.meta.leases().decide(|table, now, sequence| {
+        let attr = self.meta.leases().decide(None, |table, now, sequence| {
             let mut set = *set;
             let attr = table.set_attr_here(&mut set, now, sequence)?;
             if uncommitted {

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, HandleId, InodeId,
     error::Errno,
-    pb::meta::{Attr, Close, Open, OpenReply, Time, request::Op, response},
+    pb::meta::{Attr, ExtentsReply, Open, OpenReply, Time, request::Op, response},
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -116,15 +116,20 @@ struct Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.client.meta.forget_handle(self.id);
-        self.client.meta.leases().send_later(Op::Close(Close { handle: self.id.0 }));
+        self.client.meta.leases().closed(self.state.ino, self.id);
     }
 }
 
 impl File {
-    /// Opens an inode.
+    /// Opens an inode: without asking, where there is a lease on it.
     pub(crate) async fn open(client: &Arc<Inner>, ino: InodeId) -> FsResult<(Attr, File)> {
         let id = client.meta.new_handle();
+        // Before anything else: whatever happens to the stream from now on, the server is told.
         client.meta.remember_handle(id, ino);
+        client.habits.opens();
+        if let Some((attr, extents)) = client.meta.leases().open_here(ino, id) {
+            return File::opened(client, id, attr, extents);
+        }
         let opened = client.meta.call(Op::Open(Open { ino: ino.0, handle: id.0 })).await;
         let reply = match opened {
             Ok(response::Result::Open(reply)) => reply,
@@ -135,6 +140,15 @@ impl File {
             }
         };
         let OpenReply { attr: Some(attr), extents } = reply else { return Err(unexpected("an open")) };
+        File::opened(client, id, attr, extents)
+    }
+
+    fn opened(
+        client: &Arc<Inner>,
+        id: HandleId,
+        attr: Attr,
+        extents: Option<ExtentsReply>,
+    ) -> FsResult<(Attr, File)> {
         let file = File::of_handle(client, id, attr);
         let mut inner = file.handle.state.lock();
         if let Some(extents) = extents

@@ -22,20 +22,23 @@
 
 mod decide;
 mod deferred;
+mod extents;
+mod openings;
 mod table;
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    FsError, FsResult, InodeId,
-    pb::meta::{Attr, DirEntry, Recall, Time, request::Op, response::Result as Reply},
+    FsError, FsResult, HandleId, InodeId,
+    pb::meta::{Attr, Close, DirEntry, ExtentsReply, Recall, Time, request::Op, response::Result as Reply},
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 pub(crate) use decide::Removed;
 use deferred::Deferred;
+use openings::Openings;
 use table::Bounds;
 pub(crate) use table::Sent;
 pub(crate) use table::Table;
@@ -118,6 +121,7 @@ pub(crate) struct Leases {
 #[derive(Debug)]
 struct State {
     table: Table,
+    openings: Openings,
     deferred: Deferred,
     /// Delegations are used.
     decides: bool,
@@ -158,6 +162,16 @@ impl State {
         LetGo { caches: told.then_some(caches), keeper }
     }
 
+    /// An inode may lose its last name by an operation of this client: the server must know who has it open. `None` when it is
+    /// not known what the name leads to.
+    fn tell_openings_of(&mut self, (parent, name): (InodeId, &[u8])) -> Vec<Op> {
+        match self.table.name(parent, name) {
+            Some(Some(ino)) => self.openings.tell(ino),
+            Some(None) => Vec::new(),
+            None => self.openings.tell_all(),
+        }
+    }
+
     fn keep(
         &self,
         order: impl FnOnce(oneshot::Sender<Vec<InodeId>>) -> Keep,
@@ -173,6 +187,7 @@ impl Leases {
     pub(crate) fn new(decides: bool) -> Leases {
         let state = State {
             table: Table::new(BOUNDS),
+            openings: Openings::default(),
             deferred: Deferred::default(),
             decides,
             keeper: None,
@@ -201,6 +216,23 @@ impl Leases {
         let mut state = self.state.lock();
         state.left()?;
         state.table.attr(ino)
+    }
+
+    /// Opens a regular file without asking, if there is a lease on it: its attributes, and its extents if they are known.
+    pub(crate) fn open_here(&self, ino: InodeId, handle: HandleId) -> Option<(Attr, Option<ExtentsReply>)> {
+        let mut state = self.state.lock();
+        state.left()?;
+        let found = state.table.openable(ino)?;
+        state.openings.add(ino, handle);
+        Some(found)
+    }
+
+    /// A handle is closed.
+    pub(crate) fn closed(&self, ino: InodeId, handle: HandleId) {
+        let mut state = self.state.lock();
+        if !state.openings.remove(ino, handle) {
+            self.defer(&mut state, Op::Close(Close { handle: handle.0 }), false);
+        }
     }
 
     /// Where a symbolic link points.
@@ -250,21 +282,29 @@ impl Leases {
     }
 
     /// Decides an operation here, if `f` can: it gets the table, the time, and the operation's sequence, and answers
-    /// with the operation to be sent later.
-    pub(crate) fn decide<T>(&self, f: impl FnOnce(&mut Table, Time, u64) -> Option<(Op, T)>) -> Option<T> {
+    /// with the operation to be sent later. `removes` is a name that it takes from an inode.
+    pub(crate) fn decide<T>(
+        &self,
+        removes: Option<(InodeId, &[u8])>,
+        f: impl FnOnce(&mut Table, Time, u64) -> Option<(Op, T)>,
+    ) -> Option<T> {
         let mut state = self.state.lock();
         if !state.may_decide() || state.deferred.is_full() {
             return None;
         }
         let sequence = state.next_sequence();
+        let openings = removes.map(|name| state.tell_openings_of(name)).unwrap_or_default();
+        self.defer_openings(&mut state, openings);
         let (op, result) = f(&mut state.table, now(), sequence)?;
         self.defer(&mut state, op, true);
         Some(result)
     }
 
-    /// Queues an operation whose answer nobody waits for.
-    pub(crate) fn send_later(&self, op: Op) {
-        self.defer(&mut self.state.lock(), op, false);
+    /// They are sent before anything that is asked or told from now on.
+    fn defer_openings(&self, state: &mut State, openings: Vec<Op>) {
+        for op in openings {
+            self.defer(state, op, false);
+        }
     }
 
     fn defer(&self, state: &mut State, op: Op, decided: bool) {
@@ -314,6 +354,14 @@ impl Leases {
     /// An operation is about to be sent.
     pub(crate) fn sent(&self, op: &Op) -> Sent {
         let mut state = self.state.lock();
+        let removed = match op {
+            Op::Remove(op) => Some((InodeId(op.parent), &op.name)),
+            Op::Rename(op) => Some((InodeId(op.new_parent), &op.new_name)),
+            _ => None,
+        };
+        let openings =
+            removed.map(|(parent, name)| state.tell_openings_of((parent, name))).unwrap_or_default();
+        self.defer_openings(&mut state, openings);
         let sequence = state.next_sequence();
         state.table.sent(op, sequence)
     }
@@ -332,6 +380,10 @@ impl Leases {
             state.table.delegated(answer.delegated);
         }
         let inodes = state.table.shrink();
+        for ino in &inodes {
+            let openings = state.openings.tell(*ino);
+            self.defer_openings(&mut state, openings);
+        }
         let as_of = state.table.serial();
         let let_go = state.tell(inodes.clone(), true, inodes.clone(), Vec::new());
         Dropped { inodes, as_of, let_go }
@@ -348,6 +400,8 @@ impl Leases {
         let written = delegated.map(|recall| InodeId(recall.ino)).collect();
         let mut names = false;
         for ino in &inodes {
+            let openings = state.openings.tell(*ino);
+            self.defer_openings(&mut state, openings);
             names |= state.table.forget(*ino);
         }
         Recalling { as_of: state.table.serial(), let_go: state.tell(inodes, names, written, below) }
@@ -359,6 +413,8 @@ impl Leases {
         if state.left().is_none() {
             // The server may have given up on leases that were not renewed in time. Below, they have run out by themselves.
             state.table.clear();
+            let openings = state.openings.tell_all();
+            self.defer_openings(&mut state, openings);
         }
         let until = sent + lease.saturating_sub(MARGIN);
         state.good_until = state.good_until.max(Some(until));
@@ -369,6 +425,8 @@ impl Leases {
         let mut state = self.state.lock();
         state.good_until = None;
         let dropped = state.table.clear();
+        // All handles are declared when the client attaches again.
+        state.openings.clear();
         // What was written is committed on the next stream.
         let keeper = state.keeper.take();
         let let_go = state.tell(dropped, true, Vec::new(), Vec::new());

@@ -40,6 +40,7 @@ mod data;
 mod decided;
 mod engine;
 mod file;
+mod habits;
 mod inode_ids;
 mod keeper;
 mod leases;

@@ -104,7 +104,8 @@ impl Client {
             Some(Some(attr)) => attr,
             Some(None) => return Err(absent(parent, name)),
             None => {
-                let op = Lookup { parent: parent.0, name: name_of(name)? };
+                let op =
+                    Lookup { parent: parent.0, name: name_of(name)?, extents: self.inner.habits.looks_up() };
                 self.inner.entry(Op::Lookup(op)).await?
             }
         };

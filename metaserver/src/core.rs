@@ -428,7 +428,13 @@ impl Core {
 
     /// A bounded piece of background work. Says whether there is more.
     pub(crate) fn background(&mut self, now: Moment) -> bool {
+        let vacated = self.leases.take_vacated();
         let result = self.operation(|core| {
+            if core.txn.counters().orphans > 0 {
+                for ino in vacated {
+                    orphans::closed(&mut core.txn, &core.opens, ino)?;
+                }
+            }
             let mut more = orphans::destroy_step(&mut core.txn)?;
             more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
             if let Some(after) = core.reap {

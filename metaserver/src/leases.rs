@@ -84,6 +84,8 @@ pub(crate) struct Leases {
     last_id: u64,
     orders: Vec<Order>,
     ended: Vec<RecallId>,
+    /// Inodes whose last recall has ended.
+    vacated: Vec<InodeId>,
 }
 
 impl Leases {
@@ -155,6 +157,17 @@ impl Leases {
             }
         }
         self.pending(None, inodes)
+    }
+
+    /// Whether another session may cache something of an inode.
+    pub(crate) fn others_hold(&self, session: SessionId, ino: InodeId) -> bool {
+        let holders = self.holders.get(&ino).into_iter().flatten().chain(&self.absent);
+        holders.into_iter().any(|holder| *holder != session)
+    }
+
+    /// Inodes whose recalls have all ended since: those who had opened one under a lease have said so.
+    pub(crate) fn take_vacated(&mut self) -> Vec<InodeId> {
+        std::mem::take(&mut self.vacated)
     }
 
     /// How many inodes a session may cache something of.
@@ -289,6 +302,7 @@ impl Leases {
             ids.retain(|other| *other != id);
             if ids.is_empty() {
                 self.recalled.remove(&ino);
+                self.vacated.push(ino);
             }
         }
         self.ended.push(id);

@@ -34,7 +34,7 @@ use fjordfs_proto::{
     pb::meta::{Empty, Entry, Time, request::Op, response::Result as Reply},
 };
 
-use crate::{opens::Opens, records::Inode, txn::Txn};
+use crate::{leases::Leases, opens::Opens, records::Inode, txn::Txn};
 
 pub(crate) use make::make_root;
 pub(crate) use told::Told;
@@ -59,12 +59,21 @@ pub(crate) struct ClusterFacts {
 pub(crate) struct Ctx<'a> {
     pub(crate) txn: &'a mut Txn,
     pub(crate) opens: &'a mut Opens,
+    pub(crate) leases: &'a Leases,
     pub(crate) session: SessionId,
     pub(crate) now: Time,
     pub(crate) facts: ClusterFacts,
     pub(crate) inodes: &'a mut InodeRanges,
     /// Set by an operation that needs placement groups of this width.
     pub(crate) width_wanted: Option<usize>,
+}
+
+impl Ctx<'_> {
+    /// Whether an inode that loses its last name must be kept: it is open, or others may have opened it under a lease. What this
+    /// session has opened it has told before.
+    fn maybe_open(&self, ino: InodeId) -> bool {
+        self.opens.maybe_open(ino) || self.leases.others_hold(self.session, ino)
+    }
 }
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.
@@ -155,7 +164,7 @@ pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Rep
 }
 
 fn entry(ino: InodeId, inode: &Inode) -> Entry {
-    Entry { attr: Some(inode.attr(ino)), target: inode.target.clone() }
+    Entry { attr: Some(inode.attr(ino)), target: inode.target.clone(), extents: None }
 }
 
 /// When an operation happened: when its client decided it, or now.

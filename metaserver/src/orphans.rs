@@ -36,10 +36,10 @@ pub(crate) fn remove(txn: &mut Txn, ino: InodeId) {
     *orphans = orphans.saturating_sub(1);
 }
 
-/// One name of the inode is gone. A directory has only one.
+/// One name of the inode is gone. A directory has only one. `maybe_open`: somebody may have it open, so that it must be kept.
 pub(crate) fn lose_link(
     txn: &mut Txn,
-    opens: &Opens,
+    maybe_open: bool,
     ino: InodeId,
     mut inode: Inode,
     now: Time,
@@ -51,7 +51,7 @@ pub(crate) fn lose_link(
     } else {
         inode.nlink = inode.nlink.saturating_sub(1);
     }
-    if inode.nlink == 0 && !opens.maybe_open(ino) {
+    if inode.nlink == 0 && !maybe_open {
         return destroy(txn, ino, &inode);
     }
     if inode.nlink == 0 {

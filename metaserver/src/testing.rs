@@ -196,7 +196,7 @@ impl World {
     }
 
     pub(crate) fn lookup(&mut self, parent: InodeId, name: &str) -> FsResult<Attr> {
-        self.attr(Op::Lookup(Lookup { parent: parent.0, name: name.to_owned().into() }))
+        self.attr(Op::Lookup(Lookup { parent: parent.0, name: name.to_owned().into(), ..Default::default() }))
     }
 
     pub(crate) fn getattr(&mut self, ino: InodeId) -> FsResult<Attr> {

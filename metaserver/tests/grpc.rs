@@ -158,7 +158,10 @@ async fn a_client_works_reconnects_and_is_never_served_twice() {
         }
     };
     assert_eq!(ended.code(), Code::Aborted);
-    assert!(matches!(newer.call(Op::Lookup(Lookup { parent: 1, name: "f7".into() })).await, Reply::Entry(_)));
+    assert!(matches!(
+        newer.call(Op::Lookup(Lookup { parent: 1, name: "f7".into(), ..Default::default() })).await,
+        Reply::Entry(_)
+    ));
 
     newer.sender.send(ClientMessage { goodbye: true, ..ClientMessage::default() }).await.unwrap();
     assert!(newer.inbound.message().await.unwrap().is_none(), "a goodbye ends the stream in peace");

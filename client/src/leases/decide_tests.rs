@@ -116,7 +116,7 @@ fn attributes_change_as_on_the_server() {
 #[test]
 fn answers_from_before_a_decision_are_no_news() {
     let mut t = table();
-    let look = Op::Lookup(Lookup { parent: 9, name: "f".into() });
+    let look = Op::Lookup(Lookup { parent: 9, name: "f".into(), ..Default::default() });
     let early = t.sent(&look, 10);
     t.make_here(&mut make(9, "f", FileKind::Regular, 50), NOW, 11).unwrap();
     t.settled(&look, &early);

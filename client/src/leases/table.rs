@@ -16,9 +16,11 @@ use bytes::Bytes;
 use fjordfs_proto::{
     FsResult, InodeId,
     error::Errno,
-    pb::meta::{Attr, Entry, FileKind, Make, Rename, request::Op, response::Result as Reply},
+    pb::meta::{Attr, Entry, ExtentsReply, FileKind, Make, Rename, request::Op, response::Result as Reply},
 };
 use lru::LruCache;
+
+use super::extents::Extents;
 
 /// RENAME_EXCHANGE of `renameat2(2)`.
 pub(super) const EXCHANGE: u32 = 2;
@@ -79,6 +81,8 @@ pub(crate) struct Table {
     /// Where symbolic links point. A link never changes, and inode numbers are not used again, so these need no
     /// lease; and who has found a link can follow it although it was removed meanwhile.
     targets: LruCache<InodeId, Bytes>,
+    /// Of files that were looked up, until they are opened.
+    extents: Extents,
     /// Highest serial of an answer taken in.
     serial: u64,
     /// Sequence of the operation whose answer is being taken in.
@@ -95,6 +99,7 @@ impl Table {
             attrs_in_doubt: HashMap::new(),
             busy: HashMap::new(),
             targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
+            extents: Extents::default(),
             serial: 0,
             asked: 0,
         }
@@ -119,6 +124,12 @@ impl Table {
     pub(super) fn attr(&mut self, ino: InodeId) -> Option<Attr> {
         let attr = self.inodes.get(&ino)?.attr?;
         (!self.attrs_in_doubt.contains_key(&ino)).then_some(attr)
+    }
+
+    /// The attributes of a regular file that can be opened under its lease, and its extents if those are known.
+    pub(super) fn openable(&mut self, ino: InodeId) -> Option<(Attr, Option<ExtentsReply>)> {
+        let attr = self.attr(ino).filter(|attr| attr.kind() == FileKind::Regular)?;
+        Some((attr, self.extents.get(ino).filter(|extents| extents.data_version == attr.data_version)))
     }
 
     /// Where a symbolic link points.
@@ -171,10 +182,13 @@ impl Table {
         changed: &[Attr],
     ) {
         self.asked = sent.sequence;
-        if let Ok(Reply::Entry(Entry { attr: Some(attr), target })) = result
-            && !target.is_empty()
-        {
-            self.set_target(InodeId(attr.ino), target);
+        if let Ok(Reply::Entry(Entry { attr: Some(attr), target, extents })) = result {
+            if !target.is_empty() {
+                self.set_target(InodeId(attr.ino), target);
+            }
+            if let Some(extents) = extents {
+                self.extents.put(InodeId(attr.ino), extents);
+            }
         }
         if serial == 0 {
             return self.doubt(op);

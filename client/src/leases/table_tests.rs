@@ -17,7 +17,7 @@ fn attr(ino: u64, kind: FileKind, mode: u32) -> Attr {
 }
 
 fn lookup(name: &'static str) -> Op {
-    Op::Lookup(Lookup { parent: DIR.0, name: name.into() })
+    Op::Lookup(Lookup { parent: DIR.0, name: name.into(), ..Default::default() })
 }
 
 fn entry(attr: Attr) -> FsResult<Reply> {
@@ -145,12 +145,14 @@ fn an_inode_without_links_is_forgotten() {
 #[test]
 fn the_target_of_a_link_is_kept_when_the_link_is_gone() {
     let mut t = table();
-    let link = Entry { attr: Some(attr(7, FileKind::Symlink, 0o777)), target: "there".into() };
+    let link =
+        Entry { attr: Some(attr(7, FileKind::Symlink, 0o777)), target: "there".into(), ..Entry::default() };
     told(&mut t, &lookup("a"), &Ok(Reply::Entry(link)), 1, &[]);
     t.forget(InodeId(7));
     assert_eq!(t.target(InodeId(7)).unwrap(), "there");
     for ino in 100..100 + TARGETS_MAX as u64 {
-        let link = Entry { attr: Some(attr(ino, FileKind::Symlink, 0o777)), target: "x".into() };
+        let link =
+            Entry { attr: Some(attr(ino, FileKind::Symlink, 0o777)), target: "x".into(), ..Entry::default() };
         told(&mut t, &lookup("a"), &Ok(Reply::Entry(link)), 2, &[]);
         t.forget(InodeId(ino));
     }
@@ -164,7 +166,7 @@ proptest! {
         let mut t = Table::new(Bounds { inodes: 32, names: 64 });
         let mut held = std::collections::HashSet::new();
         for (serial, (parent, ino)) in inos.into_iter().enumerate() {
-            let op = Op::Lookup(Lookup { parent, name: ino.to_string().into() });
+            let op = Op::Lookup(Lookup { parent, name: ino.to_string().into(), ..Default::default() });
             told(&mut t, &op, &entry(attr(1000 + ino, FileKind::Regular, 0)), serial as u64 + 1, &[]);
             held.extend([InodeId(parent), InodeId(1000 + ino)]);
             for ino in t.shrink() {

@@ -238,6 +238,7 @@ impl Core {
             facts: self.members.facts(),
             txn: &mut self.txn,
             opens: &mut self.opens,
+            leases: &self.leases,
             inodes,
             session,
             now: now.wall,

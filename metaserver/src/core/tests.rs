@@ -298,7 +298,7 @@ fn ask(w: &mut World, session: fjordfs_proto::SessionId, op: Op) -> (usize, bool
 }
 
 fn look(name: &str) -> Op {
-    Op::Lookup(Lookup { parent: 1, name: name.to_owned().into() })
+    Op::Lookup(Lookup { parent: 1, name: name.to_owned().into(), ..Default::default() })
 }
 
 #[test]
@@ -428,7 +428,8 @@ fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
     w.core.commit().unwrap();
     let Some(Reply::Entry(Entry { attr: Some(d), .. })) = made.result else { panic!("{made:?}") };
     assert_eq!(made.delegated, [1, d.ino], "nobody else has heard of the root, nor of what is new");
-    let recalls = postponed(&mut w, b, Op::Lookup(Lookup { parent: d.ino, name: "f".into() }));
+    let recalls =
+        postponed(&mut w, b, Op::Lookup(Lookup { parent: d.ino, name: "f".into(), ..Default::default() }));
     let orders = w.core.take_recalls();
     assert_eq!(orders.iter().map(|o| (o.session, o.ino.0)).collect::<Vec<_>>(), [(a, d.ino)]);
     // What a had decided arrives before it obeys.
@@ -451,7 +452,7 @@ fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
     assert_eq!(w.core.take_ended_recalls(), recalls);
 
     // The new file is delegated as well.
-    let look = Op::Lookup(Lookup { parent: d.ino, name: "f".into() });
+    let look = Op::Lookup(Lookup { parent: d.ino, name: "f".into(), ..Default::default() });
     postponed(&mut w, b, look.clone());
     let orders = w.core.take_recalls();
     assert_eq!(orders.iter().map(|o| o.ino.0).collect::<Vec<_>>(), [inodes.first]);

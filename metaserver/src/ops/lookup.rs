@@ -6,8 +6,11 @@ use fjordfs_proto::{
     pb::meta::{Entry, Lookup},
 };
 
-use super::{Ctx, entry};
+use super::{Ctx, entry, get_extents};
 use crate::names;
+
+/// A file of more extents is large: one question more is nothing to its reader.
+const EXTENTS_MAX: usize = 4;
 
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Lookup) -> FsResult<Entry> {
     let parent = InodeId(op.parent);
@@ -18,5 +21,11 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Lookup) -> FsResult<Entry> {
         return Err(names::error(Errno::ENOENT, parent, &op.name, "does not exist"));
     };
     let ino = InodeId(found.ino);
-    Ok(entry(ino, &ctx.txn.inode(ino)?))
+    let inode = ctx.txn.inode(ino)?;
+    let mut entry = entry(ino, &inode);
+    if op.extents && inode.is_regular() {
+        let page = get_extents::page(ctx.txn, ino, &inode, 0, EXTENTS_MAX)?;
+        entry.extents = (page.next_offset == u64::MAX).then_some(page);
+    }
+    Ok(entry)
 }

@@ -29,7 +29,8 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Remove) -> FsResult<Empty> {
         _ => {}
     }
     ctx.txn.remove(keys::dirent(parent, &op.name));
-    orphans::lose_link(ctx.txn, ctx.opens, ino, inode, now)?;
+    let maybe_open = ctx.maybe_open(ino);
+    orphans::lose_link(ctx.txn, maybe_open, ino, inode, now)?;
     touch_directory(ctx.txn, parent, if op.directory { -1 } else { 0 }, now)?;
     Ok(EMPTY)
 }

@@ -90,7 +90,8 @@ fn replace(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
         _ => {}
     }
     let gone = i64::from(to.inode.is_dir());
-    orphans::lose_link(ctx.txn, ctx.opens, to.ino, to.inode, now)?;
+    let maybe_open = ctx.maybe_open(to.ino);
+    orphans::lose_link(ctx.txn, maybe_open, to.ino, to.inode, now)?;
     shift(ctx, from, (to.parent, &to.name), gone, now)
 }
 
