@@ -7,7 +7,8 @@
 //!
 //! # Order
 //! A file's units are committed in the order in which they were taken, so that what others see of a file is a prefix
-//! of what was written, never its end with a hole before it. Storing goes on in parallel.
+//! of what was written, never its end with a hole before it; and what was appended first is not put over what was appended
+//! then. Storing goes on in parallel.
 //!
 //! # Consistency
 //! The commit is built and submitted while all of its files are locked. A truncate does the same, so the two reach
@@ -21,9 +22,9 @@ mod flusher;
 pub(crate) mod packer;
 mod unit;
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
-use fjordfs_proto::{INLINE_MAX, Policy};
+use fjordfs_proto::INLINE_MAX;
 use tokio::sync::watch;
 
 pub(crate) use flusher::{flush_files, spawn as spawn_flusher};
@@ -69,33 +70,38 @@ impl Inner {
 
     /// Starts a unit whose bytes travel inside the commit, if the file is small enough for that; whether it is.
     pub(crate) fn start_inline_unit(self: &Arc<Self>, state: &Arc<FileState>) -> bool {
-        let mut units = HashMap::new();
+        let mut units = Vec::new();
         let fits = add_inline(&mut units, state);
         self.start_units(units);
         fits
     }
 
-    /// Starts units for those files whose bytes travel inside the commit: one for all of a policy.
+    /// Starts units for those files whose bytes travel inside the commit: one for all of a policy, where that is possible.
     pub(crate) fn start_inline_units(self: &Arc<Self>, files: &[Arc<FileState>]) {
-        let mut units = HashMap::new();
+        let mut units = Vec::new();
         for file in files {
             add_inline(&mut units, file);
         }
         self.start_units(units);
     }
 
-    fn start_units(self: &Arc<Self>, units: HashMap<Policy, Unit>) {
-        units.into_values().filter(|unit| !unit.is_empty()).for_each(|unit| unit.start(self));
+    fn start_units(self: &Arc<Self>, units: Vec<Unit>) {
+        units.into_iter().filter(|unit| !unit.is_empty()).for_each(|unit| unit.start(self));
     }
 }
 
-/// Adds a file's dirty bytes to the unit of its policy if they are few enough to travel inside the commit; whether they are.
-fn add_inline(units: &mut HashMap<Policy, Unit>, state: &Arc<FileState>) -> bool {
+/// Adds a file's dirty bytes to a unit if they are few enough to travel inside the commit; whether they are.
+fn add_inline(units: &mut Vec<Unit>, state: &Arc<FileState>) -> bool {
     let mut inner = state.lock();
     if inner.view.size() > INLINE_FILE_MAX {
         return false;
     }
     let Ok(policy) = inner.view.policy() else { return false };
-    units.entry(policy).or_insert_with(|| Unit::inline(policy)).take(state, &mut inner);
+    let fits = |unit: &Unit| unit.policy() == policy && unit.may_take(&inner);
+    let at = units.iter().position(fits).unwrap_or_else(|| {
+        units.push(Unit::inline(policy));
+        units.len() - 1
+    });
+    units[at].take(state, &mut inner);
     true
 }

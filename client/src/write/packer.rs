@@ -9,7 +9,10 @@ use fjordfs_proto::{FsError, FsResult, Policy, error::Errno};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::Unit;
-use crate::{client::Inner, file::FileState};
+use crate::{
+    client::Inner,
+    file::{FileInner, FileState},
+};
 
 /// Batches on their way at a time: one is being stored while the next gathers.
 const BATCHES_MAX: usize = 4;
@@ -80,14 +83,17 @@ impl Batch<'_> {
         let mut inner = state.lock();
         let policy = inner.view.policy()?;
         while inner.view.dirty_bytes() > 0 {
-            self.unit_with_room(policy).take(state, &mut inner);
+            self.unit_for(policy, &inner).take(state, &mut inner);
         }
         Ok(())
     }
 
-    /// The block being filled, or a new one when it is full or of another policy.
-    fn unit_with_room(&mut self, policy: Policy) -> &mut Unit {
-        let fits = |unit: &Unit| unit.policy() == policy && unit.room() > 0 && unit.file_count() < FILES_MAX;
+    /// The block being filled, or a new one when it is full, of another policy, or not for this file.
+    fn unit_for(&mut self, policy: Policy, file: &FileInner) -> &mut Unit {
+        let fits = |unit: &Unit| {
+            let has_room = unit.room() > 0 && unit.file_count() < FILES_MAX;
+            unit.policy() == policy && has_room && unit.may_take(file)
+        };
         if let Some(full) = self.block.take_if(|unit| !fits(unit)) {
             self.full.push(full);
         }

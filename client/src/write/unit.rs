@@ -79,6 +79,12 @@ impl Unit {
         self.files.is_empty()
     }
 
+    /// Whether it may take bytes of a file: not when a younger unit has taken earlier bytes. That one would have to be committed first,
+    /// and a unit waits for older ones only.
+    pub(crate) fn may_take(&self, inner: &FileInner) -> bool {
+        inner.units.iter().all(|(id, _)| *id <= self.id)
+    }
+
     /// Takes dirty bytes of a file, as many as there is room for; how many.
     pub(crate) fn take(&mut self, state: &Arc<FileState>, inner: &mut FileInner) -> u64 {
         let pieces = inner.view.take_dirty(self.id, self.length as u32, self.room());
@@ -97,6 +103,7 @@ impl Unit {
         if taken == 0 {
             return 0;
         }
+        debug_assert!(self.may_take(inner), "bytes would be committed before those written earlier");
         self.length += taken;
         self.parts.extend(pieces);
         self.before.extend(inner.units.iter().filter(|(id, _)| *id < self.id).map(|(_, done)| done.clone()));

@@ -39,7 +39,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
         let mut runs = Runs::with_capacity(file.extents.len());
         for extent in std::mem::take(&mut file.extents) {
             let (offset, extent) = Extent::from_pb(extent)?;
-            check_inline(file.ino, offset, &extent)?;
+            check_inline(&file, offset, &extent)?;
             tally(&mut blocks, &extent)?;
             runs.push((offset, extent));
         }
@@ -53,12 +53,16 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
     Ok(CommitReply { files })
 }
 
-fn check_inline(ino: u64, offset: u64, extent: &Extent) -> FsResult<()> {
-    if matches!(extent.source, Source::Inline(_)) && offset + extent.length > INLINE_MAX {
+/// Inline bytes lie at the beginning of a file, or of what was appended: that may go anywhere, here or already at the client,
+/// which took it for small while it did not know of others' appends.
+fn check_inline(file: &FileCommit, offset: u64, extent: &Extent) -> FsResult<()> {
+    let FileCommit { ino, append_base, .. } = file;
+    let at = append_base.and_then(|base| offset.checked_sub(base)).unwrap_or(offset);
+    if matches!(extent.source, Source::Inline(_)) && at + extent.length > INLINE_MAX {
         return fail(
             Errno::EINVAL,
             format!(
-                "inline bytes of i{ino} at {offset}: only the first {INLINE_MAX} bytes of a file may be inline"
+                "inline bytes of i{ino} at {at}: only the first {INLINE_MAX} bytes of a file, or of an append, may be inline"
             ),
         );
     }

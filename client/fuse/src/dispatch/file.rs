@@ -46,10 +46,12 @@ fn is_read_only(flags: u32) -> bool {
     flags & libc::O_ACCMODE.cast_unsigned() == libc::O_RDONLY.cast_unsigned()
 }
 
-/// `O_DIRECT | O_APPEND`. The kernel splits a large direct write into requests that it sends all at once, whose order an
-/// append needs and could not restore; marked as direct for FUSE's own purposes, they are sent one after another.
-fn is_direct_append(flags: u32) -> bool {
-    has(flags, libc::O_DIRECT) && has(flags, libc::O_APPEND)
+/// `O_APPEND`. A handle marked as direct for FUSE's own purposes sends a write as it is, which an append needs: through its pages, the
+/// kernel sends what fits into the last one by itself when that is not cached, and another client's append could come between
+/// it and the rest. With `O_DIRECT` it sends the parts of a large write all at once, whose order could not be restored; marked, one
+/// after another.
+fn appends(flags: u32) -> bool {
+    has(flags, libc::O_APPEND)
 }
 
 pub(super) fn new_file(caller: Caller, mode: u32, umask: u32, flags: u32) -> NewFile {
@@ -147,7 +149,7 @@ impl<F: Filesystem> Dispatcher<F> {
             // Nothing to commit or to unlock at `close`: saves one request per file read.
             open_flags |= fopen::NOFLUSH;
         }
-        if is_direct_append(flags) {
+        if appends(flags) {
             open_flags |= fopen::DIRECT_IO;
         }
         self.files.insert_as(fh, open);
@@ -197,7 +199,7 @@ impl<F: Filesystem> Dispatcher<F> {
         }
         // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
         let is_write_back = write_flags & WRITE_CACHE != 0;
-        if has(flags, libc::O_APPEND) && !is_write_back {
+        if appends(flags) && !is_write_back {
             let at = self.fs.append(&open.file, data).await?;
             if at != offset {
                 // Another client appended: the kernel has the data cached where it assumed the end.
@@ -206,7 +208,7 @@ impl<F: Filesystem> Dispatcher<F> {
         } else {
             self.fs.write(&open.file, offset, data).await?;
         }
-        if is_direct_append(flags) && has(flags, libc::O_DSYNC) {
+        if appends(flags) && has(flags, libc::O_DSYNC) {
             // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us.
             self.fs.fsync(&open.file).await?;
         }

@@ -9,7 +9,7 @@
 //! | `POSIX_ACL`, `DONT_MASK` | the kernel enforces access control lists, and sends the umask along instead of applying it: a directory's default list takes its place |
 //! | `SETXATTR_EXT` | the longer form of SETXATTR, which the parser expects |
 //! | `HANDLE_KILLPRIV_V2` | suid and sgid are dropped here, on the word of the kernel which caller may not keep them. Without it the kernel asks for `security.capability` before every single write |
-//! | `DIRECT_IO_ALLOW_MMAP` | files opened with `O_DIRECT|O_APPEND` can still be mapped |
+//! | `DIRECT_IO_ALLOW_MMAP` | files opened with `O_APPEND` can still be mapped |
 //! | `DO_READDIRPLUS`, not `READDIRPLUS_AUTO` | where what a listing brings can be recalled. `ls -l` reads a directory before it looks at any of it, which the kernel's own guess does not foresee; how many entries bring an inode is our choice ([`crate::directory`]) |
 //! | not `AUTO_INVAL_DATA` | it asks for attributes before *every* cached read, and drops a file's pages after this mount's own writes. Changes by others are seen without it: at `open`, because pages are kept only while the version of the bytes stands, and while open whenever the kernel learns of another size (a growing log) |
 //! | not `EXPLICIT_INVAL_DATA` | it would also switch off the last of these: the last page of a file that another client extends would end in zeros |

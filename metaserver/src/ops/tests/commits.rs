@@ -192,6 +192,24 @@ fn appends_move_to_where_the_file_ends() {
     w.check();
 }
 
+/// A client took an append for small while it did not know of others' appends, and has heard of them since.
+#[test]
+fn an_inline_append_may_go_anywhere() {
+    let mut w = World::new();
+    let (f, b) = (w.file("f"), w.lease(1));
+    w.write(f, vec![run(0, 100_000, b, 0)]).unwrap();
+    for base in [50_000, 0] {
+        let extents = vec![inline(base, &[7; 200])];
+        let file = FileCommit { ino: f.0, extents, append_base: Some(base), ..FileCommit::default() };
+        assert_eq!(w.commit(commit_of(vec![file])).unwrap()[0].errno, 0);
+    }
+    assert_eq!(w.getattr(f).unwrap().size, 100_400);
+    let extents = vec![inline(9000, &[7; 200])];
+    let file = FileCommit { ino: f.0, extents, append_base: Some(50), ..FileCommit::default() };
+    assert_eq!(errno(w.commit(commit_of(vec![file]))), EINVAL, "it lies too far back in what is appended");
+    w.check();
+}
+
 #[test]
 fn sizes_times_and_suid() {
     let mut w = World::new();
