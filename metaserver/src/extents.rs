@@ -59,6 +59,7 @@ pub(crate) fn remove(txn: &mut Txn, ino: InodeId, inode: &mut Inode, range: Rang
     if inode.allocated == 0 || range.start >= inode.size || range.is_empty() {
         return Ok(());
     }
+    txn.changes_extents(ino)?;
     if let Some((at, extent)) = before(txn, ino, range.start)?
         && at + extent.len() > range.start
     {

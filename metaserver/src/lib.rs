@@ -30,6 +30,7 @@ mod core;
 mod executor;
 mod extents;
 pub mod fsck;
+mod hot_extents;
 mod keys;
 mod label;
 mod leases;

@@ -17,6 +17,7 @@ use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
 use prost::Message;
 
 use crate::{
+    hot_extents::HotExtents,
     keys::{self, Key},
     records::{self, Counters, Dirent, Inode},
     store::{Batch, MetaStore, Order, Pair, StoreError},
@@ -61,6 +62,7 @@ pub(crate) struct Txn {
     /// The first error of the engine; operations only see its `FsError`.
     broken: Option<StoreError>,
     pending: Pending,
+    hot: HotExtents,
     /// Inodes of which the current operation has read or written something, with repetitions.
     seen: Vec<InodeId>,
     /// Those of which it has written something.
@@ -88,6 +90,7 @@ impl Txn {
             broken: None,
             // After a start nobody knows.
             pending: Pending { dead: BTreeSet::new(), dead_unknown: true, destroyed: true },
+            hot: HotExtents::default(),
             seen: Vec::new(),
             changed: Vec::new(),
         })
@@ -138,7 +141,9 @@ impl Txn {
         if self.overlay.is_empty() {
             return None;
         }
-        Some(Batch { writes: std::mem::take(&mut self.overlay).into_iter().collect() })
+        let writes: Vec<_> = std::mem::take(&mut self.overlay).into_iter().collect();
+        self.hot.apply(&writes);
+        Some(Batch { writes })
     }
 
     /// The batch is in the store.
@@ -150,6 +155,7 @@ impl Txn {
     pub(crate) fn abandon(&mut self) {
         self.overlay.clear();
         self.undo.clear();
+        self.hot = HotExtents::default();
         self.counters = self.counters_stored;
     }
 
@@ -225,15 +231,13 @@ impl Txn {
         self.seen.extend(keys::leased_inode(&range.start));
         let touched = self.overlay.range::<[u8], _>(bounds(&range.start, &range.end)).next().is_some();
         if !touched {
-            let found = self.store.scan(&range.start..&range.end, order, limit);
-            return self.engine(found);
+            return self.stored(&range.start, &range.end, order, limit);
         }
         let (mut start, mut end) = (range.start.clone(), range.end.clone());
         let mut out = Vec::new();
         loop {
             let want = (limit - out.len()).saturating_add(SCAN_SLACK);
-            let page = self.store.scan(&start..&end, order, want);
-            let page = self.engine(page)?;
+            let page = self.stored(&start, &end, order, want)?;
             // The part of the range that this page speaks for; the rest is the next turn's.
             let last = (page.len() == want).then(|| page.last().map(|(k, _)| k.clone())).flatten();
             let (from, to) = match (&last, order) {
@@ -259,6 +263,21 @@ impl Txn {
                 _ => return Ok(out),
             }
         }
+    }
+
+    /// As [`Txn::scan`], of what is in the store.
+    fn stored(&mut self, start: &[u8], end: &[u8], order: Order, limit: usize) -> FsResult<Vec<Pair>> {
+        if let Some(found) = self.hot.scan(start, end, order, limit) {
+            return Ok(found);
+        }
+        let found = self.store.scan(start..end, order, limit);
+        self.engine(found)
+    }
+
+    /// The extents of a file are about to be changed, perhaps not for the last time.
+    pub(crate) fn changes_extents(&mut self, ino: InodeId) -> FsResult<()> {
+        let warmed = self.hot.touch(&*self.store, ino);
+        self.engine(warmed)
     }
 
     /// Whether a range holds nothing.
@@ -325,7 +344,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn key(n: u8) -> Key {
-        vec![b'k', n]
+        keys::extent(InodeId(7), n.into())
     }
 
     proptest! {
@@ -333,7 +352,7 @@ mod tests {
         #[test]
         fn the_overlay_is_as_if_it_were_stored(
             ops in proptest::collection::vec((any::<bool>(), any::<bool>(), proptest::collection::vec((0..60u8, any::<Option<u8>>()), 0..40)), 1..8),
-            from in 0..60u8, to in 0..60u8, limit in 0..30usize,
+            from in 0..60u8, to in 0..60u8, limit in 0..30usize, touches in 0..20usize,
         ) {
             let store = Arc::new(MemoryStore::default());
             let fence = store.take_over().unwrap();
@@ -348,6 +367,7 @@ mod tests {
                         None => { txn.remove(key(n)); oracle.remove(&key(n)); }
                     }
                 }
+                (0..touches).for_each(|_| txn.changes_extents(InodeId(7)).unwrap());
                 if keep { txn.accept() } else { txn.reject(); oracle = before; }
                 if commit {
                     if let Some(batch) = txn.take_batch() { store.commit(batch, fence).unwrap(); }
