@@ -40,17 +40,15 @@ impl Inner {
         removed.is_some()
     }
 
-    /// Renames, if that can be decided here; whether it was.
+    /// Renames, if that can be decided here; whether it was. What was written to a file that is replaced is committed all the same:
+    /// somebody may be about to open it, and the server keeps it for that long.
     pub(crate) fn rename_here(&self, rename: &Rename) -> bool {
         let name = (InodeId(rename.new_parent), &rename.new_name[..]);
         let renamed = self.meta.leases().decide(Some(name), |table, now, sequence| {
             let mut rename = rename.clone();
-            let replaced = table.rename_here(&mut rename, now, sequence)?;
-            Some((Op::Rename(rename), replaced))
+            table.rename_here(&mut rename, now, sequence)?;
+            Some((Op::Rename(rename), ()))
         });
-        if let Some(Some(replaced)) = renamed {
-            self.name_is_gone(replaced);
-        }
         renamed.is_some()
     }
 

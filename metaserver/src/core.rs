@@ -388,6 +388,7 @@ impl Core {
             self.leases.end_grace();
         }
         self.leases.calm_down(now.mono);
+        self.opens.tick(now.mono);
         if self.failed.is_some() {
             return;
         }
@@ -436,6 +437,7 @@ impl Core {
                 }
             }
             let mut more = orphans::destroy_step(&mut core.txn)?;
+            more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
             more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
             if let Some(after) = core.reap {
                 core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;

@@ -2,13 +2,24 @@
 //!
 //! What depends on it durably is the fate of an unlinked inode: it lives while it may be open. After a start nobody
 //! knows what is open until every session of before has reattached or timed out; until then everything may be.
+//!
+//! What a rename has replaced lingers for a while, too. Whoever opens the name looks it up first, and what it led to then must still be
+//! there: otherwise a name that always leads to something could not be opened at times. (Linux looks it up again, but only
+//! once. A name that is just removed needs no such care: then there is nothing to be opened.)
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
 
 use fjordfs_proto::{FsError, FsResult, HandleId, InodeId, SessionId, error::Errno};
 
 /// Most handles of one session.
 const HANDLES_MAX: usize = 1 << 20;
+
+/// What was replaced lingers for this long, and at most for twice as long: more than passes between a lookup and the open that
+/// follows it.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Who has what open.
 #[derive(Default)]
@@ -19,6 +30,11 @@ pub(crate) struct Opens {
     recovering: bool,
     /// Handles opened since the last commit.
     fresh: Vec<(SessionId, HandleId)>,
+    /// Replaced, and perhaps about to be opened: since the last turn, and since the one before.
+    lingering: [HashSet<InodeId>; 2],
+    last_turn: Option<Instant>,
+    /// Those that have lingered for long enough, and are still to be looked at.
+    lingered: Vec<InodeId>,
 }
 
 impl Opens {
@@ -78,7 +94,28 @@ impl Opens {
 
     /// Whether an unlinked inode must be kept.
     pub(crate) fn maybe_open(&self, ino: InodeId) -> bool {
-        self.recovering || self.count.contains_key(&ino)
+        let lingers = || self.lingering.iter().any(|some| some.contains(&ino));
+        self.recovering || self.count.contains_key(&ino) || lingers()
+    }
+
+    /// `ino` has lost its last name to another, and may be about to be opened.
+    pub(crate) fn linger(&mut self, ino: InodeId) {
+        self.lingering[0].insert(ino);
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        let last = *self.last_turn.get_or_insert(now);
+        if now.duration_since(last) >= LINGER {
+            self.last_turn = Some(now);
+            let newer = std::mem::take(&mut self.lingering[0]);
+            self.lingered.extend(std::mem::replace(&mut self.lingering[1], newer));
+        }
+    }
+
+    /// Up to `limit` inodes that linger no longer.
+    pub(crate) fn take_lingered(&mut self, limit: usize) -> Vec<InodeId> {
+        self.lingered.split_off(self.lingered.len().saturating_sub(limit))
     }
 
     pub(crate) fn handles(&self, session: SessionId) -> usize {

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! made without a name (O_TMPFILE) ──────────▶ orphan record 'O' ── named ──▶ linked
-//! linked ── last name removed ──┬─ perhaps open ─▶ orphan record 'O' ── last close ──┐
-//!                               └─ not open ─────────────────────────────────────────┴─▶ destroyed
+//! linked ── last name removed ──┬─ perhaps open, or replaced ─▶ orphan record 'O' ── last close, or some seconds ──┐
+//!                               └─ not open ───────────────────────────────────────────────────────────────────────┴─▶ destroyed
 //! destroyed: inode record and extended attributes gone; few extents go with it, many leave a record 'Z' and go in steps
 //! ```
 
@@ -100,6 +100,13 @@ pub(crate) fn destroy_step(txn: &mut Txn) -> FsResult<bool> {
         txn.remove(key);
     }
     Ok(true)
+}
+
+/// Inodes that linger no longer are closed, a page at a time. Says whether there may be more.
+pub(crate) fn let_go_step(txn: &mut Txn, opens: &mut Opens) -> FsResult<bool> {
+    let lingered = opens.take_lingered(EXTENTS_PER_STEP);
+    lingered.iter().try_for_each(|ino| closed(txn, opens, *ino))?;
+    Ok(lingered.len() == EXTENTS_PER_STEP)
 }
 
 /// After a recovery: orphans beyond `after` that nobody declared open go, a page at a time. Where to go on, or

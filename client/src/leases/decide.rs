@@ -79,12 +79,7 @@ impl Table {
     }
 
     /// Gives a name to what is under another, in place of what has it now, if anything.
-    pub(crate) fn rename_here(
-        &mut self,
-        rename: &mut Rename,
-        now: Time,
-        sequence: u64,
-    ) -> Option<Option<Removed>> {
+    pub(crate) fn rename_here(&mut self, rename: &mut Rename, now: Time, sequence: u64) -> Option<()> {
         let (from, to) = (InodeId(rename.parent), InodeId(rename.new_parent));
         if rename.flags & !NOREPLACE != 0 {
             return None;
@@ -113,7 +108,10 @@ impl Table {
         self.set_absent(from, &rename.name);
         self.set_name(to, rename.new_name.clone(), Some(ino));
         self.change(ino, sequence, |attr| attr.ctime = Some(now));
-        Some(replaced.map(|ino| Removed { ino, last: self.lose_link(ino, now, sequence) }))
+        if let Some(replaced) = replaced {
+            self.lose_link(replaced, now, sequence);
+        }
+        Some(())
     }
 
     /// Changes attributes other than the size.

@@ -90,6 +90,9 @@ fn replace(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
         _ => {}
     }
     let gone = i64::from(to.inode.is_dir());
+    if !to.inode.is_dir() {
+        ctx.opens.linger(to.ino);
+    }
     let maybe_open = ctx.maybe_open(to.ino);
     orphans::lose_link(ctx.txn, maybe_open, to.ino, to.inode, now)?;
     shift(ctx, from, (to.parent, &to.name), gone, now)

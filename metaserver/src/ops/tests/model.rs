@@ -1,7 +1,7 @@
 //! Random operations on the namespace against a slow, obvious model: a table of nodes and, per directory, a map of
 //! names. After every run the checker scans the store.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno, error::Errno::*, pb::meta::FileKind};
 use proptest::prelude::*;
@@ -251,7 +251,13 @@ impl Pair {
                 let (from, to) = ((self.node(from.0), name(from.1)), (self.node(to.0), name(to.1)));
                 let (a, b) = (self.ino(from.0), self.ino(to.0));
                 let expected = self.model.rename((from.0, &from.1), (to.0, &to.1), *flags);
-                (expected, self.world.rename((a, &from.1), (b, &to.1), *flags))
+                let found = self.world.rename((a, &from.1), (b, &to.1), *flags);
+                // What was replaced lingers, and is recalled when it goes.
+                self.world.idle(Duration::from_secs(5));
+                for recall in self.world.core.take_recalls() {
+                    self.world.core.let_go(recall.session, &[recall.id.0], None, None);
+                }
+                (expected, found)
             }
             Op::Open { node, handle } => self.open(self.node(*node), *handle),
             Op::Close { handle } => {
@@ -274,7 +280,7 @@ impl Pair {
                 self.world.restart();
                 let held: Vec<_> = self.model.handles.iter().map(|(h, n)| (*h, self.ino(*n))).collect();
                 self.world.reattach(self.world.session, &held);
-                self.world.idle(std::time::Duration::from_secs(7));
+                self.world.idle(Duration::from_secs(7));
                 (Ok(()), Ok(()))
             }
         };

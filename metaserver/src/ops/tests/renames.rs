@@ -1,8 +1,10 @@
 //! rename in all its cases.
 
+use std::time::Duration;
+
 use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno::*, pb::meta::FileKind};
 
-use crate::testing::{World, errno};
+use crate::testing::{World, errno, run};
 
 const R: InodeId = ROOT_INODE;
 const NOREPLACE: u32 = 1;
@@ -17,7 +19,7 @@ fn a_file_moves_and_replaces() {
     assert_eq!(errno(w.lookup(R, "a")), ENOENT);
     w.rename((d, "x"), (R, "b"), 0).unwrap();
     assert_eq!(w.lookup(R, "b").unwrap().ino, a.0);
-    assert_eq!(errno(w.getattr(b)), ESTALE, "what was replaced is gone");
+    assert_eq!(w.getattr(b).unwrap().nlink, 0, "somebody may be about to open what was replaced");
     assert_eq!(errno(w.rename((R, "nothing"), (R, "b"), 0)), ENOENT);
     w.check();
 }
@@ -91,7 +93,24 @@ fn a_replaced_open_file_lives_on() {
     w.rename((R, "a"), (R, "b"), 0).unwrap();
     assert_eq!(w.getattr(b).unwrap().nlink, 0);
     assert_eq!(w.check().orphans, 1);
+    w.idle(Duration::from_secs(9));
+    assert_eq!(w.check().orphans, 1);
     w.close(7);
     assert_eq!(errno(w.getattr(b)), ESTALE);
+    assert_eq!(w.check().orphans, 0);
+}
+
+#[test]
+fn what_was_looked_up_before_it_was_replaced_can_be_opened() {
+    let mut w = World::new();
+    let (_, b) = (w.file("a"), w.file("b"));
+    let first = w.lease(1);
+    w.write(b, vec![run(0, 100, first, 0)]);
+    w.rename((R, "a"), (R, "b"), 0).unwrap();
+    assert_eq!(w.open(b, 7).unwrap().extents.unwrap().extents.len(), 1);
+    w.close(7);
+    assert_eq!(w.check().orphans, 1, "the next may come");
+    w.idle(Duration::from_secs(5));
+    assert_eq!(errno(w.open(b, 8)), ESTALE);
     assert_eq!(w.check().orphans, 0);
 }
