@@ -110,7 +110,7 @@ pub fn run_within(mut command: Command, bound: Duration) -> Run {
     let mut stderr = tempfile::tempfile().expect("temporary file");
     command.stdin(Stdio::null());
     command.stdout(stdout.try_clone().expect("dup")).stderr(stderr.try_clone().expect("dup"));
-    let mut child = spawn(command).unwrap_or_else(|e| panic!("cannot run `{described}`: {e}"));
+    let mut child = spawn(command, None).unwrap_or_else(|e| panic!("cannot run `{described}`: {e}"));
     let ended = wait_child(&mut child, bound);
     if ended.is_none() {
         let _ = child.kill();
@@ -182,22 +182,43 @@ fn wait_child(child: &mut Child, bound: Duration) -> Option<ExitStatus> {
     }
 }
 
-type Order = (Command, mpsc::Sender<io::Result<Child>>);
+type Order = (Command, Option<PathBuf>, mpsc::Sender<io::Result<Child>>);
 
 /// Starts a child that the kernel kills when the test process ends, however that ends.
 ///
-/// The kernel ties a child to the *thread* that started it, so all are started by one thread that never ends.
-fn spawn(mut command: Command) -> io::Result<Child> {
-    static STARTER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
-    let starter = STARTER.get_or_init(|| {
+/// The kernel ties a child to the *thread* that started it, so all are started by threads that never end. A daemon, whose
+/// output goes to `log`, is started by one that does not share the test's descriptors: its child would have them until it
+/// becomes another program, which closes them, and closing a file that was written to or locked waits for the metaserver,
+/// which may be the child.
+fn spawn(command: Command, log: Option<&Path>) -> io::Result<Child> {
+    static COMMANDS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    static DAEMONS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    let (starter, alone) = if log.is_some() { (&DAEMONS, true) } else { (&COMMANDS, false) };
+    let starter = starter.get_or_init(|| {
         let (orders, inbox) = mpsc::channel::<Order>();
         std::thread::spawn(move || {
-            for (mut command, answer) in inbox {
-                let _ = answer.send(command.spawn());
+            if alone {
+                let flags = libc::CLOSE_RANGE_UNSHARE.cast_signed();
+                // SAFETY: this thread has a table of its own then, and uses no descriptor of before.
+                let closed = unsafe { libc::close_range(3, libc::c_uint::MAX, flags) };
+                assert_eq!(closed, 0, "{}", io::Error::last_os_error());
+            }
+            for (command, log, answer) in inbox {
+                let _ = answer.send(start(command, log.as_deref()));
             }
         });
         orders
     });
+    let (answer, child) = mpsc::channel();
+    starter.send((command, log.map(Path::to_owned), answer)).expect("the starter thread never ends");
+    child.recv().expect("the starter thread answers")
+}
+
+fn start(mut command: Command, log: Option<&Path>) -> io::Result<Child> {
+    if let Some(log) = log {
+        let out = File::options().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    }
     // SAFETY: prctl is async-signal-safe and touches nothing but the new process.
     unsafe {
         command.pre_exec(|| {
@@ -205,9 +226,7 @@ fn spawn(mut command: Command) -> io::Result<Child> {
             Ok(())
         });
     }
-    let (answer, child) = mpsc::channel();
-    starter.send((command, answer)).expect("the starter thread never ends");
-    child.recv().expect("the starter thread answers")
+    command.spawn()
 }
 
 /// A long-lived child with its output in a log file. Killed when dropped.
@@ -225,11 +244,9 @@ impl Process {
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn start(name: &str, mut command: Command, log: &Path) -> Process {
-        let out = File::options().create(true).append(true).open(log).expect("log file");
-        let log_before = out.metadata().map_or(0, |m| m.len() as usize);
-        command.stdin(Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
-        let child = spawn(command).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
+    pub fn start(name: &str, command: Command, log: &Path) -> Process {
+        let log_before = fs::metadata(log).map_or(0, |m| m.len() as usize);
+        let child = spawn(command, Some(log)).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
         Process { name: name.to_owned(), child, ended: None, log: log.to_owned(), log_before }
     }
 
