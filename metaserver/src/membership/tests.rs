@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, Policy, TargetId,
+    BlockId, ClusterMap, Layout, Policy, TargetId,
     cluster::{ServerState, TargetState},
     pb::meta::*,
 };
@@ -130,7 +130,7 @@ fn new_targets_begin_an_era_for_new_blocks_only() {
     assert!(map(&w).eras.is_empty(), "replica:2 needs two");
     register(&mut w, &registration("b", &["y"]));
     register(&mut w, &registration("c", &["z"]));
-    let two = Policy::replica(2).unwrap();
+    let two = Layout::of(Policy::replica(2).unwrap(), 1);
     let before = map(&w);
     assert_eq!(before.eras.len(), 1, "an unused era is replaced");
     assert_eq!(before.eras[0].tables[&2].members.iter().collect::<BTreeSet<_>>().len(), 3);
