@@ -32,11 +32,22 @@ impl DataClient {
         let mut rest = wants.iter();
         let mut last = None;
         while answers.len() < need {
-            while answers.len() + attempts.len() < need {
-                // Too few are left to ask.
-                let Some(want) = rest.next() else { return Err(failures) };
+            while answers.len() + attempts.len() < need
+                && let Some(want) = rest.next()
+            {
                 last = Some(want);
                 attempts.push(self.attempt(want));
+            }
+            if answers.len() + attempts.len() < need {
+                // Too few. Whether there is no such block at all is told by those that are still being asked.
+                let is_absent = failures.iter().all(|e: &FsError| e.errno == Errno::ENOENT);
+                if attempts.is_empty() || !is_absent || !answers.is_empty() {
+                    if !answers.is_empty() {
+                        let what = format!("{} of {need} shards have answered well", answers.len());
+                        failures.push(FsError::new(Errno::EIO, what));
+                    }
+                    return Err(failures);
+                }
             }
             let outcome = tokio::select! {
                 biased;

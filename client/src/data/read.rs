@@ -249,3 +249,7 @@ fn all_failed(range: BlockRange, failures: &[FsError]) -> FsError {
     };
     FsError::new(errno, format!("{}: {what}: {}", range.block, told.join("; ")))
 }
+
+#[cfg(test)]
+#[path = "read_tests.rs"]
+mod tests;
