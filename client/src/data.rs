@@ -10,6 +10,7 @@ mod connection;
 mod gather;
 mod health;
 mod local;
+mod parity;
 mod pool;
 mod read;
 mod socket;
@@ -28,6 +29,7 @@ pub(crate) use write::Placed;
 use connection::Connection;
 use health::Health;
 use local::LocalReads;
+use parity::ParityBuffers;
 use pool::Pool;
 
 use crate::{Options, engine::Engine};
@@ -38,6 +40,7 @@ pub(crate) struct DataClient {
     local: LocalReads,
     map: watch::Receiver<Arc<ClusterMap>>,
     health: Health,
+    parity: Arc<ParityBuffers>,
     hedge_delay: Duration,
     timeout: Duration,
 }
@@ -53,6 +56,7 @@ impl DataClient {
             local: LocalReads::new(engine.clone(), options),
             pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
             map,
+            parity: ParityBuffers::new(options.parity_max()),
             health: Health::new(options.hedge_delay),
             hedge_delay: options.hedge_delay,
             timeout: options.operation_timeout,

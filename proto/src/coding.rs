@@ -76,9 +76,13 @@ impl Code {
     }
 
     /// Parity and integrity entries of data shards of one length, in one pass over their bytes.
-    fn encode(self, mut parts: Vec<Vec<Bytes>>, size: usize) -> Shards {
+    fn encode<B: AsMut<[u8]> + AsRef<[u8]> + Into<Bytes>>(
+        self,
+        mut parts: Vec<Vec<Bytes>>,
+        mut parity: Vec<B>,
+        size: usize,
+    ) -> Shards {
         let rows: Vec<Vec<u8>> = (self.k..self.k + self.m).map(|shard| self.row(shard)).collect();
-        let mut parity = vec![vec![0; size]; self.m.into()];
         let mut crcs = vec![PageCrcs::with_capacity(size); usize::from(self.k + self.m)];
         let mut cursors: Vec<Cursor<'_>> = parts.iter().map(|parts| Cursor::new(parts)).collect();
         for start in (0..size).step_by(TILE) {
@@ -88,16 +92,16 @@ impl Code {
                 while let Some(piece) = cursor.next(end - at) {
                     crcs[i].update(piece);
                     for (row, parity) in rows.iter().zip(&mut parity) {
-                        add(row[i], piece, &mut parity[at..at + piece.len()], i == 0);
+                        add(row[i], piece, &mut parity.as_mut()[at..at + piece.len()], i == 0);
                     }
                     at += piece.len();
                 }
             }
             for (crcs, parity) in crcs[usize::from(self.k)..].iter_mut().zip(&parity) {
-                crcs.update(&parity[start..end]);
+                crcs.update(&parity.as_ref()[start..end]);
             }
         }
-        parts.extend(parity.into_iter().map(|parity| vec![Bytes::from(parity)]));
+        parts.extend(parity.into_iter().map(|parity| vec![parity.into()]));
         Shards { parts, page_crcs: crcs.into_iter().map(|crcs| crcs.finish().into()).collect() }
     }
 
@@ -169,13 +173,20 @@ fn add(weight: u8, input: &[u8], out: &mut [u8], first: bool) {
     }
 }
 
-/// The shards of a block that is given in parts, for `layout`. CPU bound: about a millisecond a block.
-pub fn encode(layout: Layout, parts: &[Bytes]) -> Shards {
+/// The shards of a block that is given in parts, for `layout`. `buffer` gives memory of the size it is asked for, whatever
+/// is in it, for one parity shard. CPU bound: about a millisecond a block.
+pub fn encode<B: AsMut<[u8]> + AsRef<[u8]> + Into<Bytes>>(
+    layout: Layout,
+    parts: &[Bytes],
+    mut buffer: impl FnMut(usize) -> B,
+) -> Shards {
     let (Some(code), Some(size)) = (Code::of(layout), layout.shard_size()) else {
         let crcs: Bytes = crate::block::page_crcs_of(parts.iter().map(|p| &p[..])).into();
         return Shards { parts: vec![parts.to_vec(); layout.width()], page_crcs: vec![crcs; layout.width()] };
     };
-    code.encode(split(parts, code.k.into(), size as usize), size as usize)
+    let size = size as usize;
+    let parity = (0..code.m).map(|_| buffer(size)).collect();
+    code.encode(split(parts, code.k.into(), size), parity, size)
 }
 
 /// Walks over bytes that lie in parts.
@@ -255,7 +266,7 @@ mod tests {
     fn shards(policy: Policy, block: &[u8], cut: usize) -> (Code, Vec<Vec<u8>>) {
         let layout = Layout::of(policy, block.len());
         let parts: Vec<Bytes> = block.chunks(cut).map(Bytes::copy_from_slice).collect();
-        let encoded = encode(layout, &parts);
+        let encoded = encode(layout, &parts, |size| vec![0x5a; size]);
         let shards: Vec<Vec<u8>> = encoded.parts.iter().map(|parts| parts.concat()).collect();
         for (shard, crcs) in shards.iter().zip(&encoded.page_crcs) {
             assert_eq!(&page_crcs(shard), crcs);

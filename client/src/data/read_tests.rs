@@ -14,7 +14,6 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, Epoch, Policy, ServerId,
     cluster::{Era, PgTable, Server, ServerState, Target, TargetState},
-    coding,
     frame::{self, HEADER_LEN, Header, Opcode},
     pb::data::{HelloReply, PutShardReply, PutShardRequest, ReadShardReply, ReadShardRequest},
 };
@@ -172,7 +171,8 @@ impl World {
     async fn put(&self, block: u64, policy: &str, bytes: &[u8]) -> Layout {
         let layout = Layout::of(policy.parse().unwrap(), bytes.len());
         let parts: Vec<Bytes> = bytes.chunks(100_000).map(Bytes::copy_from_slice).collect();
-        let placed = self.data.put(BlockId(block), layout, &coding::encode(layout, &parts)).await.unwrap();
+        let shards = self.data.encode(layout, &parts).await.unwrap();
+        let placed = self.data.put(BlockId(block), layout, &shards).await.unwrap();
         assert_eq!(placed.unsynced.len() + placed.missing.len(), layout.width());
         layout
     }
@@ -305,7 +305,7 @@ async fn a_put_says_who_has_no_shard() {
     let world = World::new(3, LONG);
     let bytes = block(1_200_000);
     let layout = Layout::of(Policy::ec(2, 1).unwrap(), bytes.len());
-    let shards = coding::encode(layout, &[Bytes::from(bytes.clone())]);
+    let shards = world.data.encode(layout, &[Bytes::from(bytes.clone())]).await.unwrap();
     world.mood(1, Mood::Fails);
     let placed = world.data.put(BlockId(7), layout, &shards).await.unwrap();
     assert_eq!(placed.missing.iter().map(|(target, _)| target.0).collect::<Vec<_>>(), [2]);

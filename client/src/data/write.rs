@@ -5,8 +5,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, FsError, Layout, TargetId, coding::Shards, error::Errno, frame::Opcode,
+    BlockId, FsError, FsResult, Layout, TargetId,
+    coding::{self, Shards},
+    error::Errno,
+    frame::Opcode,
     pb::data::PutShardRequest,
 };
 use futures_util::future::join_all;
@@ -32,6 +36,15 @@ pub(crate) struct PutFailed {
 }
 
 impl DataClient {
+    /// The shards of a block about to be put, whose bytes are `parts`. Waits while much parity of others is under way.
+    ///
+    /// # Errors
+    /// `EIO` when the client is being shut down.
+    pub(crate) async fn encode(&self, layout: Layout, parts: &[Bytes]) -> FsResult<Shards> {
+        let mut room = self.parity.room(layout).await?;
+        Ok(coding::encode(layout, parts, |size| room.buffer(size)))
+    }
+
     /// Stores a block under `block`, on those of its targets that are up.
     pub(crate) async fn put(
         self: &Arc<Self>,

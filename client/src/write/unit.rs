@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, Policy, TargetId, coding,
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, Policy, TargetId,
     error::Errno,
     pb::meta::{Commit, CommitReply, FileCommit, request::Op, response},
 };
@@ -187,7 +187,7 @@ impl Running {
         let deadline = Instant::now() + client.options.operation_timeout;
         let parts = std::mem::take(&mut self.unit.parts);
         let layout = self.unit.layout();
-        let shards = coding::encode(layout, &parts);
+        let shards = client.data.encode(layout, &parts).await?;
         let mut avoid = HashSet::new();
         let mut last: Option<FsError> = None;
         let placed = loop {
