@@ -109,6 +109,11 @@ impl Health {
         Asked { health: self, target, bytes, since: Instant::now(), told: false }
     }
 
+    /// Whether it is in trouble. Asks for no probe.
+    pub(super) fn is_avoided(&self, target: TargetId) -> bool {
+        self.with(target, |t| t.avoid_until.is_some_and(|until| Instant::now() < until))
+    }
+
     /// Whether to ask another one first. From time to time says no to one caller, whose read is the probe.
     pub(super) fn in_trouble(&self, target: TargetId) -> bool {
         self.with(target, |t| t.avoid(Instant::now()))
@@ -214,7 +219,7 @@ mod tests {
     fn a_failed_target_is_probed_by_one_and_comes_back() {
         let health = Health::new(MAX);
         health.ask(T, 1).failed();
-        assert!(health.in_trouble(T) && health.in_trouble(T));
+        assert!(health.in_trouble(T) && health.in_trouble(T) && health.is_avoided(T));
         health.with(T, |t| t.avoid_until = Some(Instant::now()));
         assert!(!health.in_trouble(T), "the probe");
         assert!(health.in_trouble(T), "and nobody else");

@@ -157,7 +157,9 @@ impl DataClient {
         others: &[Want],
     ) -> Result<Bytes, Vec<FsError>> {
         debug!(block = %range.block, shard = piece.shard, "decoding");
-        let answers = self.gather(others, range.layout.needed()).await?;
+        let mut others = others.to_vec();
+        others.sort_by_cached_key(|want| self.health.is_avoided(want.target));
+        let answers = self.gather(&others, range.layout.needed()).await?;
         let present: Vec<(u8, &[u8])> = answers.iter().map(|(shard, bytes)| (*shard, &bytes[..])).collect();
         let restored = match Code::of(range.layout) {
             Some(code) => code.restore(&present, piece.shard).map_err(|e| e.to_string()),
@@ -227,7 +229,6 @@ impl DataClient {
             plain.swap(0, at);
             return Ok(Ways { plain, others, decode_first: false });
         }
-        others.sort_by_cached_key(|want| !well(want));
         let decode_first = others.len() >= layout.needed();
         Ok(Ways { plain, others, decode_first })
     }
