@@ -117,7 +117,9 @@ fn one_data_server_down(name: &str, policy: &str) {
     let mount = cluster.mount();
     let before: Vec<Vec<u8>> = (0..40).map(|i| rng::bytes(i, 30_000 + i as usize * 50_000)).collect();
     for (i, data) in before.iter().enumerate() {
-        fs::write(mount.join(format!("before{i}")), data).unwrap();
+        let mut file = File::create(mount.join(format!("before{i}"))).unwrap();
+        file.write_all(data).unwrap();
+        file.sync_all().unwrap();
     }
     // A file that is being written when it happens.
     let mut open = File::create(mount.join("open")).unwrap();

@@ -192,6 +192,7 @@ fn is_complete(want: &Want, answered: usize) -> bool {
     want.layout.shard_size().is_none() || answered >= whole_pages(want.piece.length)
 }
 
+/// `EBADMSG` when a page is not what was stored.
 fn verify(want: &Want, data: &[u8], answer: &Answer) -> FsResult<()> {
     let body: ReadShardReply = frame::decode_body(Opcode::ReadShard, &answer.body)?;
     let Want { block, target, piece, .. } = want;
@@ -207,7 +208,7 @@ fn verify(want: &Want, data: &[u8], answer: &Answer) -> FsResult<()> {
     let at = piece.offset as usize + page * PAGE_SIZE;
     warn!(%target, %block, shard = piece.shard, offset = at, "page does not match its checksum");
     Err(FsError::new(
-        Errno::EIO,
+        Errno::EBADMSG,
         format!("{block} #{} on target {target}: the page at {at} does not match its checksum", piece.shard),
     ))
 }

@@ -8,7 +8,7 @@ use std::{pin::pin, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, Layout, TargetId, cluster::mix, coding::Code, error::Errno,
+    BlockId, FsError, FsResult, Layout, PAGE_SIZE, TargetId, cluster::mix, coding::Code, error::Errno,
     layout::ShardPiece,
 };
 use futures_util::future::{Either, select, try_join_all};
@@ -81,16 +81,49 @@ impl DataClient {
     }
 
     async fn read_piece(&self, range: BlockRange, piece: ShardPiece) -> FsResult<Bytes> {
+        match self.read_whole(range, piece).await? {
+            Ok(bytes) => Ok(bytes),
+            Err(failures) => self.read_by_page(range, piece, failures).await,
+        }
+    }
+
+    /// What is left when damage is scattered: each page may be well on another target than its neighbours.
+    async fn read_by_page(
+        &self,
+        range: BlockRange,
+        piece: ShardPiece,
+        failures: Vec<FsError>,
+    ) -> FsResult<Bytes> {
+        let is_rotten = failures.iter().any(|e| e.errno == Errno::EBADMSG);
+        if !is_rotten || piece.length as usize <= PAGE_SIZE {
+            return Err(all_failed(range, &failures));
+        }
+        let end = piece.offset + piece.length;
+        let mut whole = BytesMut::with_capacity(piece.length as usize);
+        for offset in (piece.offset..end).step_by(PAGE_SIZE) {
+            let page = ShardPiece { offset, length: (end - offset).min(PAGE_SIZE as u32), ..piece };
+            match self.read_whole(range, page).await? {
+                Ok(bytes) => whole.extend_from_slice(&bytes),
+                Err(failures) => return Err(all_failed(range, &failures)),
+            }
+        }
+        Ok(whole.freeze())
+    }
+
+    async fn read_whole(
+        &self,
+        range: BlockRange,
+        piece: ShardPiece,
+    ) -> FsResult<Result<Bytes, Vec<FsError>>> {
         let ways = self.ways(range, piece)?;
-        let failed = |failures: Vec<FsError>| all_failed(range, &failures);
         if ways.others.is_empty() {
-            return self.plain(&ways.plain).await.map_err(failed);
+            return Ok(self.plain(&ways.plain).await);
         }
         let (plain, decoded) = (pin!(self.plain(&ways.plain)), pin!(self.decode(range, piece, &ways.others)));
-        match ways.decode_first {
-            true => self.race(decoded, ways.others.first(), plain).await.map_err(failed),
-            false => self.race(plain, ways.plain.first(), decoded).await.map_err(failed),
-        }
+        Ok(match ways.decode_first {
+            true => self.race(decoded, ways.others.first(), plain).await,
+            false => self.race(plain, ways.plain.first(), decoded).await,
+        })
     }
 
     /// The first copy's answer goes into memory directly; the others' are copied there.
@@ -134,10 +167,13 @@ impl DataClient {
                     }
                 },
             };
-            bytes.map_err(|(e, mut failures)| {
-                failures.insert(0, e);
-                all_failed(range, &failures)
-            })?
+            match bytes {
+                Ok(bytes) => bytes,
+                Err((e, mut failures)) => {
+                    failures.insert(0, e);
+                    self.read_by_page(range, piece, failures).await?
+                }
+            }
         };
         let filled = bytes.len().min(memory.len());
         memory[..filled].copy_from_slice(&bytes[..filled]);

@@ -29,6 +29,9 @@ enum Mood {
     Well,
     /// Answers, but with a byte that is not what was stored.
     Lies,
+    /// As that, but of the shard's first, third, … page or of the others.
+    LiesInOdd,
+    LiesInEven,
     /// Answers with fewer bytes than there are.
     Short,
     /// Refuses reads and writes.
@@ -92,6 +95,11 @@ impl Stub {
                         let mut crcs = crcs[from / 1024..4 * fjordfs_proto::block::pages(end)].to_vec();
                         match mood {
                             Mood::Lies => payload[length / 2] ^= 4,
+                            Mood::LiesInOdd | Mood::LiesInEven => {
+                                let odd = usize::from(mood == Mood::LiesInOdd);
+                                let bad = (from / 4096..end.div_ceil(4096)).filter(|page| page % 2 == odd);
+                                bad.for_each(|page| payload[page * 4096 - from] ^= 4);
+                            }
                             Mood::Short => {
                                 payload.truncate(payload.len() - 4096);
                                 crcs.truncate(crcs.len() - 4);
@@ -248,6 +256,21 @@ async fn with_more_than_m_bad_there_is_an_error_and_nothing_else() {
         assert_eq!(error.errno, Errno::EIO, "{mood:?}: {error}");
         let other = world.read(7, layout, 700_000 / 4096 * 4096, 4096).await.unwrap();
         assert!(other == bytes[700_000 / 4096 * 4096..][..4096], "the other data shard is well");
+    }
+}
+
+#[tokio::test]
+async fn scattered_damage_is_read_around_page_by_page() {
+    let bytes = block(1_200_000);
+    for policy in ["ec:2+1", "replica:2"] {
+        let world = World::new(3, LONG);
+        let layout = world.put(7, policy, &bytes).await;
+        world.mood(0, Mood::LiesInOdd);
+        world.mood(1, Mood::LiesInEven);
+        assert!(world.read(7, layout, 4096, 300_000).await.unwrap() == bytes[4096..304_096], "{policy}");
+        // Where the same page is bad on both there is nothing to be done.
+        world.mood(1, Mood::LiesInOdd);
+        assert_eq!(world.read(7, layout, 4096, 300_000).await.unwrap_err().errno, Errno::EIO, "{policy}");
     }
 }
 
