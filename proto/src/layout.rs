@@ -235,7 +235,7 @@ mod tests {
             };
             let layout = Layout::Ec { k, m: k, shard_pages };
             let size = layout.shard_size().unwrap() as usize;
-            prop_assert!(size % PAGE_SIZE == 0 && size * usize::from(k.get()) >= length);
+            prop_assert!(size.is_multiple_of(PAGE_SIZE) && size * usize::from(k.get()) >= length);
             prop_assert!((size - PAGE_SIZE) * usize::from(k.get()) < length, "rounded up by less than a page");
             let parts: Vec<Bytes> = block.chunks(cut).map(Bytes::copy_from_slice).collect();
             let shards = split(&parts, k.get().into(), size);
