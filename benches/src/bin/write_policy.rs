@@ -41,7 +41,7 @@ async fn measure(
     for round in 0..rounds {
         for policy in policies {
             let path = format!("/write_policy/{policy}/{round}");
-            let data = Bytes::from((0..PIECE as u32).map(|i| (i * 7 >> 3) as u8).collect::<Vec<u8>>());
+            let data = Bytes::from((0..PIECE as u32).map(|i| ((i * 7) >> 3) as u8).collect::<Vec<u8>>());
             let file = client.create_path(&path).await?;
             let (before, began) = (cpu()?, Instant::now());
             for i in 0..mib {
