@@ -8,7 +8,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, FsError, FsResult, Policy, SessionId, TargetId,
+    BlockId, ClusterMap, FsError, FsResult, Layout, SessionId, TargetId,
+    cluster::TargetState,
     error::Errno,
     pb::meta::{LeaseBlocks, request::Op, response},
 };
@@ -43,14 +44,14 @@ impl BlockIds {
         BlockIds { meta, state: Mutex::default(), lease: tokio::sync::Mutex::new(()), timeout }
     }
 
-    /// The next id without waiting, when it is there and its group takes blocks: consecutive calls give consecutive
-    /// ids, which makes one extent of a file's full blocks.
-    pub(crate) fn take_now(&self, policy: Policy) -> Option<BlockId> {
+    /// The next id without waiting, when it is there and its whole group takes blocks: consecutive calls give
+    /// consecutive ids, which makes one extent of a file's full blocks.
+    pub(crate) fn take_now(&self, layout: Layout) -> Option<BlockId> {
         let map = self.meta.map();
         let mut state = self.current();
         let range = state.ranges.front_mut()?;
         let id = BlockId(range.start);
-        if !map.can_place(id, policy) {
+        if !map.can_place(id, layout) {
             return None;
         }
         range.start += 1;
@@ -60,42 +61,51 @@ impl BlockIds {
         Some(id)
     }
 
-    /// An id whose group takes blocks and has none of the targets to `avoid`.
+    /// An id whose group takes blocks and has none of the targets to `avoid`: one where no member is missing, else one
+    /// where as few are as anywhere and the others are enough to read the block.
     ///
     /// # Errors
-    /// `ENOSPC` when all groups have a full target, `EIO` when none is reachable in time, and at once when only the
-    /// targets to avoid stand in the way.
-    pub(crate) async fn take(&self, policy: Policy, avoid: &HashSet<TargetId>) -> FsResult<BlockId> {
+    /// `ENOSPC` when all groups have a full target, `EIO` when too few targets are reachable in time, and at once when only
+    /// the targets to avoid stand in the way.
+    pub(crate) async fn take(&self, layout: Layout, avoid: &HashSet<TargetId>) -> FsResult<BlockId> {
         let deadline = Instant::now() + self.timeout;
         loop {
             let map = self.meta.map();
-            if let Some(id) = self.search(&map, policy, avoid) {
-                return Ok(id);
-            }
-            if !some_group(&map, policy, avoid) {
-                if some_group(&map, policy, &HashSet::new()) {
+            let Some(missing) = least_missing(&map, layout, avoid) else {
+                if least_missing(&map, layout, &HashSet::new()).is_some() {
                     return Err(FsError::new(
                         Errno::EIO,
-                        format!("every placement group for {policy} has a target that failed just now"),
+                        format!(
+                            "every placement group for {} has a target that failed just now",
+                            layout.policy()
+                        ),
                     ));
                 }
-                if no_room(&map, policy) {
+                if no_room(&map, layout) {
                     return Err(FsError::new(
                         Errno::ENOSPC,
-                        format!("no placement group for {policy} has room: delete something or add targets"),
+                        format!(
+                            "no placement group for {} has room: delete something or add targets",
+                            layout.policy()
+                        ),
                     ));
                 }
                 if Instant::now() >= deadline {
-                    return Err(FsError::new(
-                        Errno::EIO,
-                        format!("no placement group for {policy} has all its targets up; see `fjord status`"),
-                    ));
+                    return Err(FsError::new(Errno::EIO, no_group(&map, layout)));
                 }
                 tokio::time::sleep(ROOM_PAUSE).await;
                 continue;
+            };
+            if let Some(id) = self.search(&map, layout, avoid, missing) {
+                return Ok(id);
             }
             self.refill().await?;
         }
+    }
+
+    /// Whether another group than those with targets to `avoid` has all its members.
+    pub(crate) fn has_whole_group(&self, layout: Layout, avoid: &HashSet<TargetId>) -> bool {
+        least_missing(&self.meta.map(), layout, avoid) == Some(0)
     }
 
     fn current(&self) -> parking_lot::MutexGuard<'_, State> {
@@ -108,10 +118,19 @@ impl BlockIds {
     }
 
     /// Takes the first suitable id; ids passed over stay for others.
-    fn search(&self, map: &ClusterMap, policy: Policy, avoid: &HashSet<TargetId>) -> Option<BlockId> {
+    fn search(
+        &self,
+        map: &ClusterMap,
+        layout: Layout,
+        avoid: &HashSet<TargetId>,
+        missing_max: usize,
+    ) -> Option<BlockId> {
         let mut state = self.current();
         let found = state.ranges.iter().enumerate().find_map(|(i, range)| {
-            let id = range.clone().find(|&id| suitable(map, BlockId(id), policy, avoid))?;
+            let id = range.clone().find(|&id| {
+                let group = map.placement(BlockId(id), layout);
+                group.and_then(|group| missing(map, group, layout, avoid)).is_some_and(|n| n <= missing_max)
+            })?;
             Some((i, id))
         });
         let (i, id) = found?;
@@ -142,27 +161,48 @@ impl BlockIds {
     }
 }
 
-fn suitable(map: &ClusterMap, id: BlockId, policy: Policy, avoid: &HashSet<TargetId>) -> bool {
-    map.can_place(id, policy)
-        && map.placement(id, policy).is_some_and(|group| !group.iter().any(|target| avoid.contains(target)))
+/// Members of a group that take no shard now; `None` when it must not be used: it has a target to `avoid`, or one that
+/// is full, which would go on lacking its shards, or too few are left to read what they store.
+fn missing(map: &ClusterMap, group: &[TargetId], layout: Layout, avoid: &HashSet<TargetId>) -> Option<usize> {
+    let mut missing = 0;
+    for id in group {
+        let target = map.targets.get(id)?;
+        if avoid.contains(id) || (target.state == TargetState::Up && target.full) {
+            return None;
+        }
+        missing += usize::from(!target.writable());
+    }
+    (group.len() - missing >= layout.needed()).then_some(missing)
 }
 
-/// Whether the newest era has any group that would do.
-fn some_group(map: &ClusterMap, policy: Policy, avoid: &HashSet<TargetId>) -> bool {
-    newest_groups(map, policy).any(|group| {
-        group.iter().all(|t| !avoid.contains(t) && map.targets.get(t).is_some_and(|t| t.writable()))
-    })
+/// Of the newest era's groups that may be used, the fewest members that are missing.
+fn least_missing(map: &ClusterMap, layout: Layout, avoid: &HashSet<TargetId>) -> Option<usize> {
+    newest_groups(map, layout).filter_map(|group| missing(map, group, layout, avoid)).min()
 }
 
 /// Whether fullness alone keeps every group from taking a block.
-fn no_room(map: &ClusterMap, policy: Policy) -> bool {
-    let mut groups = newest_groups(map, policy).peekable();
+fn no_room(map: &ClusterMap, layout: Layout) -> bool {
+    let mut groups = newest_groups(map, layout).peekable();
     groups.peek().is_some()
         && groups.all(|group| group.iter().any(|t| map.targets.get(t).is_some_and(|t| t.full)))
 }
 
-fn newest_groups(map: &ClusterMap, policy: Policy) -> impl Iterator<Item = &[TargetId]> {
-    let table = map.eras.last().and_then(|era| era.tables.get(&policy.width()));
+fn no_group(map: &ClusterMap, layout: Layout) -> String {
+    let (policy, needed) = (layout.policy(), layout.needed());
+    match newest_groups(map, layout).next() {
+        Some(_) => format!(
+            "no placement group for {policy} has the {needed} targets up that a block needs; see `fjord status`"
+        ),
+        None => format!(
+            "{policy} needs {} targets and the cluster has {}: add data servers",
+            layout.width(),
+            map.targets.len()
+        ),
+    }
+}
+
+fn newest_groups(map: &ClusterMap, layout: Layout) -> impl Iterator<Item = &[TargetId]> {
+    let table = map.eras.last().and_then(|era| era.tables.get(&layout.width()));
     table.into_iter().flat_map(|table| table.members.chunks(table.width))
 }
 
@@ -170,8 +210,8 @@ fn newest_groups(map: &ClusterMap, policy: Policy) -> impl Iterator<Item = &[Tar
 mod tests {
     use super::*;
     use fjordfs_proto::{
-        Epoch, ServerId,
-        cluster::{Era, PgTable, Server, ServerState, Target, TargetState},
+        Epoch, Policy, ServerId,
+        cluster::{Era, PgTable, Server, ServerState, Target},
     };
     use std::collections::BTreeMap;
 
@@ -200,15 +240,35 @@ mod tests {
         }
     }
 
+    fn layout(policy: &str) -> Layout {
+        Layout::of(policy.parse().unwrap(), 1 << 20)
+    }
+
     #[test]
     fn full_and_unreachable_are_told_apart() {
-        let two = Policy::replica(2).unwrap();
-        let none = HashSet::new();
-        assert!(some_group(&map(&[], &[1]), two, &none));
-        assert!(!some_group(&map(&[], &[1, 2]), two, &none));
-        assert!(!no_room(&map(&[], &[1, 2]), two));
+        let (two, none) = (layout("replica:2"), HashSet::new());
+        assert_eq!(least_missing(&map(&[], &[1]), two, &none), Some(0));
+        assert_eq!(least_missing(&map(&[], &[1, 2]), two, &none), Some(1), "one copy is enough to read");
+        assert_eq!(least_missing(&map(&[], &[1, 2, 3]), two, &none), None);
+        assert!(!no_room(&map(&[], &[1, 2, 3]), two));
+        assert_eq!(least_missing(&map(&[1, 2], &[]), two, &none), None, "full is not missing");
         assert!(no_room(&map(&[1, 2], &[]), two));
-        assert!(!some_group(&map(&[], &[]), two, &[TargetId(1), TargetId(2)].into()));
-        assert!(!no_room(&map(&[], &[]), Policy::replica(3).unwrap()));
+        assert_eq!(least_missing(&map(&[], &[]), two, &[TargetId(1), TargetId(2)].into()), None);
+        assert!(!no_room(&map(&[], &[]), layout("replica:3")));
+        assert!(
+            no_group(&map(&[], &[]), layout("replica:3")).contains("needs 3 targets and the cluster has 3")
+        );
+    }
+
+    #[test]
+    fn an_encoded_block_needs_its_k_targets() {
+        let mut map = map(&[], &[1]);
+        let members = [1, 2, 3].map(TargetId).to_vec();
+        map.eras[0].tables.insert(3, PgTable { width: 3, members });
+        let (ec, none) = (layout("ec:2+1"), HashSet::new());
+        assert_eq!(least_missing(&map, ec, &none), Some(1));
+        map.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;
+        assert_eq!(least_missing(&map, ec, &none), None);
+        assert!(no_group(&map, ec).contains("the 2 targets up"));
     }
 }

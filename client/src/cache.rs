@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, PAGE_SIZE, Policy, error::Errno, extent::BlockPiece,
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, PAGE_SIZE, error::Errno, extent::BlockPiece,
 };
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -127,14 +127,14 @@ impl BlockCache {
             let part = match self.chunks.get(&key) {
                 Some(chunk) => cut(&chunk, index * CHUNK, at..stop)?,
                 None if self.wants_chunk(fetch, key) => {
-                    let chunk = self.chunk(piece.block, piece.policy, index).await?;
+                    let chunk = self.chunk(piece.block, piece.layout, index).await?;
                     cut(&chunk, index * CHUNK, at..stop)?
                 }
                 None => {
                     let first = at - at % PAGE_SIZE as u32;
                     let range = BlockRange {
                         block: piece.block,
-                        policy: piece.policy,
+                        layout: piece.layout,
                         offset: first,
                         length: stop - first,
                     };
@@ -160,7 +160,7 @@ impl BlockCache {
             match self.chunks.get(&key) {
                 Some(chunk) => part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?),
                 None if self.wants_chunk(fetch, key) => {
-                    let chunk = self.chunk(piece.block, piece.policy, index).await?;
+                    let chunk = self.chunk(piece.block, piece.layout, index).await?;
                     part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?);
                 }
                 None => self.pages_into(piece, at..stop, part).await?,
@@ -182,7 +182,7 @@ impl BlockCache {
     async fn pages_into(&self, piece: BlockPiece, range: Range<u32>, memory: &mut [u8]) -> FsResult<()> {
         let first = range.start - range.start % PAGE_SIZE as u32;
         let pages =
-            BlockRange { block: piece.block, policy: piece.policy, offset: first, length: range.end - first };
+            BlockRange { block: piece.block, layout: piece.layout, offset: first, length: range.end - first };
         if first < range.start {
             memory.copy_from_slice(slice(&self.data.read(pages).await?, first, range)?);
             return Ok(());
@@ -192,13 +192,13 @@ impl BlockCache {
     }
 
     /// Fetches chunk `index` of a block if it is not there and memory for reading ahead is free.
-    pub(crate) async fn prefetch(&self, block: BlockId, policy: Policy, index: u32) {
+    pub(crate) async fn prefetch(&self, block: BlockId, layout: Layout, index: u32) {
         if self.chunks.peek(&(block, index)).is_some() {
             return;
         }
         if let Ok(_permit) = self.prefetch.try_acquire() {
             // Whoever reads it will see the error.
-            let _ = self.chunk(block, policy, index).await;
+            let _ = self.chunk(block, layout, index).await;
         }
     }
 
@@ -213,8 +213,8 @@ impl BlockCache {
     }
 
     /// Fetches a chunk for later.
-    pub(crate) async fn fetch(&self, block: BlockId, policy: Policy, index: u32) -> FsResult<()> {
-        self.chunk(block, policy, index).await.map(drop)
+    pub(crate) async fn fetch(&self, block: BlockId, layout: Layout, index: u32) -> FsResult<()> {
+        self.chunk(block, layout, index).await.map(drop)
     }
 
     /// Forgets a chunk: its reader will not come back to it.
@@ -222,10 +222,10 @@ impl BlockCache {
         self.chunks.remove(&(block, index));
     }
 
-    async fn chunk(&self, block: BlockId, policy: Policy, index: u32) -> FsResult<Bytes> {
+    async fn chunk(&self, block: BlockId, layout: Layout, index: u32) -> FsResult<Bytes> {
         let offset = index * CHUNK;
         let length = CHUNK.min(BLOCK_SIZE_MAX as u32 - offset);
-        let range = BlockRange { block, policy, offset, length };
+        let range = BlockRange { block, layout, offset, length };
         self.chunks.get_or_insert_async(&(block, index), self.data.read(range)).await
     }
 }

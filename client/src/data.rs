@@ -2,11 +2,15 @@
 //!
 //! # Verification
 //! Page CRCs are computed before a block leaves this process and checked when its pages come back. A page that does
-//! not match is a miss: the next copy is asked, and bytes that did not verify are never handed out.
+//! not match is a miss: the next copy is asked, or the range decoded from other shards, each of them verified. Bytes
+//! that did not verify are never handed out.
 
 mod buffers;
 mod connection;
+mod gather;
+mod health;
 mod local;
+mod parity;
 mod pool;
 mod read;
 mod socket;
@@ -20,9 +24,12 @@ use tokio::sync::watch;
 
 pub(crate) use read::BlockRange;
 pub(crate) use sync::Unsynced;
+pub(crate) use write::Placed;
 
 use connection::Connection;
+use health::Health;
 use local::LocalReads;
+use parity::ParityBuffers;
 use pool::Pool;
 
 use crate::{Options, engine::Engine};
@@ -32,6 +39,8 @@ pub(crate) struct DataClient {
     pool: Pool,
     local: LocalReads,
     map: watch::Receiver<Arc<ClusterMap>>,
+    health: Health,
+    parity: Arc<ParityBuffers>,
     hedge_delay: Duration,
     timeout: Duration,
 }
@@ -47,6 +56,8 @@ impl DataClient {
             local: LocalReads::new(engine.clone(), options),
             pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
             map,
+            parity: ParityBuffers::new(options.parity_max()),
+            health: Health::new(options.hedge_delay),
             hedge_delay: options.hedge_delay,
             timeout: options.operation_timeout,
         }

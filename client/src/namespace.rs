@@ -330,8 +330,7 @@ impl Client {
         };
         // What a byte costs: its copies, or its share of the parity.
         let usable = |raw: u64| match Policy::from_code(reply.policy) {
-            Some(Policy::Replica(n)) => raw / u64::from(n.get()),
-            Some(policy @ Policy::Ec { k, .. }) => raw / policy.width() as u64 * u64::from(k.get()),
+            Some(policy) => policy.usable(raw),
             None => raw,
         };
         Ok(StatFs {

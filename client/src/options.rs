@@ -63,12 +63,21 @@ impl Options {
 
     /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8 - self.tables_max() - self.arena_max()
+        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8
+            - self.tables_max()
+            - self.arena_max()
+            - 2 * self.parity_max()
     }
 
     /// Share of the memory for the places and checksums of shards on this host: a thousandth of the data read at random, so this is
     /// enough for 16 times the whole memory.
     pub(crate) fn tables_max(&self) -> u64 {
+        self.memory_max.max(Self::MEMORY_MIN) / 64
+    }
+
+    /// Share of the memory for parity shards under way; as much is kept for the next ones. Four blocks of `ec:2+1` by
+    /// default, as many bytes as are on the wire at a time.
+    pub(crate) fn parity_max(&self) -> u64 {
         self.memory_max.max(Self::MEMORY_MIN) / 64
     }
 

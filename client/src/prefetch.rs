@@ -139,7 +139,7 @@ async fn fetch(inner: &Inner, plan: &Arc<Plan>, chunk: BlockChunk) -> FsResult<(
     if inner.cache.has(chunk.block, chunk.index) || !plan.enter((chunk.block, chunk.index)).await {
         return Ok(());
     }
-    let fetched = inner.cache.fetch(chunk.block, chunk.policy, chunk.index).await;
+    let fetched = inner.cache.fetch(chunk.block, chunk.layout, chunk.index).await;
     if fetched.is_err() {
         plan.leave(&(chunk.block, chunk.index));
     }

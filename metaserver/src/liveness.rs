@@ -20,7 +20,7 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Policy, Source, TargetId, extent::BlockPiece,
+    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Layout, Source, TargetId, extent::BlockPiece,
     interval::Run,
 };
 
@@ -71,7 +71,7 @@ pub(crate) fn share(txn: &mut Txn, whole: &Extent, again: Range<u64>) -> FsResul
 
 /// The bytes `gone` of the extent `whole` are no longer reached.
 pub(crate) fn release(txn: &mut Txn, whole: &Extent, gone: Range<u64>) -> FsResult<()> {
-    let Source::Blocks { addr, policy } = &whole.source else { return Ok(()) };
+    let Source::Blocks { addr, layout } = &whole.source else { return Ok(()) };
     if gone.is_empty() {
         return Ok(());
     }
@@ -107,21 +107,21 @@ pub(crate) fn release(txn: &mut Txn, whole: &Extent, gone: Range<u64>) -> FsResu
         } else {
             txn.put_record(keys::live(block(i)), &LiveBlock { live });
             dead.end = i;
-            bury(txn, block(dead.start), dead.end - dead.start, Some(*policy));
+            bury(txn, block(dead.start), dead.end - dead.start, Some(*layout));
             dead = i + 1..i + 1;
         }
     }
-    bury(txn, block(dead.start), dead.end - dead.start, Some(*policy));
+    bury(txn, block(dead.start), dead.end - dead.start, Some(*layout));
     Ok(())
 }
 
-/// Consecutive blocks that nothing reaches. Without a policy, every target that could hold them is asked.
-pub(crate) fn bury(txn: &mut Txn, first: BlockId, count: u64, policy: Option<Policy>) {
+/// Consecutive blocks that nothing reaches. Without a layout, every target that could hold them is asked.
+pub(crate) fn bury(txn: &mut Txn, first: BlockId, count: u64, layout: Option<Layout>) {
     if count == 0 {
         return;
     }
-    let policy = policy.map_or(0, |p| p.code().into());
-    txn.put_record(keys::dead(first), &DeadRun { count, policy });
+    let layout = layout.map_or(0, Layout::code);
+    txn.put_record(keys::dead(first), &DeadRun { count, layout });
     txn.counters().queued += count;
     txn.pending().add_dead(first.0);
 }
@@ -148,7 +148,7 @@ pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResu
         }
         let mut queued = 0;
         for block in (first..first + now).map(BlockId) {
-            for target in holders(map, block, Policy::from_code(run.policy)) {
+            for target in holders(map, block, Layout::from_code(run.layout)) {
                 txn.put(keys::delete(target, block), Default::default());
                 queued += 1;
             }
@@ -170,10 +170,10 @@ fn find_dead(txn: &mut Txn) -> FsResult<()> {
     Ok(())
 }
 
-/// Targets that may hold shards of a block. Without a policy, the members of its group in every table of its era.
-fn holders(map: &ClusterMap, block: BlockId, policy: Option<Policy>) -> BTreeSet<TargetId> {
-    if let Some(policy) = policy {
-        return map.placement(block, policy).unwrap_or_default().iter().copied().collect();
+/// Targets that may hold shards of a block. Without a layout, the members of its group in every table of its era.
+fn holders(map: &ClusterMap, block: BlockId, layout: Option<Layout>) -> BTreeSet<TargetId> {
+    if let Some(layout) = layout {
+        return map.placement(block, layout).unwrap_or_default().iter().copied().collect();
     }
     let era = map.eras.iter().rev().find(|era| era.first_block <= block);
     let tables = era.into_iter().flat_map(|era| era.tables.values());

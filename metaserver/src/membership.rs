@@ -92,7 +92,7 @@ impl Membership {
                 default_policy,
             },
         };
-        let mut widths = BTreeSet::from([map.default_policy.width()]);
+        let mut widths = BTreeSet::from_iter(map.default_policy.widths());
         for (key, _) in txn.scan(&keys::all(keys::WIDTH), Order::Ascending, usize::MAX)? {
             widths.extend(keys::split_width(&key));
         }
@@ -163,12 +163,13 @@ impl Membership {
             .collect()
     }
 
-    /// A policy of this width is in use from now on.
-    pub(crate) fn want_width(&mut self, txn: &mut Txn, width: usize) {
-        if !self.widths.insert(width) {
+    /// A policy is in use from now on.
+    pub(crate) fn want_policy(&mut self, txn: &mut Txn, policy: Policy) {
+        let new: Vec<usize> = policy.widths().filter(|width| self.widths.insert(*width)).collect();
+        if new.is_empty() {
             return;
         }
-        txn.put(keys::width(width), Default::default());
+        new.into_iter().for_each(|width| txn.put(keys::width(width), Default::default()));
         let mut map = ClusterMap::clone(&self.map);
         eras::complete(&mut map, &self.widths, self.pg_count);
         self.publish(txn, map);

@@ -29,7 +29,7 @@ mod xattr;
 mod tests;
 
 use fjordfs_proto::{
-    FsError, FsResult, InodeId, SessionId,
+    FsError, FsResult, InodeId, Policy, SessionId,
     error::Errno,
     pb::meta::{Empty, Entry, Time, request::Op, response::Result as Reply},
 };
@@ -64,8 +64,8 @@ pub(crate) struct Ctx<'a> {
     pub(crate) now: Time,
     pub(crate) facts: ClusterFacts,
     pub(crate) inodes: &'a mut InodeRanges,
-    /// Set by an operation that needs placement groups of this width.
-    pub(crate) width_wanted: Option<usize>,
+    /// Set by an operation that needs placement groups for this policy.
+    pub(crate) policy_wanted: Option<Policy>,
 }
 
 impl Ctx<'_> {

@@ -117,7 +117,7 @@ pub(crate) struct ExtentRecord {
     #[prost(uint32, tag = "3")]
     block_offset: u32,
     #[prost(uint32, tag = "4")]
-    policy: u32,
+    layout: u32,
     #[prost(bytes = "bytes", tag = "5")]
     data: Bytes,
 }
@@ -125,11 +125,11 @@ pub(crate) struct ExtentRecord {
 impl ExtentRecord {
     pub(crate) fn new(extent: &Extent) -> ExtentRecord {
         match &extent.source {
-            Source::Blocks { addr, policy } => ExtentRecord {
+            Source::Blocks { addr, layout } => ExtentRecord {
                 length: extent.length,
                 block: addr.block.0,
                 block_offset: addr.offset,
-                policy: policy.code().into(),
+                layout: layout.code(),
                 data: Bytes::new(),
             },
             Source::Inline(data) => {
@@ -145,7 +145,7 @@ impl ExtentRecord {
             length: self.length,
             block: self.block,
             block_offset: self.block_offset,
-            policy: self.policy,
+            layout: self.layout,
             data: self.data,
         };
         Extent::from_pb(wire)
@@ -176,9 +176,9 @@ pub(crate) struct LeasedRange {
 pub(crate) struct DeadRun {
     #[prost(uint64, tag = "1")]
     pub(crate) count: u64,
-    /// Policy they were written with; 0 when nobody knows: then every group that could have taken them.
+    /// Layout they were written with; 0 when nobody knows: then every group that could have taken them.
     #[prost(uint32, tag = "2")]
-    pub(crate) policy: u32,
+    pub(crate) layout: u32,
 }
 
 /// 'S': a client.

@@ -8,8 +8,8 @@ use std::{
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockAddr, BlockId, Extent, FsError, FsResult, InodeId, PROTOCOL_VERSION, Policy, ROOT_INODE, SessionId,
-    error::Errno, pb::meta::*,
+    BlockAddr, BlockId, Extent, FsError, FsResult, InodeId, Layout, PROTOCOL_VERSION, Policy, ROOT_INODE,
+    SessionId, error::Errno, pb::meta::*,
 };
 use request::Op;
 use response::Result as Reply;
@@ -61,8 +61,8 @@ pub(crate) fn run(
     block: u64,
     block_offset: u32,
 ) -> fjordfs_proto::pb::meta::Extent {
-    let policy = Policy::replica(2).unwrap();
-    Extent::blocks(BlockAddr { block: BlockId(block), offset: block_offset }, length, policy).to_pb(offset)
+    let layout = Layout::of(Policy::replica(2).unwrap(), 1);
+    Extent::blocks(BlockAddr { block: BlockId(block), offset: block_offset }, length, layout).to_pb(offset)
 }
 
 pub(crate) fn inline(offset: u64, data: &[u8]) -> fjordfs_proto::pb::meta::Extent {

@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use fjordfs_metaserver::{Config, FolderError, MetaServer, StartError, fsck};
 use fjordfs_proto::{
-    BlockAddr, BlockId, Extent, PROTOCOL_VERSION, Policy,
+    BlockAddr, BlockId, Extent, Layout, PROTOCOL_VERSION, Policy,
     pb::meta::{
         cluster_client::ClusterClient, meta_client::MetaClient, request::Op, response::Result as Reply, *,
     },
@@ -218,7 +218,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
         panic!()
     };
     let addr = BlockAddr { block: BlockId(lease.first), offset: 0 };
-    let extent = Extent::blocks(addr, 100_000, Policy::replica(2).unwrap()).to_pb(0);
+    let extent = Extent::blocks(addr, 100_000, Layout::of(Policy::replica(2).unwrap(), 100_000)).to_pb(0);
     let file = FileCommit { ino: made.attr.unwrap().ino, extents: vec![extent], ..FileCommit::default() };
     let commit = Commit { files: vec![file], sync: true, ..Commit::default() };
     assert!(matches!(session.call(Op::Commit(commit)).await, Reply::Commit(_)));

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Policy,
+    Layout, Policy,
     ids::{BlockId, Epoch, PgId, ServerId, TargetId},
     pb,
 };
@@ -123,15 +123,15 @@ pub fn mix(id: u64) -> u64 {
 
 impl ClusterMap {
     /// Targets of a block in shard order, or `None` when its era has no groups of that width (too few targets).
-    pub fn placement(&self, block: BlockId, policy: Policy) -> Option<&[TargetId]> {
+    pub fn placement(&self, block: BlockId, layout: Layout) -> Option<&[TargetId]> {
         let era = self.eras.iter().rev().find(|era| era.first_block <= block)?;
-        let table = era.tables.get(&policy.width())?;
+        let table = era.tables.get(&layout.width())?;
         Some(table.group(table.pg_of(block)))
     }
 
     /// Whether every target of the block's group takes new shards.
-    pub fn can_place(&self, block: BlockId, policy: Policy) -> bool {
-        self.placement(block, policy)
+    pub fn can_place(&self, block: BlockId, layout: Layout) -> bool {
+        self.placement(block, layout)
             .is_some_and(|group| group.iter().all(|t| self.targets.get(t).is_some_and(Target::writable)))
     }
 
@@ -271,6 +271,10 @@ mod tests {
         }
     }
 
+    fn layout(copies: u8) -> Layout {
+        Layout::of(Policy::replica(copies).unwrap(), 1)
+    }
+
     #[test]
     fn the_wire_form_round_trips() {
         assert_eq!(ClusterMap::from_pb(sample().to_pb()), Ok(sample()));
@@ -279,7 +283,7 @@ mod tests {
     #[test]
     fn a_block_is_placed_by_its_era() {
         let map = sample();
-        let two = Policy::replica(2).unwrap();
+        let two = layout(2);
         assert!(map.placement(BlockId(0), two).is_none());
         for b in 1..100 {
             assert!(!map.placement(BlockId(b), two).unwrap().contains(&TargetId(3)));
@@ -287,13 +291,13 @@ mod tests {
         for b in 100..200 {
             assert!(map.placement(BlockId(b), two).unwrap().contains(&TargetId(3)));
         }
-        assert!(map.placement(BlockId(5), Policy::replica(3).unwrap()).is_none());
+        assert!(map.placement(BlockId(5), layout(3)).is_none());
     }
 
     #[test]
     fn a_group_with_a_member_down_takes_no_new_block() {
         let mut map = sample();
-        let two = Policy::replica(2).unwrap();
+        let two = layout(2);
         assert!(map.can_place(BlockId(7), two));
         map.targets.get_mut(&TargetId(1)).unwrap().state = TargetState::Down;
         assert!(!map.can_place(BlockId(7), two));

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use crate::{
-    BLOCK_SIZE_MAX, FILE_SIZE_MAX, FsError, FsResult, Policy,
+    BLOCK_SIZE_MAX, FILE_SIZE_MAX, FsError, FsResult, Layout,
     error::Errno,
     ids::{BlockAddr, BlockId},
     interval::{IntervalMap, Run},
@@ -15,13 +15,13 @@ use crate::{
 /// Where the bytes of an extent are.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// In blocks, from this address on. All blocks of a run have one policy; all but the last are read to their
+    /// In blocks, from this address on. All blocks of a run have one layout; all but the last are read to their
     /// full 16 MiB.
     Blocks {
         /// Address of the first byte.
         addr: BlockAddr,
-        /// Redundancy of the blocks.
-        policy: Policy,
+        /// How each of the blocks lies on its targets.
+        layout: Layout,
     },
     /// Here: small files keep their bytes in the metadata.
     Inline(Bytes),
@@ -50,8 +50,8 @@ pub struct BlockPiece {
     pub length: u32,
     /// Distance of the first byte from the extent's start.
     pub from: u64,
-    /// Redundancy of the block.
-    pub policy: Policy,
+    /// How the block lies on its targets.
+    pub layout: Layout,
 }
 
 impl Extent {
@@ -61,22 +61,22 @@ impl Extent {
     }
 
     /// An extent of block bytes.
-    pub fn blocks(addr: BlockAddr, length: u64, policy: Policy) -> Extent {
-        Extent { length, source: Source::Blocks { addr, policy } }
+    pub fn blocks(addr: BlockAddr, length: u64, layout: Layout) -> Extent {
+        Extent { length, source: Source::Blocks { addr, layout } }
     }
 
     /// The extent block by block; nothing for inline bytes.
     pub fn pieces(&self) -> impl Iterator<Item = BlockPiece> {
         let (start, length) = match &self.source {
-            Source::Blocks { addr, policy } => (Some((*addr, *policy)), self.length),
+            Source::Blocks { addr, layout } => (Some((*addr, *layout)), self.length),
             Source::Inline(_) => (None, 0),
         };
         let mut from = 0;
         std::iter::from_fn(move || {
-            let (addr, policy) = start.filter(|_| from < length)?;
+            let (addr, layout) = start.filter(|_| from < length)?;
             let at = addr.advance(from);
             let piece = (BLOCK_SIZE_MAX as u64 - u64::from(at.offset)).min(length - from);
-            let out = BlockPiece { block: at.block, offset: at.offset, length: piece as u32, from, policy };
+            let out = BlockPiece { block: at.block, offset: at.offset, length: piece as u32, from, layout };
             from += piece;
             Some(out)
         })
@@ -85,12 +85,12 @@ impl Extent {
     /// As it travels.
     pub fn to_pb(&self, offset: u64) -> pb::meta::Extent {
         match &self.source {
-            Source::Blocks { addr, policy } => pb::meta::Extent {
+            Source::Blocks { addr, layout } => pb::meta::Extent {
                 offset,
                 length: self.length,
                 block: addr.block.0,
                 block_offset: addr.offset,
-                policy: policy.code().into(),
+                layout: layout.code(),
                 data: Bytes::new(),
             },
             Source::Inline(data) => {
@@ -102,7 +102,7 @@ impl Extent {
     /// From the wire or the disk: its file offset and the extent.
     ///
     /// # Errors
-    /// `EINVAL` when it is empty, ends beyond the largest file, has an unknown policy, or its parts disagree.
+    /// `EINVAL` when it is empty, ends beyond the largest file, has an unknown layout, or its parts disagree.
     pub fn from_pb(e: pb::meta::Extent) -> FsResult<(u64, Extent)> {
         let bad = |what: &str| FsError::new(Errno::EINVAL, format!("extent at {}: {what}", e.offset));
         if e.length == 0 {
@@ -112,12 +112,12 @@ impl Extent {
             return Err(bad("it ends beyond the largest file"));
         }
         let extent = if e.data.is_empty() {
-            let policy = Policy::from_code(e.policy).ok_or_else(|| bad("unknown policy"))?;
+            let layout = Layout::from_code(e.layout).ok_or_else(|| bad("unknown layout"))?;
             if e.block_offset as usize >= BLOCK_SIZE_MAX || e.block == 0 {
                 return Err(bad("bad block address"));
             }
             let addr = BlockAddr { block: BlockId(e.block), offset: e.block_offset };
-            Extent::blocks(addr, e.length, policy)
+            Extent::blocks(addr, e.length, layout)
         } else {
             if e.data.len() as u64 != e.length {
                 return Err(bad("inline bytes and length differ"));
@@ -135,8 +135,8 @@ impl Run for Extent {
 
     fn slice(&self, range: Range<u64>) -> Extent {
         let source = match &self.source {
-            Source::Blocks { addr, policy } => {
-                Source::Blocks { addr: addr.advance(range.start), policy: *policy }
+            Source::Blocks { addr, layout } => {
+                Source::Blocks { addr: addr.advance(range.start), layout: *layout }
             }
             Source::Inline(data) => Source::Inline(data.slice(range.start as usize..range.end as usize)),
         };
@@ -146,8 +146,8 @@ impl Run for Extent {
     /// Block runs join when their addresses go on. Inline bytes are never joined: that would copy.
     fn join(&mut self, next: Extent) -> Result<(), Extent> {
         match (&self.source, &next.source) {
-            (Source::Blocks { addr, policy }, Source::Blocks { addr: next_addr, policy: next_policy })
-                if policy == next_policy && addr.advance(self.length) == *next_addr =>
+            (Source::Blocks { addr, layout }, Source::Blocks { addr: next_addr, layout: next_layout })
+                if layout == next_layout && addr.advance(self.length) == *next_addr =>
             {
                 self.length += next.length;
                 Ok(())
@@ -160,10 +160,11 @@ impl Run for Extent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Policy;
 
     fn blocks(block: u64, offset: u32, length: u64) -> Extent {
-        let policy = Policy::replica(2).unwrap();
-        Extent::blocks(BlockAddr { block: BlockId(block), offset }, length, policy)
+        let layout = Layout::of(Policy::replica(2).unwrap(), BLOCK_SIZE_MAX);
+        Extent::blocks(BlockAddr { block: BlockId(block), offset }, length, layout)
     }
 
     const FULL: u64 = BLOCK_SIZE_MAX as u64;
@@ -204,7 +205,7 @@ mod tests {
         for bad in [
             pb::meta::Extent { length: 0, ..good.clone() },
             pb::meta::Extent { offset: u64::MAX, ..good.clone() },
-            pb::meta::Extent { policy: 0, ..good.clone() },
+            pb::meta::Extent { layout: 0, ..good.clone() },
             pb::meta::Extent { block_offset: 1 << 24, ..good.clone() },
             pb::meta::Extent { data: Bytes::from_static(b"four"), ..good },
         ] {

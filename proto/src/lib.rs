@@ -6,7 +6,9 @@
 //! | module | what it fixes |
 //! |---|---|
 //! | [`ids`] | one newtype per id |
-//! | [`policy`] | redundancy of a block, and its 16-bit code |
+//! | [`policy`] | redundancy of new blocks, and its 16-bit code |
+//! | [`layout`] | how a block lies in shards: which shard has which bytes |
+//! | [`coding`] | parity, and lost shards from others |
 //! | [`block`] | sizes, and the CRC32C of each 4 KiB page |
 //! | [`interval`] | non-overlapping runs over file offsets, the base of extent maps and dirty maps |
 //! | [`extent`] | file bytes → block bytes |
@@ -19,12 +21,14 @@
 
 pub mod block;
 pub mod cluster;
+pub mod coding;
 pub mod crc32c;
 pub mod error;
 pub mod extent;
 pub mod frame;
 pub mod ids;
 pub mod interval;
+pub mod layout;
 pub mod mode;
 pub mod operation;
 pub mod placement;
@@ -35,6 +39,7 @@ pub use cluster::ClusterMap;
 pub use error::{FsError, FsResult};
 pub use extent::{Extent, ExtentMap, Source};
 pub use ids::{BlockAddr, BlockId, Epoch, HandleId, InodeId, PgId, ServerId, SessionId, ShardNo, TargetId};
+pub use layout::Layout;
 pub use policy::Policy;
 
 /// Version of both protocols; bumped when an older peer could misread a message.

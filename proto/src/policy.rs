@@ -1,10 +1,10 @@
-//! Redundancy of a block.
+//! Redundancy of newly written blocks. What became of one block says its [`crate::Layout`].
 
 use std::{fmt, num::NonZeroU8, str::FromStr};
 
-/// How a block is spread over the targets of its placement group.
+/// How blocks are spread over the targets of their placement groups.
 ///
-/// The 16-bit code is what extents and shard headers store: `replica:N` is `N`, `ec:K+M` is `K << 8 | M`.
+/// The 16-bit code is what inodes and shard headers store: `replica:N` is `N`, `ec:K+M` is `K << 8 | M`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Policy {
     /// N whole copies.
@@ -20,23 +20,54 @@ pub enum Policy {
 
 /// A policy that was misspelt or that this version does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a policy: write replica:N with N from 1 to 16")]
+#[error(
+    "'{0}' is not a policy: write replica:N with N from 1 to {WIDTH_MAX}, or ec:K+M with K and M from 1 and at most {WIDTH_MAX} together"
+)]
 pub struct PolicyError(pub String);
 
-/// Most copies a block may have.
-pub const REPLICAS_MAX: u8 = 16;
+/// Most targets a block may be spread over.
+pub const WIDTH_MAX: u8 = 32;
 
 impl Policy {
-    /// `replica:n`; `None` when n is 0 or above [`REPLICAS_MAX`].
+    /// `replica:n`; `None` when n is 0 or above [`WIDTH_MAX`].
     pub fn replica(n: u8) -> Option<Policy> {
-        NonZeroU8::new(n).filter(|n| n.get() <= REPLICAS_MAX).map(Policy::Replica)
+        NonZeroU8::new(n).filter(|n| n.get() <= WIDTH_MAX).map(Policy::Replica)
     }
 
-    /// Number of targets a block needs.
+    /// `ec:k+m`; `None` when one of them is 0 or they are more than [`WIDTH_MAX`] together.
+    pub fn ec(k: u8, m: u8) -> Option<Policy> {
+        let (k, m) = (NonZeroU8::new(k)?, NonZeroU8::new(m)?);
+        k.get().checked_add(m.get()).filter(|width| *width <= WIDTH_MAX).map(|_| Policy::Ec { k, m })
+    }
+
+    /// Number of targets a block needs, at most.
     pub fn width(self) -> usize {
         match self {
             Policy::Replica(n) => n.get().into(),
             Policy::Ec { k, m } => usize::from(k.get()) + usize::from(m.get()),
+        }
+    }
+
+    /// Number of targets that each kind of block of this policy is spread over: whole copies of small ones too, under
+    /// `ec:K+M`.
+    pub fn widths(self) -> impl Iterator<Item = usize> {
+        let copies = match self {
+            Policy::Replica(_) => None,
+            Policy::Ec { m, .. } => Some(usize::from(m.get()) + 1),
+        };
+        std::iter::once(self.width()).chain(copies)
+    }
+
+    /// What fits into `raw` bytes of targets, as large blocks.
+    pub fn usable(self, raw: u64) -> u64 {
+        (u128::from(raw) * u128::from(self.data_shards()) / self.width() as u128) as u64
+    }
+
+    /// Shards that a large block's own bytes are spread over.
+    pub fn data_shards(self) -> u8 {
+        match self {
+            Policy::Replica(_) => 1,
+            Policy::Ec { k, .. } => k.get(),
         }
     }
 
@@ -64,7 +95,7 @@ impl Policy {
         }
         match NonZeroU8::new(k) {
             None => Policy::replica(m),
-            Some(k) => Some(Policy::Ec { k, m: NonZeroU8::new(m)? }),
+            Some(k) => Policy::ec(k.get(), m),
         }
     }
 }
@@ -81,13 +112,21 @@ impl fmt::Display for Policy {
 impl FromStr for Policy {
     type Err = PolicyError;
 
-    /// Accepts `replica:N`. `ec:K+M` is a known code but cannot be chosen before erasure coding exists.
     fn from_str(text: &str) -> Result<Policy, PolicyError> {
-        text.strip_prefix("replica:")
-            .and_then(|n| n.parse().ok())
-            .and_then(Policy::replica)
-            .ok_or_else(|| PolicyError(text.to_owned()))
+        let policy = match text.split_once(':') {
+            Some(("replica", n)) => number(n).and_then(Policy::replica),
+            Some(("ec", shards)) => {
+                shards.split_once('+').and_then(|(k, m)| Policy::ec(number(k)?, number(m)?))
+            }
+            _ => None,
+        };
+        policy.ok_or_else(|| PolicyError(text.to_owned()))
     }
+}
+
+/// Digits only: `parse` alone would take a sign.
+fn number(text: &str) -> Option<u8> {
+    text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -96,23 +135,49 @@ mod tests {
 
     #[test]
     fn text_and_code_round_trip() {
-        for n in 1..=REPLICAS_MAX {
+        for n in 1..=WIDTH_MAX {
             let p: Policy = format!("replica:{n}").parse().unwrap();
             assert_eq!((p.width(), p.to_string()), (usize::from(n), format!("replica:{n}")));
             assert_eq!(Policy::from_code(p.code().into()), Some(p));
         }
-        let ec = Policy::from_code(8 << 8 | 2).unwrap();
-        assert_eq!((ec.to_string().as_str(), ec.width(), ec.losses_survived()), ("ec:8+2", 10, 2));
+        for (k, m) in (1..WIDTH_MAX).flat_map(|k| (1..=WIDTH_MAX - k).map(move |m| (k, m))) {
+            let p: Policy = format!("ec:{k}+{m}").parse().unwrap();
+            assert_eq!((p.width(), p.losses_survived()), (usize::from(k + m), usize::from(m)));
+            assert_eq!(p.to_string(), format!("ec:{k}+{m}"));
+            assert_eq!(Policy::from_code(p.code().into()), Some(p));
+        }
+    }
+
+    #[test]
+    fn capacity_is_counted_without_redundancy() {
+        let usable = |text: &str| text.parse::<Policy>().unwrap().usable(1000);
+        assert_eq!(usable("replica:2"), 500);
+        assert_eq!(usable("ec:2+2"), 500);
+        assert_eq!(usable("ec:8+2"), 800);
     }
 
     #[test]
     fn nonsense_is_refused() {
-        for text in
-            ["", "replica", "replica:0", "replica:17", "replica:-1", "ec:8+2", "mirror:2", "replica:256"]
-        {
+        for text in [
+            "",
+            "replica",
+            "replica:0",
+            "replica:33",
+            "replica:-1",
+            "replica:+1",
+            "mirror:2",
+            "replica:256",
+            "ec:0+1",
+            "ec:1+0",
+            "ec:30+3",
+            "ec:2",
+            "ec:2+1+1",
+            "ec:+2+1",
+            "ec:255+1",
+        ] {
             assert!(text.parse::<Policy>().is_err(), "{text}");
         }
-        for code in [0, 17, 256, 1 << 16, u32::MAX] {
+        for code in [0, 33, 256, 30 << 8 | 3, 255 << 8 | 255, 1 << 16, u32::MAX] {
             assert_eq!(Policy::from_code(code), None, "{code}");
         }
     }

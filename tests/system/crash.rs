@@ -104,11 +104,22 @@ fn an_import_survives_a_data_server() {
 
 #[test]
 fn with_one_data_server_down_reads_and_writes_go_on() {
-    let mut cluster = Cluster::start("one-down", Setup::default());
+    one_data_server_down("one-down", "replica:2");
+}
+
+#[test]
+fn with_one_data_server_down_erasure_coded_reads_and_writes_go_on() {
+    one_data_server_down("one-down-ec", "ec:2+1");
+}
+
+fn one_data_server_down(name: &str, policy: &str) {
+    let mut cluster = Cluster::start(name, Setup::policy(policy));
     let mount = cluster.mount();
     let before: Vec<Vec<u8>> = (0..40).map(|i| rng::bytes(i, 30_000 + i as usize * 50_000)).collect();
     for (i, data) in before.iter().enumerate() {
-        fs::write(mount.join(format!("before{i}")), data).unwrap();
+        let mut file = File::create(mount.join(format!("before{i}"))).unwrap();
+        file.write_all(data).unwrap();
+        file.sync_all().unwrap();
     }
     // A file that is being written when it happens.
     let mut open = File::create(mount.join("open")).unwrap();

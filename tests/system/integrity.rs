@@ -52,15 +52,27 @@ fn copies(cluster: &Cluster, servers: usize, name: &str, page: usize) -> Vec<Pla
 
 #[test]
 fn a_rotten_page_is_read_from_another_copy() {
-    let mut cluster = Cluster::start("rot", Setup::policy("replica:2"));
+    rotten_pages("rot", "replica:2", 2);
+}
+
+#[test]
+fn a_rotten_page_is_decoded_from_other_shards() {
+    rotten_pages("rot-ec", "ec:2+1", 1);
+}
+
+fn rotten_pages(name: &str, policy: &str, copies_expected: usize) {
+    let mut cluster = Cluster::start(name, Setup::policy(policy));
     let mount = cluster.mount();
     let file = Marked::write(&mount, "file");
     mount.unmount();
     for (n, page) in (0..PAGES).step_by(PAGES / 32).enumerate() {
+        // Of the halves of the block, which are its data shards, other pages: no page is lost on two targets.
+        let page = if page < PAGES / 2 { page } else { page + 5 };
         let places = copies(&cluster, 3, "file", page);
-        assert_eq!(places.len(), 2, "page {page} should lie in two places: {places:?}");
+        assert_eq!(places.len(), copies_expected, "page {page} should lie in so many places: {places:?}");
         // One bit's worth at the start, the middle or the end of a page, of either copy in turn.
-        let place = Place { offset: places[n % 2].offset + [0, 2000, 4095][n % 3], ..places[n % 2].clone() };
+        let place = &places[n % copies_expected];
+        let place = Place { offset: place.offset + [0, 2000, 4095][n % 3], ..place.clone() };
         flip(&place, 1);
     }
     let mount = cluster.mount();
@@ -101,6 +113,38 @@ fn with_all_copies_rotten_a_read_fails_and_its_neighbours_do_not() {
         assert!((1..=256).contains(&bad), "{policy}: {bad} pages unreadable, {good} readable");
         cluster.assert_running();
     }
+}
+
+/// One loss is decoded around; where a second one meets it, there is an error and nothing else.
+#[test]
+fn with_a_server_gone_and_a_page_rotten_every_byte_read_is_right() {
+    let mut cluster = Cluster::start("rot-and-gone", Setup::policy("ec:2+1"));
+    let mount = cluster.mount();
+    let file = Marked::write(&mount, "file");
+    mount.unmount();
+    let rotten = 777;
+    let places = copies(&cluster, 3, "file", rotten);
+    places.iter().for_each(|place| flip(place, 64));
+    let holder = (0..3).find(|server| places[0].file.starts_with(cluster.target_folder(*server, 0))).unwrap();
+    cluster.kill_data((holder + 1) % 3);
+    let mount = cluster.mount();
+    let open = File::open(mount.join("file")).unwrap();
+    let mut bad = 0;
+    for page in 0..PAGES {
+        let mut got = [0; PAGE];
+        match open.read_exact_at(&mut got, (page * PAGE) as u64) {
+            Ok(()) => {
+                assert!(got == file.page(page), "wrong bytes in page {page}");
+                assert_ne!(page, rotten, "the rotten page cannot have been read");
+            }
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EIO), "page {page}: {e}");
+                bad += 1;
+            }
+        }
+    }
+    // The page's own chunk, and the one that would be decoded from it.
+    assert!((1..=512).contains(&bad), "{bad} pages unreadable");
 }
 
 #[test]

@@ -82,8 +82,8 @@ impl Df {
                 default: name == status.default_policy,
                 policy: name,
                 losses_survived: policy.losses_survived(),
-                usable: usable(&capacity, policy.width()),
-                free: usable(&free, policy.width()),
+                usable: usable(&capacity, policy),
+                free: usable(&free, policy),
             })
         });
         Df {
@@ -119,20 +119,25 @@ impl Df {
     }
 }
 
-/// Bytes of files that fit when each needs room in `copies` different domains, or on that many different targets
-/// where there are fewer domains.
+/// Bytes of files that fit under a policy.
+fn usable(domains: &[Vec<u64>], policy: Policy) -> u64 {
+    shards_fit(domains, policy.width()).saturating_mul(policy.data_shards().into())
+}
+
+/// Bytes of one shard of everything that fit when each block needs room in `width` different domains, or on that many
+/// different targets where there are fewer domains.
 ///
 /// With x bytes of files, a place of size f can hold at most min(f, x) of their copies, and x fits exactly when these
 /// sum up to x × copies. The largest such x is found by bisection.
-fn usable(domains: &[Vec<u64>], copies: usize) -> u64 {
-    let places: Vec<u64> = if domains.len() >= copies {
+fn shards_fit(domains: &[Vec<u64>], width: usize) -> u64 {
+    let places: Vec<u64> = if domains.len() >= width {
         domains.iter().map(|targets| targets.iter().sum()).collect()
     } else {
         domains.iter().flatten().copied().collect()
     };
     let fits = |x: u64| {
         let room: u128 = places.iter().map(|f| u128::from((*f).min(x))).sum();
-        room >= u128::from(x) * copies as u128
+        room >= u128::from(x) * width as u128
     };
     let (mut low, mut high) = (0, places.iter().fold(0u64, |sum, f| sum.saturating_add(*f)));
     while low < high {
@@ -154,16 +159,16 @@ mod tests {
     #[test]
     fn copies_and_unequal_targets_count() {
         let each = |sizes: &[u64]| sizes.iter().map(|s| vec![*s]).collect::<Vec<_>>();
-        assert_eq!(usable(&each(&[100, 100, 100]), 1), 300);
-        assert_eq!(usable(&each(&[100, 100, 100]), 2), 150);
-        assert_eq!(usable(&each(&[100, 100, 100]), 3), 100);
+        assert_eq!(shards_fit(&each(&[100, 100, 100]), 1), 300);
+        assert_eq!(shards_fit(&each(&[100, 100, 100]), 2), 150);
+        assert_eq!(shards_fit(&each(&[100, 100, 100]), 3), 100);
         // The large one can only hold one copy of each block.
-        assert_eq!(usable(&each(&[1000, 10, 10]), 2), 20);
-        assert_eq!(usable(&[], 2), 0);
-        assert_eq!(usable(&each(&[u64::MAX, u64::MAX]), 2), u64::MAX);
+        assert_eq!(shards_fit(&each(&[1000, 10, 10]), 2), 20);
+        assert_eq!(shards_fit(&[], 2), 0);
+        assert_eq!(shards_fit(&each(&[u64::MAX, u64::MAX]), 2), u64::MAX);
         // Two domains of two targets: a copy in each domain. Three copies cannot have a domain each.
-        assert_eq!(usable(&[vec![50, 50], vec![50, 50]], 2), 100);
-        assert_eq!(usable(&[vec![50, 50], vec![50, 50]], 3), 66);
+        assert_eq!(shards_fit(&[vec![50, 50], vec![50, 50]], 2), 100);
+        assert_eq!(shards_fit(&[vec![50, 50], vec![50, 50]], 3), 66);
     }
 
     #[test]
@@ -188,7 +193,7 @@ mod tests {
                 stored += 1;
             }
             let domains: Vec<Vec<u64>> = places.iter().map(|p| vec![*p]).collect();
-            assert_eq!(usable(&domains, copies), stored, "{places:?} with {copies} copies");
+            assert_eq!(shards_fit(&domains, copies), stored, "{places:?} with {copies} copies");
         }
     }
 

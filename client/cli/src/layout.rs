@@ -48,7 +48,7 @@ pub(crate) struct SetArgs {
     meta: MetaArg,
     /// Path in a mount, HOST:PORT:/path, or with --meta an absolute path
     path: PathBuf,
-    /// replica:N
+    /// replica:N or ec:K+M
     policy: Policy,
 }
 

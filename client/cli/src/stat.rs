@@ -240,7 +240,7 @@ fn extent_row(offset: u64, extent: &Extent) -> ExtentRow {
 }
 
 fn block_row(extent_offset: u64, piece: &BlockPiece, map: &ClusterMap) -> BlockRow {
-    let group = map.placement(piece.block, piece.policy);
+    let group = map.placement(piece.block, piece.layout);
     let era = map.eras.iter().rev().find(|era| era.first_block <= piece.block);
     let targets = group.unwrap_or_default().iter().map(|id| {
         let server = map.server_of(*id).map(|(_, server)| server);
@@ -256,9 +256,9 @@ fn block_row(extent_offset: u64, piece: &BlockPiece, map: &ClusterMap) -> BlockR
         length: piece.length,
         block: piece.block.0,
         block_offset: piece.offset,
-        policy: piece.policy.to_string(),
+        policy: piece.layout.policy().to_string(),
         placement_group: era
-            .and_then(|era| era.tables.get(&piece.policy.width()))
+            .and_then(|era| era.tables.get(&piece.layout.width()))
             .map(|t| t.pg_of(piece.block).0),
         targets: targets.collect(),
     }
@@ -283,7 +283,7 @@ fn time(time: Option<Time>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fjordfs_proto::{BLOCK_SIZE_MAX, BlockAddr, BlockId, Policy, cluster::TargetState};
+    use fjordfs_proto::{BLOCK_SIZE_MAX, BlockAddr, BlockId, Layout, Policy, cluster::TargetState};
 
     fn sample() -> Stat {
         let map = ClusterMap::from_pb(
@@ -296,7 +296,7 @@ mod tests {
         let run = Extent::blocks(
             BlockAddr { block: BlockId(9), offset: 0 },
             3 * BLOCK_SIZE_MAX as u64,
-            Policy::replica(2).unwrap(),
+            Layout::of(Policy::replica(2).unwrap(), BLOCK_SIZE_MAX),
         );
         Stat::new("/a".into(), &attr, None, &[(0, run)], &map).unwrap()
     }

@@ -218,7 +218,7 @@ impl Status {
         out += &report::lines(&self.target_table());
         let _ = writeln!(
             out,
-            "\n{} of {} free on targets that are up (raw; `fjord df` counts the copies)",
+            "\n{} of {} free on targets that are up (raw; `fjord df` shows what fits under each policy)",
             ByteSize(self.free),
             ByteSize(self.capacity)
         );

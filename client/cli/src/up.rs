@@ -55,8 +55,8 @@ pub(crate) struct Args {
     /// Data servers [default: 3, or as many as there are]
     #[arg(long, value_name = "N")]
     servers: Option<usize>,
-    /// Redundancy of files in a new filesystem [default: replica:2]
-    #[arg(long, value_name = "replica:N")]
+    /// Redundancy of files in a new filesystem [default: ec:2+1, with 1 or 2 servers replica:1 or replica:2]
+    #[arg(long, value_name = "replica:N|ec:K+M")]
     policy: Option<Policy>,
     /// Folder for everything stored, and for logs [default: /var/lib/fjord for root, else ~/.local/share/fjord]
     #[arg(long, value_name = "FOLDER")]
@@ -163,13 +163,16 @@ fn free_address(text: &str) -> anyhow::Result<SocketAddr> {
 
 fn welcome(dir: &Path, folder: &Folder, plan: &Plan, status: &Status) -> String {
     let policy = plan.policy().ok();
-    let copies = policy.map_or(1, Policy::width);
-    let usable = status.free / copies as u64;
+    let usable = policy.map_or(status.free, |policy| policy.usable(status.free));
     let dir = dir.display();
     let meta = if status.meta == DEFAULT_META { String::new() } else { format!(" --meta {}", status.meta) };
-    let redundancy = match copies {
-        1 => "one copy of everything".to_owned(),
-        n => format!("{n} copies of everything"),
+    let redundancy = match policy {
+        Some(policy @ Policy::Ec { .. }) => {
+            let lost = crate::units::count(policy.losses_survived() as u64, "server");
+            format!("{policy} (nothing is lost with {lost})")
+        }
+        Some(Policy::Replica(n)) if n.get() > 1 => format!("{n} copies of everything"),
+        _ => "one copy of everything".to_owned(),
     };
     let usable = ByteSize(usable);
     let next = [

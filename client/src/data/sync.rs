@@ -5,13 +5,13 @@
 //! error of the fsync, never silence.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Weak},
     time::Duration,
 };
 
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, TargetId,
+    BlockId, FsError, FsResult, Layout, TargetId,
     error::Errno,
     frame::Opcode,
     pb::data::{Range, ReadShardRequest, SyncRequest},
@@ -29,6 +29,8 @@ pub(crate) struct Unsynced {
     target: TargetId,
     block: BlockId,
     shard: u32,
+    /// Shards that the block needs.
+    needed: usize,
     /// `None`: put by another client, which looks after it; a sync of the target is all there is to do here.
     connection: Option<Weak<Connection>>,
 }
@@ -38,14 +40,16 @@ impl Unsynced {
         target: TargetId,
         block: BlockId,
         shard: u32,
+        layout: Layout,
         connection: &Arc<Connection>,
     ) -> Unsynced {
-        Unsynced { target, block, shard, connection: Some(Arc::downgrade(connection)) }
+        let needed = layout.needed();
+        Unsynced { target, block, shard, needed, connection: Some(Arc::downgrade(connection)) }
     }
 
     /// Whatever others have put on a target.
     fn of_others(target: TargetId) -> Unsynced {
-        Unsynced { target, block: BlockId(0), shard: 0, connection: None }
+        Unsynced { target, block: BlockId(0), shard: 0, needed: 1, connection: None }
     }
 
     /// Whether the server has been there without a break since the put.
@@ -65,13 +69,13 @@ impl DataClient {
             .collect()
     }
 
-    /// Returns when every block of `shards` survives a power failure. `shards` holds all copies of each block.
+    /// Returns when every block of `shards` survives a power failure. `shards` holds all shards of each block that were stored.
     ///
-    /// A copy on a target that the metaserver has declared down counts as one of the losses that the policy survives;
-    /// a block needs at least one synced copy.
+    /// A shard on a target that the metaserver has declared down counts as one of the losses that the policy survives;
+    /// a block needs as many synced shards as restore it: one copy, or K.
     ///
     /// # Errors
-    /// `EIO` when no copy of some block could be synced.
+    /// `EIO` when too few shards of some block could be synced.
     pub(crate) async fn sync(self: &Arc<Self>, shards: &[Unsynced]) -> FsResult<()> {
         let mut by_target: BTreeMap<TargetId, Vec<&Unsynced>> = BTreeMap::new();
         for shard in shards {
@@ -82,17 +86,24 @@ impl DataClient {
             (shards, outcome)
         }))
         .await;
-        let mut safe = HashSet::new();
-        let mut lost: Vec<(BlockId, FsError)> = Vec::new();
+        let mut safe: HashMap<BlockId, HashSet<u32>> = HashMap::new();
+        let mut lost: Vec<(&Unsynced, FsError)> = Vec::new();
         for (shards, outcome) in outcomes {
             match outcome {
-                Ok(()) => safe.extend(shards.iter().map(|s| s.block)),
-                Err(e) => lost.extend(shards.iter().map(|s| (s.block, e.clone()))),
+                Ok(()) => {
+                    for shard in shards {
+                        safe.entry(shard.block).or_default().insert(shard.shard);
+                    }
+                }
+                Err(e) => lost.extend(shards.into_iter().map(|s| (s, e.clone()))),
             }
         }
-        match lost.into_iter().find(|(block, _)| !safe.contains(block)) {
-            Some((block, e)) => {
-                Err(FsError::new(Errno::EIO, format!("{block}: no copy is on stable storage: {e}")))
+        let enough = |s: &Unsynced| safe.get(&s.block).is_some_and(|shards| shards.len() >= s.needed);
+        match lost.into_iter().find(|(shard, _)| !enough(shard)) {
+            Some((shard, e)) => {
+                let what =
+                    format!("{}: fewer than {} shards are on stable storage: {e}", shard.block, shard.needed);
+                Err(FsError::new(Errno::EIO, what))
             }
             None => Ok(()),
         }

@@ -1,77 +1,111 @@
 //! Writing whole blocks. Hot path.
 //!
-//! A block is stored completely or not at all: when one copy fails, the id is given up and the block goes to another
-//! placement group at once, under a new id. Copies of the abandoned id are swept by the metaserver.
+//! All shards are sent at once. A block with enough of them to be read is stored; whether one that lacks some is good
+//! enough is the caller's decision. An id that is given up is swept by the metaserver.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, FsError, Policy, TargetId, block::page_crcs_of, error::Errno, frame::Opcode,
+    BlockId, FsError, FsResult, Layout, TargetId,
+    coding::{self, Shards},
+    error::Errno,
+    frame::Opcode,
     pb::data::PutShardRequest,
 };
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::{DataClient, Unsynced};
 
-/// A stored block.
+/// A block that can be read.
 #[derive(Debug)]
 pub(crate) struct Placed {
     pub(crate) block: BlockId,
     /// What has to be synced before the block is power-safe.
     pub(crate) unsynced: Vec<Unsynced>,
+    /// Members of its group that have no shard of it, and why.
+    pub(crate) missing: Vec<(TargetId, FsError)>,
 }
 
-/// A copy that could not be stored.
+/// A block of which too few shards could be stored.
 #[derive(Debug)]
 pub(crate) struct PutFailed {
-    pub(crate) target: Option<TargetId>,
+    /// Who has none; nobody when there is no group at all.
+    pub(crate) missing: Vec<(TargetId, FsError)>,
     pub(crate) error: FsError,
 }
 
 impl DataClient {
-    /// Stores the block whose bytes are `parts` under `block`.
+    /// The shards of a block about to be put, whose bytes are `parts`. Waits while much parity of others is under way.
+    ///
+    /// # Errors
+    /// `EIO` when the client is being shut down.
+    pub(crate) async fn encode(&self, layout: Layout, parts: &[Bytes]) -> FsResult<Shards> {
+        let mut room = self.parity.room(layout).await?;
+        Ok(coding::encode(layout, parts, |size| room.buffer(size)))
+    }
+
+    /// Stores a block under `block`, on those of its targets that are up.
     pub(crate) async fn put(
         self: &Arc<Self>,
         block: BlockId,
-        policy: Policy,
-        parts: &[Bytes],
-        page_crcs: &Bytes,
+        layout: Layout,
+        shards: &Shards,
     ) -> Result<Placed, PutFailed> {
         let map = self.map();
-        let group = map.placement(block, policy).ok_or_else(|| PutFailed {
-            target: None,
+        let group = map.placement(block, layout).ok_or_else(|| PutFailed {
+            missing: Vec::new(),
             error: FsError::new(
                 Errno::EIO,
                 format!(
-                    "policy {policy} needs {} targets; `fjord status` shows what is there",
-                    policy.width()
+                    "{} needs {} targets; `fjord status` shows what is there",
+                    layout.policy(),
+                    layout.width()
                 ),
             ),
         })?;
-        let length = parts.iter().map(Bytes::len).sum::<usize>() as u32;
-        let copies = group.iter().enumerate().map(|(shard, &target)| async move {
-            let request = PutShardRequest {
-                target: target.0,
-                block: block.0,
-                shard: shard as u32,
-                policy: policy.code().into(),
-                length,
-                page_crcs: page_crcs.clone(),
-            };
-            let stored = async {
-                let connection = self.connection(target).await?;
-                connection.request(Opcode::PutShard, &request, parts.to_vec()).await?;
-                Ok(Unsynced::new(target, block, shard as u32, &connection))
-            };
-            self.while_up(target, stored).await.map_err(|error| PutFailed { target: Some(target), error })
+        let puts = group.iter().zip(0u32..).map(|(&target, shard)| async move {
+            (target, self.put_shard(target, block, shard, layout, shards).await)
         });
-        let unsynced = try_join_all(copies).await?;
-        Ok(Placed { block, unsynced })
+        let (mut unsynced, mut missing) = (Vec::with_capacity(group.len()), Vec::new());
+        for (target, outcome) in join_all(puts).await {
+            match outcome {
+                Ok(stored) => unsynced.push(stored),
+                Err(e) => missing.push((target, e)),
+            }
+        }
+        match missing.first() {
+            Some((_, error)) if unsynced.len() < layout.needed() => {
+                Err(PutFailed { error: error.clone(), missing })
+            }
+            _ => Ok(Placed { block, unsynced, missing }),
+        }
     }
 
-    /// Integrity entries of a block about to be put.
-    pub(crate) fn seal(parts: &[Bytes]) -> Bytes {
-        page_crcs_of(parts.iter().map(|p| &p[..])).into()
+    async fn put_shard(
+        &self,
+        target: TargetId,
+        block: BlockId,
+        shard: u32,
+        layout: Layout,
+        shards: &Shards,
+    ) -> Result<Unsynced, FsError> {
+        let at = shard as usize;
+        let (parts, crcs) = (shards.parts.get(at), shards.page_crcs.get(at));
+        let parts = parts.cloned().unwrap_or_default();
+        let request = PutShardRequest {
+            target: target.0,
+            block: block.0,
+            shard,
+            policy: layout.policy().code().into(),
+            length: parts.iter().map(|part| part.len()).sum::<usize>() as u32,
+            page_crcs: crcs.cloned().unwrap_or_default(),
+        };
+        let stored = async {
+            let connection = self.connection(target).await?;
+            connection.request(Opcode::PutShard, &request, parts).await?;
+            Ok(Unsynced::new(target, block, shard, layout, &connection))
+        };
+        self.while_up(target, stored).await
     }
 }

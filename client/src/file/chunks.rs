@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use fjordfs_proto::{BlockId, FsError, FsResult, Policy, error::Errno};
+use fjordfs_proto::{BlockId, FsError, FsResult, Layout, error::Errno};
 
 use super::{
     File,
@@ -17,7 +17,7 @@ const ATTEMPTS: usize = 16;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct BlockChunk {
     pub(crate) block: BlockId,
-    pub(crate) policy: Policy,
+    pub(crate) layout: Layout,
     pub(crate) index: u32,
 }
 
@@ -43,6 +43,6 @@ fn chunks_of(part: &Part) -> impl Iterator<Item = BlockChunk> + use<> {
     };
     piece.into_iter().flat_map(|p| {
         let indexes = p.offset / CHUNK..=(p.offset + p.length - 1) / CHUNK;
-        indexes.map(move |index| BlockChunk { block: p.block, policy: p.policy, index })
+        indexes.map(move |index| BlockChunk { block: p.block, layout: p.layout, index })
     })
 }

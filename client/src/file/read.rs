@@ -191,7 +191,7 @@ impl Handle {
         self.chunks_of(range, |piece, index| {
             let client = self.client.clone();
             self.client.engine.spawn_here(async move {
-                client.cache.prefetch(piece.block, piece.policy, index).await;
+                client.cache.prefetch(piece.block, piece.layout, index).await;
             });
         });
     }

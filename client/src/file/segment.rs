@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use fjordfs_proto::{BlockId, Policy, ids::BlockAddr, interval::Run};
+use fjordfs_proto::{BlockId, Layout, ids::BlockAddr, interval::Run};
 
 /// Writes below this are gathered into one buffer with their neighbour.
 const GATHER_BELOW: usize = 64 << 10;
@@ -41,7 +41,7 @@ pub(crate) enum Body {
     /// In memory, still growing by small sequential writes.
     Growing(BytesMut),
     /// In a block that is stored but not committed.
-    Stored(BlockAddr, Policy),
+    Stored(BlockAddr, Layout),
 }
 
 /// A run of uncommitted bytes.
@@ -86,9 +86,9 @@ impl Segment {
     }
 
     /// The unit's block is stored under this id: memory is no longer needed.
-    pub(crate) fn stored(&mut self, block: BlockId, policy: Policy) {
+    pub(crate) fn stored(&mut self, block: BlockId, layout: Layout) {
         if let Some(taken) = self.taken {
-            self.body = Body::Stored(BlockAddr { block, offset: taken.at }, policy);
+            self.body = Body::Stored(BlockAddr { block, offset: taken.at }, layout);
         }
     }
 }
@@ -103,7 +103,7 @@ impl Run for Segment {
         let body = match &self.body {
             Body::Memory(bytes) => Body::Memory(bytes.slice(cut)),
             Body::Growing(bytes) => Body::Memory(Bytes::copy_from_slice(&bytes[cut])),
-            Body::Stored(addr, policy) => Body::Stored(addr.advance(range.start), *policy),
+            Body::Stored(addr, layout) => Body::Stored(addr.advance(range.start), *layout),
         };
         let taken = self.taken.map(|t| Taken { at: t.at + range.start as u32, ..t });
         Segment { length: range.end - range.start, body, taken }

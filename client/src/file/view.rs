@@ -16,7 +16,7 @@ use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, Extent, ExtentMap, FsError, FsResult, InodeId, Policy, Source,
+    BlockId, Extent, ExtentMap, FsError, FsResult, InodeId, Layout, Policy, Source,
     error::Errno,
     extent::BlockPiece,
     interval::{IntervalMap, Run},
@@ -229,8 +229,8 @@ impl View {
             match segment.map(|s| s.body) {
                 Some(Body::Memory(bytes)) => parts.push(Part::Memory(bytes)),
                 Some(Body::Growing(bytes)) => parts.push(Part::Memory(bytes.freeze())),
-                Some(Body::Stored(addr, policy)) => {
-                    let run = Extent::blocks(addr, range.end - range.start, policy);
+                Some(Body::Stored(addr, layout)) => {
+                    let run = Extent::blocks(addr, range.end - range.start, layout);
                     parts.extend(run.pieces().map(Part::Block));
                 }
                 None => {
@@ -469,12 +469,12 @@ impl View {
     }
 
     /// The unit's block is stored. Returns the memory freed.
-    pub(crate) fn unit_stored(&mut self, unit: UnitId, block: BlockId, policy: Policy) -> u64 {
+    pub(crate) fn unit_stored(&mut self, unit: UnitId, block: BlockId, layout: Layout) -> u64 {
         let mut freed = 0;
         for (offset, length) in self.of_unit(unit) {
             for (at, mut segment) in self.local.remove(offset..offset + length) {
                 freed += segment.memory();
-                segment.stored(block, policy);
+                segment.stored(block, layout);
                 self.local.insert(at, segment);
             }
         }
@@ -489,7 +489,7 @@ impl View {
                 let extent = match &segment.body {
                     Body::Memory(bytes) => Extent::inline(bytes.clone()),
                     Body::Growing(bytes) => Extent::inline(Bytes::copy_from_slice(bytes)),
-                    Body::Stored(addr, policy) => Extent::blocks(*addr, segment.length, *policy),
+                    Body::Stored(addr, layout) => Extent::blocks(*addr, segment.length, *layout),
                 };
                 extents.insert(offset, extent);
             }

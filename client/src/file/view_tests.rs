@@ -108,7 +108,7 @@ impl World {
             let block = self.server.block_next;
             self.server.block_next += 1;
             self.server.blocks.insert(block, pieces.concat());
-            self.view.unit_stored(*unit, BlockId(block), Policy::replica(1).unwrap());
+            self.view.unit_stored(*unit, BlockId(block), Layout::of(Policy::replica(1).unwrap(), 1));
         }
     }
 

@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Policy,
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, Policy, TargetId,
     error::Errno,
     pb::meta::{Commit, CommitReply, FileCommit, request::Op, response},
 };
@@ -14,7 +14,7 @@ use tracing::warn;
 use super::UnitDone;
 use crate::{
     client::Inner,
-    data::DataClient,
+    data::Placed,
     file::{FileInner, FileState, UnitId},
     meta::{Pending, unexpected},
 };
@@ -64,6 +64,10 @@ impl Unit {
 
     pub(crate) fn policy(&self) -> Policy {
         self.policy
+    }
+
+    fn layout(&self) -> Layout {
+        Layout::of(self.policy, self.length as usize)
     }
 
     /// Bytes that fit beside what is in it.
@@ -121,7 +125,7 @@ impl Unit {
         // Locks are taken in inode order wherever several files are locked.
         self.files.sort_by_key(|f| f.ino);
         // Taken here and not in the task, so that a file's full blocks get consecutive ids.
-        let block = if self.inline { None } else { client.blocks.take_now(self.policy) };
+        let block = if self.inline { None } else { client.blocks.take_now(self.layout()) };
         let running = Running { unit: self, block, abandoned: Vec::new() };
         let task_client = client.clone();
         let inline = running.unit.inline;
@@ -132,6 +136,23 @@ impl Unit {
             client.engine.spawn(task);
         }
     }
+}
+
+/// Whether a block that can be read is kept although targets of its group have no shard of it: only when no group has
+/// all its targets. What is full stays full, so for want of room nothing is left out.
+fn good_enough(client: &Inner, layout: Layout, avoid: &mut HashSet<TargetId>, placed: &Placed) -> bool {
+    let missing = &placed.missing;
+    if missing.is_empty() {
+        return true;
+    }
+    avoid.extend(missing.iter().map(|(target, _)| *target));
+    if missing.iter().any(|(_, e)| e.errno == Errno::ENOSPC) || client.blocks.has_whole_group(layout, avoid) {
+        return false;
+    }
+    for (target, e) in missing {
+        warn!(block = %placed.block, %target, "stored without a shard on this target: {e}");
+    }
+    true
 }
 
 impl Running {
@@ -172,13 +193,14 @@ impl Running {
     async fn store(&mut self, client: &Arc<Inner>) -> FsResult<()> {
         let deadline = Instant::now() + client.options.operation_timeout;
         let parts = std::mem::take(&mut self.unit.parts);
-        let crcs = DataClient::seal(&parts);
+        let layout = self.unit.layout();
+        let shards = client.data.encode(layout, &parts).await?;
         let mut avoid = HashSet::new();
         let mut last: Option<FsError> = None;
         let placed = loop {
             let block = match self.block.take() {
                 Some(block) => block,
-                None => match (client.blocks.take(self.unit.policy, &avoid).await, &last) {
+                None => match (client.blocks.take(layout, &avoid).await, &last) {
                     (Ok(block), _) => block,
                     (Err(e), None) => return Err(e),
                     // Every group has a target that failed. A full cluster stays full; others may come back.
@@ -192,16 +214,18 @@ impl Running {
                     }
                 },
             };
-            match client.data.put(block, self.unit.policy, &parts, &crcs).await {
-                Ok(placed) => break placed,
-                Err(failed) => {
-                    self.abandoned.push(block.0);
-                    let Some(target) = failed.target else { return Err(failed.error) };
-                    warn!(%block, %target, "block could not be stored, trying another group: {}", failed.error);
-                    avoid.insert(target);
-                    last = Some(failed.error);
-                }
+            let (missing, error) = match client.data.put(block, layout, &shards).await {
+                Ok(placed) if good_enough(client, layout, &mut avoid, &placed) => break placed,
+                Ok(Placed { missing, .. }) => (missing, None),
+                Err(failed) if failed.missing.is_empty() => return Err(failed.error),
+                Err(failed) => (failed.missing, Some(failed.error)),
+            };
+            self.abandoned.push(block.0);
+            for (target, e) in &missing {
+                warn!(%block, %target, "block could not be stored, trying another group: {e}");
             }
+            avoid.extend(missing.iter().map(|(target, _)| *target));
+            last = error.or_else(|| missing.into_iter().next().map(|(_, e)| e));
         };
         self.block = Some(placed.block);
         let mut freed = 0;
@@ -212,7 +236,7 @@ impl Running {
             }
         }
         for file in &self.unit.files {
-            freed += file.lock().view.unit_stored(self.unit.id, placed.block, self.unit.policy);
+            freed += file.lock().view.unit_stored(self.unit.id, placed.block, layout);
         }
         client.budget.release(freed);
         Ok(())

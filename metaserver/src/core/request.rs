@@ -242,10 +242,10 @@ impl Core {
             inodes,
             session,
             now: now.wall,
-            width_wanted: None,
+            policy_wanted: None,
         };
         let reply = ops::run(&mut ctx, op);
-        let width_wanted = ctx.width_wanted;
+        let policy_wanted = ctx.policy_wanted;
         if postponable {
             self.conflicts = self.leases.conflicts(session, self.txn.seen());
         }
@@ -253,9 +253,9 @@ impl Core {
             self.opens.undo_to(opened);
             return Err(FsError::new(Errno::EAGAIN, "postponed until a delegation is back"));
         }
-        if let Some(width) = width_wanted.filter(|_| reply.is_ok()) {
+        if let Some(policy) = policy_wanted.filter(|_| reply.is_ok()) {
             self.save_members();
-            self.members.want_width(&mut self.txn, width);
+            self.members.want_policy(&mut self.txn, policy);
         }
         reply
     }

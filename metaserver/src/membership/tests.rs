@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, Policy, TargetId,
+    BlockAddr, BlockId, ClusterMap, Extent, Layout, Policy, TargetId,
     cluster::{ServerState, TargetState},
     pb::meta::*,
 };
@@ -130,7 +130,7 @@ fn new_targets_begin_an_era_for_new_blocks_only() {
     assert!(map(&w).eras.is_empty(), "replica:2 needs two");
     register(&mut w, &registration("b", &["y"]));
     register(&mut w, &registration("c", &["z"]));
-    let two = Policy::replica(2).unwrap();
+    let two = Layout::of(Policy::replica(2).unwrap(), 1);
     let before = map(&w);
     assert_eq!(before.eras.len(), 1, "an unused era is replaced");
     assert_eq!(before.eras[0].tables[&2].members.iter().collect::<BTreeSet<_>>().len(), 3);
@@ -191,6 +191,38 @@ fn deletions_are_offered_until_they_are_confirmed() {
     assert_eq!(beat(&mut w, 1, vec![target(1, 1 << 39)]).deletes[0].blocks, [b + 1]);
     assert_eq!(w.core.status(w.now).blocks_to_delete, 4);
     w.check();
+}
+
+#[test]
+fn encoded_blocks_have_groups_of_their_own_and_all_their_shards_are_deleted() {
+    let mut w = World::new();
+    register(&mut w, &registration("c", &["z"]));
+    let dir = w.dir(fjordfs_proto::ROOT_INODE, "d");
+    let ec = Policy::ec(2, 1).unwrap();
+    w.setattr(SetAttr { ino: dir.0, policy: Some(ec.code().into()), ..SetAttr::default() }).unwrap();
+    // Of split blocks, and of the copies that small ones are.
+    assert!(map(&w).eras.iter().all(|era| era.tables.contains_key(&3) && era.tables.contains_key(&2)));
+    let file = w.make(dir, "f", FileKind::Regular).unwrap();
+    let b = w.lease(3);
+    let extent = |offset, block, length| {
+        let addr = BlockAddr { block: BlockId(block), offset: 0 };
+        Extent::blocks(addr, length, Layout::of(ec, length as usize)).to_pb(offset)
+    };
+    w.write(file, vec![extent(0, b, 1 << 24), extent(1 << 24, b + 1, 1000)]).unwrap();
+    let stored: Vec<u32> = w.whole_extents(file).iter().map(|extent| extent.layout).collect();
+    assert_eq!(stored, [Layout::of(ec, 1 << 24).code(), Layout::of(ec, 1000).code()]);
+    w.truncate(file, 0).unwrap();
+    w.tick();
+    let deleted: Vec<u64> = (1..=3)
+        .flat_map(|id| beat(&mut w, id, vec![target(id, 1 << 39)]).deletes)
+        .flat_map(|deletes| deletes.blocks)
+        .collect();
+    let shards = |block| deleted.iter().filter(|of| **of == block).count();
+    assert_eq!((shards(b), shards(b + 1)), (3, 2));
+    w.check();
+    let tables = map(&w).eras.clone();
+    w.restart();
+    assert_eq!(map(&w).eras, tables);
 }
 
 #[test]

@@ -43,13 +43,12 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Allocate) -> FsResult<Entry> {
 
 /// What cannot fit today is refused, though what is promised is not reserved.
 fn check_space(ctx: &Ctx<'_>, ino: InodeId, inode: &Inode, length: u64) -> FsResult<()> {
-    let copies = Policy::from_code(inode.policy).map_or(1, |policy| policy.width() as u64);
-    if length.saturating_mul(copies) > ctx.facts.free {
+    let free = ctx.facts.free;
+    if length > Policy::from_code(inode.policy).map_or(free, |policy| policy.usable(free)) {
         return fail(
             Errno::ENOSPC,
             format!(
-                "{length} bytes for inode {ino} are more than the {} bytes that are free",
-                ctx.facts.free
+                "{length} bytes for inode {ino} with their redundancy are more than the {free} bytes that are free"
             ),
         );
     }

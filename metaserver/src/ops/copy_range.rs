@@ -3,7 +3,7 @@
 //! Order: what is shared is counted before anything is inserted, since what the target loses may be the same blocks.
 
 use fjordfs_proto::{
-    Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Source,
+    Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Policy, Source,
     error::Errno,
     interval::Run,
     mode::without_suid,
@@ -85,7 +85,9 @@ fn shareable(ctx: &mut Ctx<'_>, op: &CopyRange, length: u64, target: &Inode) -> 
         let distance = from - op.source_offset;
         blocks += whole.pieces().count();
         let may = match &whole.source {
-            Source::Blocks { policy, .. } => u32::from(policy.code()) == target.policy,
+            Source::Blocks { layout, .. } => {
+                Policy::from_code(target.policy).is_some_and(|policy| layout.serves(policy))
+            }
             Source::Inline(_) => op.target_offset + distance + (to - from) <= INLINE_MAX,
         };
         if !may || (blocks > BLOCKS_MAX && !parts.is_empty()) {

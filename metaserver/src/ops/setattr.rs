@@ -74,9 +74,6 @@ fn set_policy(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, code: u32) -> 
     let Some(policy) = Policy::from_code(code) else {
         return fail(Errno::EINVAL, format!("unknown policy code {code}"));
     };
-    if matches!(policy, Policy::Ec { .. }) {
-        return fail(Errno::EOPNOTSUPP, format!("policy {policy} is not supported yet: use replica:N"));
-    }
     if policy.width() > ctx.facts.targets {
         return fail(
             Errno::EINVAL,
@@ -88,6 +85,6 @@ fn set_policy(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, code: u32) -> 
         );
     }
     inode.policy = code;
-    ctx.width_wanted = Some(policy.width());
+    ctx.policy_wanted = Some(policy);
     Ok(())
 }

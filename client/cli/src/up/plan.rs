@@ -52,9 +52,13 @@ impl Plan {
             Some(stored) => stored.changed(wish)?,
             None => {
                 let servers = wish.servers.unwrap_or(SERVERS_DEFAULT);
-                // With fewer servers than copies nothing could be written.
-                let copies = servers.min(2) as u8;
-                let policy = wish.policy.or(Policy::replica(copies)).context("no policy")?;
+                // What the servers are enough for.
+                let policy = match servers {
+                    1 => Policy::replica(1),
+                    2 => Policy::replica(2),
+                    _ => Policy::ec(2, 1),
+                };
+                let policy = wish.policy.or(policy).context("no policy")?;
                 let volume_size = volume_size(room / servers as u64);
                 Plan { format_version: FORMAT_VERSION, servers, policy: policy.to_string(), volume_size }
             }
@@ -152,9 +156,11 @@ mod tests {
     #[test]
     fn a_new_cluster() {
         let plan = new(None, None).unwrap();
-        assert_eq!((plan.servers, plan.policy.as_str(), plan.volume_size), (3, "replica:2", 1 << 30));
+        assert_eq!((plan.servers, plan.policy.as_str(), plan.volume_size), (3, "ec:2+1", 1 << 30));
         assert_eq!(new(Some(1), None).unwrap().policy, "replica:1");
+        assert_eq!(new(Some(2), None).unwrap().policy, "replica:2");
         assert_eq!(new(Some(4), Some("replica:3")).unwrap().policy, "replica:3");
+        assert!(new(Some(3), Some("ec:4+2")).unwrap_err().to_string().contains("--servers 6"));
         assert!(new(Some(2), Some("replica:3")).unwrap_err().to_string().contains("--servers 3"));
         assert!(new(Some(0), None).is_err() && new(Some(1000), None).is_err());
     }

@@ -190,7 +190,8 @@ fn a_policy_needs_its_targets_and_is_inherited() {
     let set = |code| SetAttr { ino: dir.0, policy: Some(code), ..SetAttr::default() };
     let refused = w.setattr(set(3)).unwrap_err();
     assert!(refused.message.contains("replica:3 needs 3 targets and the cluster has 2"), "{refused}");
-    assert_eq!(errno(w.setattr(set(8 << 8 | 2))), EOPNOTSUPP);
+    let refused = w.setattr(set(8 << 8 | 2)).unwrap_err();
+    assert!(refused.message.contains("ec:8+2 needs 10 targets and the cluster has 2"), "{refused}");
     assert_eq!(errno(w.setattr(set(77))), EINVAL);
     let epoch = w.core.members().map().epoch;
     w.setattr(set(1)).unwrap();
