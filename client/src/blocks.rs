@@ -234,7 +234,7 @@ mod tests {
             targets: (1..=3).map(|id| (TargetId(id), target(id))).collect(),
             eras: vec![Era {
                 first_block: BlockId(1),
-                tables: BTreeMap::from([(2, PgTable { width: 2, members })]),
+                tables: BTreeMap::from([(2, PgTable { width: 2, members, moves: BTreeMap::new() })]),
             }],
             default_policy: Policy::replica(2).unwrap(),
         }

@@ -17,6 +17,7 @@
 //! | `ops` | one file per operation |
 //! | `store` | the shards of one target: volumes, index, recovery |
 //! | `membership` | registration, heartbeats, deletions |
+//! | `heal`, `peer` | completing placement groups; a connection to another data server |
 //! | `buffer`, `uring`, `blocking` | page-aligned memory; reads, writes and transfers on the ring; threads for the rest |
 
 mod blocking;
@@ -25,10 +26,12 @@ mod config;
 mod connection;
 mod cores;
 mod error;
+mod heal;
 mod listen;
 mod membership;
 mod node;
 mod ops;
+mod peer;
 mod runtime;
 mod server;
 mod store;

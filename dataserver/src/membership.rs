@@ -10,6 +10,8 @@
 //! are carried out, made power-safe, and acknowledged with the next heartbeat. An acknowledgement is repeated until a
 //! heartbeat has been answered; a deletion that failed is not acknowledged, so that it comes again.
 //!
+//! **Checks** of placement groups come the same way and are reported the same way; `heal.rs` carries them out.
+//!
 //! **A metaserver that is away** stops nobody from reading and writing: ids of a target that was registered once are in
 //! its label. Only a target that never was has to wait.
 
@@ -209,7 +211,11 @@ async fn run(
     member.beat(&node, &jobs, Duration::from_millis(beat_ms.unwrap_or_default().max(10))).await;
 }
 
-fn connect(meta: &str) -> Result<ClusterClient<Channel>, tonic::transport::Error> {
+/// The metaserver's admin service.
+pub(crate) type Client = ClusterClient<Channel>;
+
+/// Connects when it is first used, and again whenever that is needed.
+pub(crate) fn connect(meta: &str) -> Result<Client, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{meta}"))?
         .tcp_nodelay(true)
         .connect_timeout(CALL_MAX)
@@ -303,6 +309,7 @@ impl Member {
                 targets: node.reports(),
                 epoch,
                 deleted: deleted.clone(),
+                checks: node.checks.reports(),
             };
             let failure = match self.client.heartbeat(request).await.map_err(Failure::from) {
                 Ok(reply) => {
@@ -312,8 +319,13 @@ impl Member {
                         pause = Pause::default();
                     }
                     if !reply.unknown {
+                        // First, since the checks go by it.
+                        if let Some(map) = reply.map {
+                            epoch = map.epoch;
+                            node.adopt(map);
+                        }
+                        node.checks.order(reply.checks);
                         deleted = delete(node, jobs, reply.deletes).await;
-                        epoch = reply.map.map_or(epoch, |map| map.epoch);
                         if reply.more {
                             wait = Duration::ZERO;
                         }
@@ -372,7 +384,9 @@ impl Identity {
 /// Carries out deletions; returns those that are power-safe.
 async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<DeletedBlocks> {
     let mut done = Vec::new();
-    for order in deletes {
+    for mut order in deletes {
+        let target = TargetId(order.target);
+        order.blocks.retain(|block| !node.copying.contains(target, BlockId(*block)));
         let store = match node.store(order.target) {
             Ok(store) => store.clone(),
             Err(e) => {

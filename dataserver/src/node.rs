@@ -2,10 +2,16 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use fjordfs_proto::{FsError, FsResult, ServerId, TargetId, error::Errno, pb::meta::TargetReport};
+use fjordfs_proto::{
+    ClusterMap, FsError, FsResult, ServerId, TargetId,
+    error::Errno,
+    pb::{self, meta::TargetReport},
+};
+use parking_lot::RwLock;
 
 use crate::{
     buffer::Pool,
+    heal::{Checks, Copying},
     store::{Store, files::Files, tables::Tables},
 };
 
@@ -24,6 +30,10 @@ pub(crate) struct Node {
     pub(crate) targets: BTreeMap<TargetId, Target>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) tables: Tables,
+    /// The newest map that the metaserver has sent.
+    pub(crate) map: RwLock<Option<Arc<ClusterMap>>>,
+    pub(crate) checks: Checks,
+    pub(crate) copying: Copying,
 }
 
 impl Node {
@@ -39,6 +49,19 @@ impl Node {
                 format!("data server {server} has no target t{target}: get a new cluster map"),
             )
         })
+    }
+
+    /// The cluster map, once there is one.
+    pub(crate) fn map(&self) -> Option<Arc<ClusterMap>> {
+        self.map.read().clone()
+    }
+
+    /// Takes over a newer map.
+    pub(crate) fn adopt(&self, map: pb::common::ClusterMap) {
+        match ClusterMap::from_pb(map) {
+            Ok(map) => *self.map.write() = Some(Arc::new(map)),
+            Err(e) => tracing::error!("the metaserver sent a map that makes no sense: {e}"),
+        }
     }
 
     /// What the metaserver is told of the targets.

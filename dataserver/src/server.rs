@@ -11,6 +11,7 @@ use crate::{
     connection,
     cores::{Acceptor, Cores, Jobs},
     error::{StartError, StopError},
+    heal::Healer,
     listen::{Listener, Socket},
     membership::{Beating, Candidate, First, Identity, Membership},
     node::{Node, Target},
@@ -46,6 +47,7 @@ struct Running {
     acceptors: Vec<Acceptor>,
     cores: Cores,
     membership: Beating,
+    healer: Healer,
     node: Arc<Node>,
     stopping: watch::Sender<bool>,
     /// Yields `None` once every connection is done.
@@ -103,6 +105,9 @@ impl DataServer {
             server: ServerId(server),
             pool: Pool::new((config.core_count() + 1) * BUFFER_BYTES_PER_CORE),
             tables: Tables::new(TABLE_BYTES),
+            map: Default::default(),
+            checks: Default::default(),
+            copying: Default::default(),
         });
 
         let (stopping, stop) = watch::channel(false);
@@ -122,9 +127,10 @@ impl DataServer {
             Ok(local) => acceptors.push(local),
             Err(e) => tracing::warn!("no Unix socket for clients on this host, they come over TCP: {e}"),
         }
+        let healer = Healer::start(node.clone(), jobs.clone(), &config.meta, config.rebuild_rate)?;
         let membership = membership.serve(node.clone(), jobs);
         tracing::info!("data server s{server} serves {} targets at {address}", node.targets.len());
-        let running = Running { acceptors, cores, membership, node, stopping, connections, folders };
+        let running = Running { acceptors, cores, membership, healer, node, stopping, connections, folders };
         Ok(DataServer { address, running: Some(running) })
     }
 
@@ -154,10 +160,11 @@ impl Drop for DataServer {
 
 impl Running {
     fn stop(self) -> Result<(), StopError> {
-        let Running { acceptors, cores, membership, node, stopping, mut connections, folders } = self;
+        let Running { acceptors, cores, membership, healer, node, stopping, mut connections, folders } = self;
         acceptors.into_iter().for_each(Acceptor::stop);
         stopping.send_replace(true);
         membership.stop();
+        healer.stop();
         let jobs = cores.jobs();
         let (answer, outcome) = std::sync::mpsc::channel();
         jobs.start(move || async move {

@@ -206,9 +206,14 @@ impl<D: Device> Store<D> {
         })
     }
 
-    /// Shards of blocks above `after`; see [`Index::after`].
-    pub(crate) fn list(&self, after: BlockId, limit: usize) -> (Vec<Entry>, bool) {
-        self.index.after(after, limit)
+    /// Shards of blocks above `after` that fit; see [`Index::after`].
+    pub(crate) fn list(
+        &self,
+        after: BlockId,
+        limit: usize,
+        fits: impl Fn(&Entry) -> bool,
+    ) -> (Vec<Entry>, bool) {
+        self.index.after(after, limit, fits)
     }
 
     /// A page has turned out to be damaged.

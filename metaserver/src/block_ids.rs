@@ -1,5 +1,7 @@
 //! Block ids leased to sessions. Each id is used up once: committed, abandoned, or swept when its session ends.
 
+use std::ops::Range;
+
 use fjordfs_proto::{BlockId, FsError, FsResult, SessionId, error::Errno};
 
 use crate::{
@@ -88,6 +90,18 @@ fn save(txn: &mut Txn, session: SessionId, first: u64, range: LeasedRange) {
     } else {
         txn.put_record(keys::range(session, BlockId(first)), &range);
     }
+}
+
+/// Ids that sessions have leased and not used up: ranges in ascending order.
+pub(crate) fn unused(txn: &mut Txn) -> FsResult<Vec<Range<u64>>> {
+    let mut unused = Vec::new();
+    for pair in txn.scan(&keys::all(keys::RANGE), Order::Ascending, usize::MAX)? {
+        let (first, range) = parse(pair)?;
+        let runs = free_runs(&range);
+        unused.extend(runs.into_iter().map(|(start, count)| first + start..first + start + count));
+    }
+    unused.sort_by_key(|range| range.start);
+    Ok(unused)
 }
 
 /// The session is over: ids it did not use may be on targets, where nobody will ever reach them.

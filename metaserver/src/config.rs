@@ -31,6 +31,8 @@ pub struct Config {
     pub heartbeat: Duration,
     /// A data server that is silent for longer is down.
     pub down_after: Duration,
+    /// A target that is down or failed for longer is out: its groups are rebuilt on others.
+    pub out_after: Duration,
     /// Longest time until an acknowledged operation survives power failure, too.
     pub log_sync: Duration,
     /// Memory and disk of the storage engine.
@@ -48,6 +50,7 @@ impl Config {
             session_timeout: Duration::from_secs(30),
             heartbeat: Duration::from_secs(1),
             down_after: Duration::from_secs(5),
+            out_after: Duration::from_secs(600),
             log_sync: Duration::from_millis(100),
             engine: FjallOptions::default(),
         }

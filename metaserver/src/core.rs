@@ -20,15 +20,16 @@ use std::{
 };
 
 use fjordfs_proto::{
-    FsError, FsResult, InodeId, Policy, ROOT_INODE, SessionId,
+    ClusterMap, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
     pb::meta::{
-        HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, Request, Response, StatusReply,
-        Time,
+        ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RegisterReply,
+        RegisterRequest, Request, Response, StatusReply, Time, WantedReply, WantedRequest,
     },
 };
 
 use crate::{
     Config,
+    healing::Healing,
     leases::{Leases, Order, RecallId},
     liveness,
     locks::Locks,
@@ -114,6 +115,9 @@ pub(crate) struct Core {
     members: Membership,
     /// The members as the store knows them, while a burst has changed them.
     members_before: Option<Membership>,
+    healing: Healing,
+    /// The map that `healing` goes by.
+    healed: Arc<ClusterMap>,
     sessions_added: Vec<SessionId>,
     events: Vec<Event>,
     last: Ticket,
@@ -172,7 +176,11 @@ impl Core {
         let mut opens = Opens::default();
         opens.set_recovering(true);
         txn.accept();
+        // Servers may still work on tickets of before: those are told apart by the time.
+        let seed = now.wall.sec.unsigned_abs().wrapping_mul(1_000_000_000) + u64::from(now.wall.nsec);
         let mut core = Core {
+            healing: Healing::new(members.map(), seed, now.mono),
+            healed: members.map().clone(),
             store,
             fence,
             txn,
@@ -335,7 +343,11 @@ impl Core {
         now: Moment,
     ) -> Result<RegisterReply, Refusal> {
         self.save_members();
-        self.operation(|core| core.members.register(&mut core.txn, request, now.mono))
+        let reply = self.operation(|core| core.members.register(&mut core.txn, request, now.mono))?;
+        self.notice_map(now);
+        let map = self.members.map().clone();
+        self.healing.restarted(&map, ServerId(reply.server), now.mono);
+        Ok(reply)
     }
 
     pub(crate) fn heartbeat(
@@ -344,7 +356,42 @@ impl Core {
         now: Moment,
     ) -> Result<HeartbeatReply, Refusal> {
         self.save_members();
-        self.operation(|core| core.members.heartbeat(&mut core.txn, request, now.mono))
+        let mut reply = self.operation(|core| core.members.heartbeat(&mut core.txn, request, now.mono))?;
+        self.notice_map(now);
+        let map = self.members.map().clone();
+        self.healing.take_in(&request.checks, &map, now.mono);
+        reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
+        Ok(reply)
+    }
+
+    pub(crate) fn wanted(&mut self, request: &WantedRequest) -> Result<WantedReply, Refusal> {
+        self.operation(|core| core.members.wanted(&mut core.txn, request))
+    }
+
+    pub(crate) fn change_target(
+        &mut self,
+        request: &ChangeTargetRequest,
+        now: Moment,
+    ) -> Result<ChangeTargetReply, Refusal> {
+        self.save_members();
+        let message = self.operation(|core| core.members.change(&mut core.txn, request))?;
+        tracing::info!("{message}");
+        self.notice_map(now);
+        Ok(ChangeTargetReply { message })
+    }
+
+    /// How far rebuild and reconciliation are.
+    pub(crate) fn healing(&self, now: Moment) -> fjordfs_proto::pb::meta::Healing {
+        self.healing.report(self.members.map(), now.mono)
+    }
+
+    /// Lets `healing` know what has become of the map.
+    fn notice_map(&mut self, now: Moment) {
+        let map = self.members.map();
+        if map.epoch != self.healed.epoch {
+            let before = std::mem::replace(&mut self.healed, map.clone());
+            self.healing.notice(&before, &self.healed, now.mono);
+        }
     }
 
     pub(crate) fn status(&mut self, now: Moment) -> StatusReply {
@@ -358,6 +405,7 @@ impl Core {
             orphans: counters.orphans,
             version: env!("CARGO_PKG_VERSION").into(),
             engine: self.store.name().into(),
+            healing: Some(self.healing(now)),
         }
     }
 
@@ -409,10 +457,21 @@ impl Core {
             self.end_session(session, Refusal::NotFound(message), now);
         }
         self.save_members();
-        let down = self.operation(|core| Ok::<_, FsError>(core.members.tick(&mut core.txn, now.mono)));
-        for server in down.unwrap_or_default() {
+        let filled = self.healing.take_filled(now.mono);
+        let noticed = self.operation(|core| {
+            if !filled.is_empty() {
+                core.members.finish_moves(&mut core.txn, &filled);
+            }
+            Ok::<_, FsError>(core.members.tick(&mut core.txn, now.mono))
+        });
+        let (down, out) = noticed.unwrap_or_default();
+        for server in down {
             tracing::warn!(%server, "data server is down: it missed its heartbeats");
         }
+        for target in out {
+            tracing::warn!(%target, "target is out: it could not be used for too long, its groups are rebuilt without it");
+        }
+        self.notice_map(now);
         if self.opens.recovering() && !self.sessions.any_missing() {
             let since = *self.complete_since.get_or_insert(now.mono);
             if now.mono.duration_since(since) >= RECOVERY_GRACE {
@@ -439,6 +498,7 @@ impl Core {
             let mut more = orphans::destroy_step(&mut core.txn)?;
             more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
             more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
+            more |= core.members.drop_deletions(&mut core.txn)?;
             if let Some(after) = core.reap {
                 core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;
                 more |= core.reap.is_some();

@@ -18,8 +18,9 @@ use std::{
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
     pb::meta::{
-        GivenBack, HeartbeatReply, HeartbeatRequest, Hello, Recall, RegisterReply, RegisterRequest, Request,
-        Response, StatusReply, Time, Welcome, response::Result as Reply,
+        ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello, Recall,
+        RegisterReply, RegisterRequest, Request, Response, StatusReply, Time, WantedReply, WantedRequest,
+        Welcome, response::Result as Reply,
     },
 };
 use tokio::sync::{mpsc, oneshot};
@@ -80,6 +81,8 @@ pub(crate) enum Job {
     },
     Register(Box<RegisterRequest>, Caller<RegisterReply>),
     Heartbeat(Box<HeartbeatRequest>, Caller<HeartbeatReply>),
+    Wanted(Box<WantedRequest>, Caller<WantedReply>),
+    ChangeTarget(Box<ChangeTargetRequest>, Caller<ChangeTargetReply>),
     Status(Caller<StatusReply>),
     Stop,
 }
@@ -277,6 +280,14 @@ impl Executor {
                 // Deletions must not run ahead of the log: a power failure here could bring their blocks back to life.
                 let sync = result.as_ref().is_ok_and(|r| r.map.is_some() || !r.deletes.is_empty());
                 self.reply(sync, caller, result);
+            }
+            Job::Wanted(request, caller) => {
+                let result = self.core.wanted(&request);
+                self.reply(false, caller, result);
+            }
+            Job::ChangeTarget(request, caller) => {
+                let result = self.core.change_target(&request, now);
+                self.reply(true, caller, result);
             }
             Job::Status(caller) => {
                 let status = self.core.status(now);

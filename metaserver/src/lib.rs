@@ -19,7 +19,8 @@
 //! | `leases` | who caches what, and recalling it |
 //! | `core` | the owner's state; pure |
 //! | `executor`, `syncer` | who runs it, and who syncs the log |
-//! | `membership` | data servers, targets, eras |
+//! | `membership` | data servers, targets and their states, eras, moves |
+//! | `healing` | which groups are to be compared and completed, and how far that is |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |
 
@@ -30,6 +31,7 @@ mod core;
 mod executor;
 mod extents;
 pub mod fsck;
+mod healing;
 mod hot_extents;
 mod keys;
 mod label;

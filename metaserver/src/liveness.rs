@@ -173,9 +173,8 @@ fn find_dead(txn: &mut Txn) -> FsResult<()> {
 /// Targets that may hold shards of a block. Without a layout, the members of its group in every table of its era.
 fn holders(map: &ClusterMap, block: BlockId, layout: Option<Layout>) -> BTreeSet<TargetId> {
     if let Some(layout) = layout {
-        return map.placement(block, layout).unwrap_or_default().iter().copied().collect();
+        return map.holders(block, layout);
     }
-    let era = map.eras.iter().rev().find(|era| era.first_block <= block);
-    let tables = era.into_iter().flat_map(|era| era.tables.values());
-    tables.flat_map(|table| table.group(table.pg_of(block))).copied().collect()
+    let tables = map.era_of(block).into_iter().flat_map(|era| era.tables.values());
+    tables.flat_map(|table| table.holders(table.pg_of(block))).collect()
 }

@@ -1,25 +1,31 @@
 //! Data servers and their targets: who is there, in what state, and where new blocks go.
 //!
-//! ```text
-//!            heartbeats missed                  reports I/O errors
-//!   up ─────────────────────────▶ down    up ────────────────────▶ failed
-//!      ◀─────────────────────────            ◀────────────────────
-//!            any heartbeat                      reports none
-//! ```
+//! What states there are and what leads from one to the other is in `states.rs`.
 //!
 //! # Eras
-//! Placement of a block never changes (yet), so new targets begin a new era at the next unleased block id; an era that
+//! New targets begin a new era at the next unleased block id, so that no old block has to move for them; an era that
 //! no id was leased from is replaced. A table of a width that an era lacks can be added at any time: no
 //! block of that era can have used it. So every era gets tables for every width in use as soon as there are
 //! enough targets.
+//!
+//! # Moves
+//! A target that is out or draining is replaced in its groups, of whatever era, but not at once: the map names who comes in its
+//! place, that one is filled (`healing.rs`), and then the table changes. Whenever a target's state changes, the moves are
+//! planned anew from the tables and the targets alone ([`eras::mend`]); so nothing about them has to be remembered
+//! but what the map says.
+//!
+//! Nobody is taken to be out while most of the targets are unreachable: that is the network, or this host, and not the disks.
 //!
 //! # Invariants
 //! The map in memory is the one in the transaction; its epoch grows with every change; ids are never reused.
 //! Reports (capacity, free space) are what the data servers said last, and are forgotten by a restart.
 
+mod change;
 mod eras;
 mod heartbeat;
 mod register;
+pub(crate) mod states;
+mod wanted;
 
 #[cfg(test)]
 mod tests;
@@ -30,13 +36,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use self::states::Event;
 use fjordfs_proto::{
     BlockId, ClusterMap, Epoch, FsResult, Policy, ServerId, TargetId,
-    cluster::{ServerState, TargetState},
+    cluster::{ServerState, Target, TargetState},
     pb::{self, meta::TargetReport},
 };
 
 use crate::{
+    healing::Seat,
     keys,
     ops::ClusterFacts,
     records::{self, TargetRecord},
@@ -61,12 +69,17 @@ pub(crate) struct Membership {
     map: Arc<ClusterMap>,
     targets: BTreeMap<TargetId, TargetInfo>,
     heard: HashMap<ServerId, Instant>,
+    /// When targets that are down or failed became so.
+    unusable_since: HashMap<TargetId, Instant>,
     /// Widths of the policies in use.
     widths: BTreeSet<usize>,
     /// Where each target's deletions go on: everything before was confirmed.
     delete_from: HashMap<TargetId, BlockId>,
+    /// Removed targets that deletions may still be queued for.
+    dropping: BTreeSet<TargetId>,
     pg_count: usize,
     down_after: Duration,
+    out_after: Duration,
     heartbeat: Duration,
     /// Of the state above; every operation asks for them, and adding up the targets takes too long for that.
     facts: ClusterFacts,
@@ -110,12 +123,15 @@ impl Membership {
         }
         let mut membership = Membership {
             heard: map.servers.keys().map(|id| (*id, now)).collect(),
+            unusable_since: HashMap::new(),
+            dropping: targets.iter().filter(|(_, info)| info.record.removed).map(|(id, _)| *id).collect(),
             map: Arc::new(map),
             targets,
             widths,
             delete_from: HashMap::new(),
             pg_count: config.pg_count.max(1),
             down_after: config.down_after,
+            out_after: config.out_after,
             heartbeat: config.heartbeat,
             facts: ClusterFacts::default(),
         };
@@ -156,6 +172,7 @@ impl Membership {
     pub(crate) fn reports(&self) -> Vec<TargetReport> {
         self.targets
             .iter()
+            .filter(|(_, info)| !info.record.removed)
             .map(|(id, info)| TargetReport {
                 domain: self.map.targets.get(id).map(|t| t.domain.clone()).unwrap_or_default(),
                 ..info.report.clone()
@@ -177,13 +194,13 @@ impl Membership {
 
     /// Nobody could be heard for this long.
     pub(crate) fn forgive(&mut self, stalled: Duration) {
-        for heard in self.heard.values_mut() {
-            *heard += stalled;
+        for moment in self.heard.values_mut().chain(self.unusable_since.values_mut()) {
+            *moment += stalled;
         }
     }
 
-    /// Servers that have been silent for too long are down. Says which.
-    pub(crate) fn tick(&mut self, txn: &mut Txn, now: Instant) -> Vec<ServerId> {
+    /// Notices who has been silent for too long. Says which servers are down and which targets are out since now.
+    pub(crate) fn tick(&mut self, txn: &mut Txn, now: Instant) -> (Vec<ServerId>, Vec<TargetId>) {
         let mut map = ClusterMap::clone(&self.map);
         let mut down = Vec::new();
         for (id, server) in &mut map.servers {
@@ -196,17 +213,40 @@ impl Membership {
                 down.push(*id);
             }
         }
-        for target in map.targets.values_mut() {
-            if down.contains(&target.server) && target.state == TargetState::Up {
-                target.state = TargetState::Down;
+        let silent: Vec<TargetId> =
+            map.targets.iter().filter(|(_, t)| down.contains(&t.server)).map(|(id, _)| *id).collect();
+        for id in silent {
+            self.step(&mut map, id, Event::Silent);
+        }
+        let mut out = Vec::new();
+        let waited = |target: &Target| matches!(target.state, TargetState::Down | TargetState::Failed);
+        let awaited: Vec<TargetId> =
+            map.targets.iter().filter(|(_, t)| waited(t)).map(|(id, _)| *id).collect();
+        self.unusable_since.retain(|id, _| awaited.contains(id));
+        for id in awaited {
+            let since = *self.unusable_since.entry(id).or_insert(now);
+            if now.saturating_duration_since(since) > self.out_after && most_are_up(&map) {
+                self.step(&mut map, id, Event::Overdue);
+                out.push(id);
             }
         }
         self.publish(txn, map);
-        down
+        (down, out)
+    }
+
+    /// What an event makes of a target of the coming map.
+    fn step(&self, map: &mut ClusterMap, id: TargetId, event: Event) {
+        let leaving = self.targets.get(&id).is_some_and(|info| info.record.leaving);
+        if let Some(target) = map.targets.get_mut(&id) {
+            target.state = states::next(target.state, leaving, event);
+        }
     }
 
     /// Replaces the map if it changed; its epoch is set here. Reports are in place before this is called.
     fn publish(&mut self, txn: &mut Txn, mut map: ClusterMap) {
+        if map.targets != self.map.targets {
+            self.rearrange(txn, &mut map);
+        }
         if map != *self.map {
             map.epoch = Epoch(self.map.epoch.0 + 1);
             txn.put_record(vec![keys::MAP], &map.to_pb());
@@ -214,15 +254,51 @@ impl Membership {
         }
         self.add_up();
     }
+
+    /// Targets have come, gone, or changed their state.
+    fn rearrange(&self, txn: &mut Txn, map: &mut ClusterMap) {
+        let was_staying = |id| self.map.targets.get(id).is_some_and(|t| states::stays(t.state));
+        let returned = (map.targets.iter())
+            .filter(|(id, t)| states::stays(t.state) && !was_staying(id))
+            .map(|(id, _)| *id)
+            .collect();
+        eras::mend(map, &returned);
+        let known = eras::known(map);
+        if eras::usable(map).keys().any(|id| !known.contains(id)) {
+            eras::begin(map, &self.widths, self.pg_count, BlockId(txn.counters().next_block));
+        }
+        eras::complete(map, &self.widths, self.pg_count);
+    }
+
+    /// These targets have every shard of their groups: they take the places that they were filled for.
+    pub(crate) fn finish_moves(&mut self, txn: &mut Txn, filled: &[Seat]) {
+        let mut map = ClusterMap::clone(&self.map);
+        for seat in filled {
+            let era = map.eras.iter_mut().find(|era| era.first_block == seat.first_block);
+            let Some(table) = era.and_then(|era| era.tables.get_mut(&seat.width)) else { continue };
+            let at = seat.pg.0 as usize * seat.width;
+            for cell in at..at + seat.width {
+                if table.moves.get(&cell) == Some(&seat.target) {
+                    table.moves.remove(&cell);
+                    if let Some(member) = table.members.get_mut(cell) {
+                        *member = seat.target;
+                    }
+                }
+            }
+        }
+        self.publish(txn, map);
+    }
 }
 
-/// State of a target of a server that reports now.
-fn state_of(report: &TargetReport, before: Option<TargetState>) -> TargetState {
-    match before {
-        _ if report.failed => TargetState::Failed,
-        Some(kept @ (TargetState::Out | TargetState::Draining)) => kept,
-        _ => TargetState::Up,
-    }
+/// Whether at least half of the targets that are not given up are up.
+fn most_are_up(map: &ClusterMap) -> bool {
+    let staying = || map.targets.values().filter(|t| states::stays(t.state));
+    2 * staying().filter(|t| t.state == TargetState::Up).count() >= staying().count()
+}
+
+/// What a report says about its target.
+fn event_of(report: &TargetReport) -> Event {
+    if report.failed { Event::Faulty } else { Event::Healthy }
 }
 
 /// Whether a target has no room for new blocks. Once full, it takes half as much again to become writable, so that

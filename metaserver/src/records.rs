@@ -252,6 +252,12 @@ pub(crate) struct TargetRecord {
     pub(crate) path: String,
     #[prost(uint64, tag = "3")]
     pub(crate) server: u64,
+    /// It is to be emptied and removed.
+    #[prost(bool, tag = "4")]
+    pub(crate) leaving: bool,
+    /// It was removed: it is in the map no more, and its shards are not wanted back.
+    #[prost(bool, tag = "5")]
+    pub(crate) removed: bool,
 }
 
 /// Decodes a stored value; `what` names it when it is damaged.

@@ -230,6 +230,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
     let mut seen = Vec::new();
     for _ in 0..50 {
         let beat = HeartbeatRequest {
+            checks: vec![],
             cluster_id: server.cluster_id().into(),
             server: reply.server,
             targets: vec![report("u1", 1), report("u2", 2)],

@@ -3,12 +3,18 @@
 //! A map is immutable and has an epoch; a newer one replaces it whole. Blocks are placed by the **era** of their id:
 //! when targets are added, a new era begins at the next unleased block id, so new blocks use the new targets and no
 //! old block has to move.
+//!
+//! # Moves
+//! A member of a group that has to go is not replaced in the table at once: its shards are still where they were. The table
+//! names beside it the target that comes in its place ([`PgTable::moves`]), and only when that one has every shard of the group
+//! the map of the next epoch names it as the member. So readers need to know nothing of rebuilding: they ask the members,
+//! and where one does not answer, the others. A group with moves takes no new blocks, so that what has to be copied does not grow.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     Layout, Policy,
-    ids::{BlockId, Epoch, PgId, ServerId, TargetId},
+    ids::{BlockId, Epoch, PgId, ServerId, ShardNo, TargetId},
     pb,
 };
 
@@ -57,6 +63,8 @@ pub struct PgTable {
     pub width: usize,
     /// `width` targets of each group, one group after the other.
     pub members: Vec<TargetId>,
+    /// Who is being filled to take the place of a member, by index into `members`.
+    pub moves: BTreeMap<usize, TargetId>,
 }
 
 impl PgTable {
@@ -74,6 +82,72 @@ impl PgTable {
     /// The group of a block.
     pub fn pg_of(&self, block: BlockId) -> PgId {
         PgId((mix(block.0) % self.pg_count() as u64) as u32)
+    }
+
+    /// Members of a group that are being replaced: shard number, and by whom.
+    pub fn moves_of(&self, pg: PgId) -> impl Iterator<Item = (ShardNo, TargetId)> {
+        let at = pg.0 as usize * self.width;
+        self.moves.range(at..at + self.width).map(move |(cell, target)| (ShardNo((cell - at) as u8), *target))
+    }
+
+    /// Members of a group, and those about to be.
+    pub fn holders(&self, pg: PgId) -> BTreeSet<TargetId> {
+        self.group(pg).iter().copied().chain(self.moves_of(pg).map(|(_, target)| target)).collect()
+    }
+
+    /// Members of a group as they will be once all moves are done.
+    pub fn group_to_be(&self, pg: PgId) -> Vec<TargetId> {
+        let mut group = self.group(pg).to_vec();
+        for (shard, target) in self.moves_of(pg) {
+            group[usize::from(shard.0)] = target;
+        }
+        group
+    }
+}
+
+/// The blocks of one placement group, told without a map: as they travel in listings.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct GroupSpan {
+    /// First block id of the era.
+    pub first_block: BlockId,
+    /// First block id of the next era.
+    pub end_block: BlockId,
+    /// Targets of the group.
+    pub width: usize,
+    /// Groups of the table, not 0.
+    pub pg_count: u32,
+    /// The group.
+    pub pg: PgId,
+}
+
+impl GroupSpan {
+    /// Whether a block of this policy belongs to the group.
+    pub fn contains(&self, block: BlockId, policy: Policy) -> bool {
+        (self.first_block..self.end_block).contains(&block)
+            && policy.width() == self.width
+            && mix(block.0) % u64::from(self.pg_count) == u64::from(self.pg.0)
+    }
+
+    /// As it travels.
+    pub fn to_pb(&self) -> pb::data::Group {
+        pb::data::Group {
+            first_block: self.first_block.0,
+            end_block: self.end_block.0,
+            width: self.width as u32,
+            pg_count: self.pg_count,
+            pg: self.pg.0,
+        }
+    }
+
+    /// From the wire; `None` when there can be no such group.
+    pub fn from_pb(group: &pb::data::Group) -> Option<GroupSpan> {
+        (group.width > 0 && group.pg < group.pg_count).then_some(GroupSpan {
+            first_block: BlockId(group.first_block),
+            end_block: BlockId(group.end_block),
+            width: group.width as usize,
+            pg_count: group.pg_count,
+            pg: PgId(group.pg),
+        })
     }
 }
 
@@ -124,15 +198,38 @@ pub fn mix(id: u64) -> u64 {
 impl ClusterMap {
     /// Targets of a block in shard order, or `None` when its era has no groups of that width (too few targets).
     pub fn placement(&self, block: BlockId, layout: Layout) -> Option<&[TargetId]> {
-        let era = self.eras.iter().rev().find(|era| era.first_block <= block)?;
-        let table = era.tables.get(&layout.width())?;
+        let table = self.era_of(block)?.tables.get(&layout.width())?;
         Some(table.group(table.pg_of(block)))
     }
 
-    /// Whether every target of the block's group takes new shards.
+    /// Whether every target of the block's group takes new shards, and stays in it.
     pub fn can_place(&self, block: BlockId, layout: Layout) -> bool {
-        self.placement(block, layout)
-            .is_some_and(|group| group.iter().all(|t| self.targets.get(t).is_some_and(Target::writable)))
+        let Some(table) = self.era_of(block).and_then(|era| era.tables.get(&layout.width())) else {
+            return false;
+        };
+        let pg = table.pg_of(block);
+        table.moves_of(pg).next().is_none()
+            && table.group(pg).iter().all(|t| self.targets.get(t).is_some_and(Target::writable))
+    }
+
+    /// Targets that may have shards of a block: members of its group, and those about to be.
+    pub fn holders(&self, block: BlockId, layout: Layout) -> BTreeSet<TargetId> {
+        let table = self.era_of(block).and_then(|era| era.tables.get(&layout.width()));
+        table.map(|table| table.holders(table.pg_of(block))).unwrap_or_default()
+    }
+
+    /// The era of a block.
+    pub fn era_of(&self, block: BlockId) -> Option<&Era> {
+        self.eras.iter().rev().find(|era| era.first_block <= block)
+    }
+
+    /// A placement group of the era that begins at `first_block`: its table and its blocks.
+    pub fn group(&self, first_block: BlockId, width: usize, pg: PgId) -> Option<(&PgTable, GroupSpan)> {
+        let at = self.eras.binary_search_by_key(&first_block, |era| era.first_block).ok()?;
+        let table = self.eras[at].tables.get(&width)?;
+        let pg_count = table.pg_count() as u32;
+        let end_block = self.eras.get(at + 1).map_or(BlockId(u64::MAX), |next| next.first_block);
+        (pg.0 < pg_count).then_some((table, GroupSpan { first_block, end_block, width, pg_count, pg }))
     }
 
     /// The server of a target.
@@ -171,6 +268,9 @@ impl ClusterMap {
                             width: t.width as u32,
                             pg_count: t.pg_count() as u32,
                             members: t.members.iter().map(|t| t.0).collect(),
+                            moves: (t.moves.iter())
+                                .map(|(cell, t)| pb::common::Move { cell: *cell as u32, target: t.0 })
+                                .collect(),
                         })
                         .collect(),
                 })
@@ -182,8 +282,8 @@ impl ClusterMap {
     /// From the wire or the disk.
     ///
     /// # Errors
-    /// When a table's size is not its width times its count, a member or a server is not listed, eras are out of
-    /// order, or the policy is unknown.
+    /// When a table's size is not its width times its count, a member or a server is not listed, a move is of no member,
+    /// eras are out of order, or the policy is unknown.
     pub fn from_pb(map: pb::common::ClusterMap) -> Result<ClusterMap, MapError> {
         let bad = |what: String| MapError { epoch: map.epoch, what };
         let default_policy = Policy::from_code(map.default_policy)
@@ -221,10 +321,17 @@ impl ClusterMap {
                     )));
                 }
                 let members: Vec<TargetId> = t.members.iter().map(|t| TargetId(*t)).collect();
-                if let Some(stranger) = members.iter().find(|t| !targets.contains_key(t)) {
+                let moves: BTreeMap<usize, TargetId> =
+                    t.moves.iter().map(|m| (m.cell as usize, TargetId(m.target))).collect();
+                if let Some(stranger) =
+                    members.iter().chain(moves.values()).find(|t| !targets.contains_key(t))
+                {
                     return Err(bad(format!("unknown target {stranger} in a group of width {width}")));
                 }
-                tables.insert(width, PgTable { width, members });
+                if let Some(cell) = moves.keys().find(|cell| **cell >= cells) {
+                    return Err(bad(format!("member {cell} of a table of {cells} is to move")));
+                }
+                tables.insert(width, PgTable { width, members, moves });
             }
             eras.push(Era { first_block, tables });
         }
@@ -254,7 +361,11 @@ mod tests {
         let table = |members: &[u64]| {
             BTreeMap::from([(
                 2,
-                PgTable { width: 2, members: members.iter().map(|t| TargetId(*t)).collect() },
+                PgTable {
+                    width: 2,
+                    members: members.iter().map(|t| TargetId(*t)).collect(),
+                    moves: BTreeMap::new(),
+                },
             )])
         };
         ClusterMap {
@@ -304,6 +415,35 @@ mod tests {
     }
 
     #[test]
+    fn a_group_that_changes_takes_no_new_block_and_is_read_as_before() {
+        let mut map = sample();
+        let two = layout(2);
+        let (block, group) = (BlockId(7), map.placement(BlockId(7), two).unwrap().to_vec());
+        let table = map.eras[0].tables.get_mut(&2).unwrap();
+        let pg = table.pg_of(block);
+        table.moves.insert(2 * pg.0 as usize + 1, TargetId(3));
+        assert_eq!(table.moves_of(pg).collect::<Vec<_>>(), [(ShardNo(1), TargetId(3))]);
+        assert_eq!(table.group_to_be(pg), [group[0], TargetId(3)]);
+        assert!(!map.can_place(block, two));
+        assert_eq!(map.placement(block, two).unwrap(), group);
+        assert_eq!(ClusterMap::from_pb(map.to_pb()), Ok(map));
+    }
+
+    #[test]
+    fn a_group_is_found_by_era_and_knows_its_blocks() {
+        let map = sample();
+        let two = Policy::replica(2).unwrap();
+        assert!(map.group(BlockId(2), 2, PgId(0)).is_none() && map.group(BlockId(1), 2, PgId(2)).is_none());
+        for block in (1..300).map(BlockId) {
+            let holds: Vec<bool> = [(1, 0), (1, 1), (100, 0), (100, 1)]
+                .map(|(era, pg)| map.group(BlockId(era), 2, PgId(pg)).unwrap().1.contains(block, two))
+                .into();
+            assert_eq!(holds.iter().filter(|h| **h).count(), 1, "{block} {holds:?}");
+            assert_eq!(holds[0] || holds[1], block < BlockId(100));
+        }
+    }
+
+    #[test]
     fn contradictions_are_refused() {
         let mut stranger = sample().to_pb();
         stranger.eras[0].tables[0].members[0] = 9;
@@ -313,7 +453,10 @@ mod tests {
         disorder.eras.swap(0, 1);
         let mut empty = sample().to_pb();
         empty.eras[0].tables[0] = Default::default();
-        for map in [stranger, ragged, disorder, empty] {
+        let (mut to_a_stranger, mut of_nobody) = (sample().to_pb(), sample().to_pb());
+        to_a_stranger.eras[0].tables[0].moves = vec![pb::common::Move { cell: 0, target: 9 }];
+        of_nobody.eras[0].tables[0].moves = vec![pb::common::Move { cell: 4, target: 1 }];
+        for map in [stranger, ragged, disorder, empty, to_a_stranger, of_nobody] {
             assert!(ClusterMap::from_pb(map).is_err());
         }
     }

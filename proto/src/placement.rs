@@ -1,6 +1,7 @@
-//! The function that fills placement groups.
+//! The functions that fill placement groups.
 //!
-//! One pure function of (old table, targets): the same input gives the same table on every machine. What it aims
+//! Pure functions of (old table, targets): the same input gives the same table on every machine. [`place`] makes the table
+//! of a new era; [`repair`] says who takes the place of members that are gone, and touches nothing else. What they aim
 //! at, in this order:
 //!
 //! 1. the members of a group are different targets, as far apart as the failure domains allow;
@@ -35,7 +36,43 @@ pub fn place(
     plan.fill();
     plan.balance();
     let members = plan.groups.into_iter().flatten().map(|m| m.map(|i| plan.ids[i])).collect::<Option<_>>()?;
-    Some(PgTable { width, members })
+    Some(PgTable { width, members, moves: BTreeMap::new() })
+}
+
+/// The moves that a table needs so that all its members are among `targets`, by index into its members.
+///
+/// Only members that are not among `targets` are replaced, by those that `takes` allows. A move under way stays, unless its own
+/// target has gone meanwhile. A member for which there is nobody (fewer targets than the table is wide) stays where it is.
+pub fn repair(
+    table: &PgTable,
+    targets: &BTreeMap<TargetId, String>,
+    takes: impl Fn(TargetId) -> bool,
+) -> BTreeMap<usize, TargetId> {
+    let in_order = table.members.iter().chain(table.moves.values()).all(|t| targets.contains_key(t));
+    if in_order {
+        return table.moves.clone();
+    }
+    let mut plan = Plan::new(targets, table.width, table.pg_count());
+    let mut moves = BTreeMap::new();
+    for (cell, member) in table.members.iter().enumerate() {
+        let (pg, slot) = (cell / table.width, cell % table.width);
+        let coming = table.moves.get(&cell).filter(|target| targets.contains_key(target));
+        moves.extend(coming.map(|target| (cell, *target)));
+        if let Ok(i) = plan.ids.binary_search(coming.unwrap_or(member)) {
+            plan.set(pg, slot, i);
+        }
+    }
+    for (pg, now) in table.members.chunks(table.width).enumerate() {
+        for slot in 0..table.width {
+            if plan.groups[pg][slot].is_none()
+                && let Some(best) = plan.substitute(pg, now, &takes)
+            {
+                plan.set(pg, slot, best);
+                moves.insert(pg * table.width + slot, plan.ids[best]);
+            }
+        }
+    }
+    moves
 }
 
 /// Work in progress; targets are indices into `ids`.
@@ -91,6 +128,20 @@ impl Plan {
                 }
             }
         }
+    }
+
+    /// The best target that is in `pg` neither now nor later. Apart from failure domains as in `fill`: they are kept apart as well
+    /// as they can be beside the members that stay, which may share one already.
+    fn substitute(&self, pg: usize, now: &[TargetId], takes: &impl Fn(TargetId) -> bool) -> Option<usize> {
+        let members = || self.groups[pg].iter().flatten();
+        let fits = |i: &usize| {
+            let id = self.ids[*i];
+            takes(id) && !now.contains(&id) && members().all(|m| m != i)
+        };
+        (0..self.ids.len()).filter(fits).min_by_key(|&i| {
+            let near = members().filter(|m| self.domain[**m] == self.domain[i]).count() + 1;
+            (near.max(self.domain_max), self.load[i], self.company(pg, i), self.lot(pg, i))
+        })
     }
 
     /// Moves single members from the busiest targets to the idlest while that evens the load. Where failure domains
@@ -243,6 +294,110 @@ mod tests {
             prop_assert!(moved <= share, "{moved} moved, a share is {share}");
             prop_assert!(load(&new)[&TargetId(100)] + 1 >= share.min(pgs));
         }
+    }
+
+    /// What a repair promises, checked cell by cell.
+    fn check_repair(table: &PgTable, targets: &BTreeMap<TargetId, String>) -> Result<PgTable, TestCaseError> {
+        let moves = repair(table, targets, |_| true);
+        for (cell, target) in &moves {
+            let needless =
+                targets.contains_key(&table.members[*cell]) && table.moves.get(cell) != Some(target);
+            prop_assert!(!needless, "member {} moved and need not", cell);
+            if let Some(before) = table.moves.get(cell).filter(|t| targets.contains_key(t)) {
+                prop_assert_eq!(before, target, "a move under way has changed");
+            }
+            prop_assert!(targets.contains_key(target));
+            prop_assert!(!table.group(crate::PgId((cell / table.width) as u32)).contains(target));
+        }
+        let repaired = PgTable { moves, ..table.clone() };
+        for pg in 0..repaired.pg_count() {
+            let group = repaired.group_to_be(crate::PgId(pg as u32));
+            let near = |target: &TargetId, but: usize| {
+                let others =
+                    group.iter().enumerate().filter(|(slot, t)| *slot != but && targets.contains_key(t));
+                others.filter(|(_, t)| targets[t] == targets[target]).count()
+            };
+            for (slot, t) in group.iter().enumerate() {
+                prop_assert!(!group[..slot].contains(t), "{} twice in {:?}", t, group);
+                let free = || {
+                    targets
+                        .keys()
+                        .filter(|t| !group.contains(t) && !table.group(crate::PgId(pg as u32)).contains(t))
+                };
+                prop_assert!(targets.contains_key(t) || free().next().is_none(), "{t} stays in {group:?}");
+                let new = repaired.moves.contains_key(&(pg * table.width + slot))
+                    && !table.moves.contains_key(&(pg * table.width + slot));
+                // More of a domain than any group needs: then every free target would have been as near.
+                if new && near(t, slot) + 1 > Plan::new(targets, table.width, 1).domain_max {
+                    prop_assert!(
+                        free().all(|f| near(f, slot) >= near(t, slot)),
+                        "{t} is too near in {group:?}"
+                    );
+                }
+            }
+        }
+        Ok(repaired)
+    }
+
+    proptest! {
+        #[test]
+        fn a_repair_moves_only_what_must_and_keeps_domains_apart(
+            domains in 2..7usize, each in 1..4usize, width in 1..5usize, pgs in 1..60usize,
+            gone in proptest::collection::vec(any::<prop::sample::Index>(), 1..3),
+        ) {
+            let mut left = targets(domains, each);
+            let Some(mut table) = place(None, &left, width, pgs) else { return Ok(()) };
+            for gone in gone {
+                let id = *left.keys().nth(gone.index(left.len())).unwrap();
+                left.remove(&id);
+                if left.len() < width.max(1) {
+                    return Ok(());
+                }
+                table = check_repair(&table, &left)?;
+            }
+            // All done: nothing is left to move, and the same again changes nothing.
+            let done = (0..table.pg_count()).flat_map(|pg| table.group_to_be(crate::PgId(pg as u32))).collect();
+            let done = PgTable { members: done, moves: BTreeMap::new(), ..table.clone() };
+            prop_assert_eq!(repair(&done, &left, |_| true), BTreeMap::new());
+            prop_assert_eq!(repair(&table, &left, |_| true), table.moves);
+        }
+
+        #[test]
+        fn what_a_lost_target_held_goes_to_all_others_evenly(domains in 4..12usize, pgs in 20..100usize, gone in any::<prop::sample::Index>()) {
+            let before = targets(domains, 1);
+            let table = place(None, &before, 2, pgs).unwrap();
+            let gone = TargetId(gone.index(domains) as u64 + 1);
+            let mut left = before.clone();
+            left.remove(&gone);
+            let moves = repair(&table, &left, |_| true);
+            prop_assert_eq!(moves.len(), load(&table)[&gone]);
+            let after = load(&PgTable { members: (0..pgs).flat_map(|pg| PgTable { moves: moves.clone(), ..table.clone() }.group_to_be(crate::PgId(pg as u32))).collect(), ..table.clone() });
+            let (min, max) = (after.values().min().unwrap(), after.values().max().unwrap());
+            prop_assert!(max - min <= 3, "{after:?}");
+        }
+    }
+
+    #[test]
+    fn a_large_cluster_rebuilds_with_four_fifths_of_its_targets() {
+        let before = targets(10, 8);
+        let table = place(None, &before, 10, 512).unwrap();
+        let mut left = before.clone();
+        left.remove(&TargetId(7));
+        let moves = repair(&table, &left, |_| true);
+        let mut busy: std::collections::BTreeSet<TargetId> = moves.values().copied().collect();
+        busy.extend(table.members.chunks(10).filter(|g| g.contains(&TargetId(7))).flatten());
+        assert!(busy.len() > 80 * 4 / 5, "{} take part", busy.len());
+    }
+
+    #[test]
+    fn where_nobody_is_left_nothing_moves() {
+        let before = targets(3, 1);
+        let table = place(None, &before, 3, 8).unwrap();
+        let left = BTreeMap::from([(TargetId(1), "d0".to_owned()), (TargetId(2), "d1".to_owned())]);
+        assert_eq!(repair(&table, &left, |_| true), BTreeMap::new());
+        let table = place(None, &before, 2, 8).unwrap();
+        assert_eq!(repair(&table, &left, |_| false), BTreeMap::new());
+        assert!(!repair(&table, &left, |_| true).is_empty());
     }
 
     #[test]

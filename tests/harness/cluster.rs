@@ -29,10 +29,14 @@ pub struct Setup {
     pub capacity_max: Option<u64>,
     /// Bytes of a volume file: small, because every target of every test preallocates one.
     pub volume_size: u64,
+    /// Bytes per second that a data server copies to complete groups; `None`: the default.
+    pub rebuild_rate: Option<u64>,
     /// Where the targets of server `i` lie; default: in the scratch folder.
     pub roots: Vec<PathBuf>,
     /// Silence after which a data server counts as down.
     pub down_after: Duration,
+    /// How long a target is down until its groups are rebuilt without it.
+    pub out_after: Duration,
     /// Silence after which a session ends.
     pub session_timeout: Duration,
 }
@@ -45,8 +49,10 @@ impl Default for Setup {
             policy: "replica:2".into(),
             capacity_max: None,
             volume_size: 256 << 20,
+            rebuild_rate: None,
             roots: Vec::new(),
             down_after: Duration::from_secs(3),
+            out_after: Duration::from_secs(600),
             session_timeout: Duration::from_secs(10),
         }
     }
@@ -127,6 +133,7 @@ impl Cluster {
         command.arg(self.meta_folder()).args(["--listen", &self.meta_address()]);
         command.args(["--policy", &self.setup.policy]);
         command.args(["--down-after", &seconds(self.setup.down_after)]);
+        command.args(["--out-after", &seconds(self.setup.out_after)]);
         command.args(["--session-timeout", &seconds(self.setup.session_timeout)]);
         command
     }
@@ -139,6 +146,9 @@ impl Cluster {
         command.args(["--volume-size", &self.setup.volume_size.to_string()]);
         if let Some(max) = self.setup.capacity_max {
             command.args(["--capacity-max", &max.to_string()]);
+        }
+        if let Some(rate) = self.setup.rebuild_rate {
+            command.args(["--rebuild-rate", &rate.to_string()]);
         }
         for target in 0..self.setup.targets {
             let folder = self.target_folder(server, target);

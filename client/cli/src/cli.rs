@@ -5,7 +5,9 @@ use std::{ffi::CStr, process::ExitCode};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 
-use crate::{bench, completions, data, df, layout, logs, meta, mount, stat, status, transfer, umount, up};
+use crate::{
+    bench, completions, data, df, layout, logs, meta, mount, stat, status, target, transfer, umount, up,
+};
 
 const AFTER_HELP: &str = "\
 Begin here:
@@ -46,6 +48,10 @@ enum Verb {
     Bench(bench::Args),
     #[command(subcommand)]
     Layout(layout::Verb),
+    #[command(subcommand)]
+    Target(target::Verb),
+    #[command(subcommand)]
+    Server(target::ServerVerb),
     Completions(completions::Args),
 }
 
@@ -90,6 +96,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Stat(args) => stat::run(&args),
         Verb::Bench(args) => bench::run(args),
         Verb::Layout(verb) => layout::run(&verb),
+        Verb::Target(verb) => target::run(&verb),
+        Verb::Server(verb) => target::run_server(&verb),
         Verb::Completions(args) => completions::run(&args),
     }
 }

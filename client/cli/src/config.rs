@@ -20,6 +20,7 @@ pub(crate) struct MetaFile {
     pub(crate) session_timeout: Option<Span>,
     pub(crate) heartbeat: Option<Span>,
     pub(crate) down_after: Option<Span>,
+    pub(crate) out_after: Option<Span>,
     pub(crate) log_sync: Option<Span>,
 }
 
@@ -38,6 +39,7 @@ pub(crate) struct DataFile {
     pub(crate) volume_size: Option<ByteSize>,
     pub(crate) checkpoint_interval: Option<Span>,
     pub(crate) capacity_max: Option<ByteSize>,
+    pub(crate) rebuild_rate: Option<ByteSize>,
 }
 
 /// One target: `"/mnt/nvme0"`, `"/mnt/nvme0@rack7"` or `{ path = "/mnt/nvme0", domain = "rack7" }`.
@@ -143,7 +145,7 @@ mod tests {
         assert!(meta.heartbeat.is_some() && meta.down_after.is_some() && meta.log_sync.is_some());
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
-        assert!(data.poll_us.is_some());
+        assert!(data.poll_us.is_some() && data.rebuild_rate.is_some() && meta.out_after.is_some());
         assert!(
             data.volume_size.is_some() && data.checkpoint_interval.is_some() && data.capacity_max.is_some()
         );

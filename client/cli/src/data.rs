@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// Use at most this much of each device [default: all of it]
     #[arg(long, value_name = "SIZE")]
     capacity_max: Option<ByteSize>,
+    /// Copy at most this much per second from other servers to complete placement groups; 0 is no limit [default: 256MiB]
+    #[arg(long, value_name = "SIZE")]
+    rebuild_rate: Option<ByteSize>,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -113,6 +116,9 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     }
     if let Some(size) = args.volume_size.or(file.volume_size) {
         config.volume_size = size.0;
+    }
+    if let Some(rate) = args.rebuild_rate.or(file.rebuild_rate) {
+        config.rebuild_rate = rate.0;
     }
     if let Some(time) = args.checkpoint_interval.or(file.checkpoint_interval) {
         config.checkpoint_interval = time.0;

@@ -37,6 +37,7 @@ mod report;
 mod rpc;
 mod stat;
 mod status;
+mod target;
 mod transfer;
 mod umount;
 mod units;

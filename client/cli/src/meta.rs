@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// A data server that is silent for this long counts as down
     #[arg(long, value_name = "TIME")]
     down_after: Option<Span>,
+    /// A target that is down or failed for this long is out: its placement groups are rebuilt on others [default: 10m]
+    #[arg(long, value_name = "TIME")]
+    out_after: Option<Span>,
     /// Longest time between acknowledging a namespace change and having it on stable storage
     #[arg(long, value_name = "TIME")]
     log_sync: Option<Span>,
@@ -97,6 +100,7 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     set(&mut config.session_timeout, args.session_timeout, file.session_timeout);
     set(&mut config.heartbeat, args.heartbeat, file.heartbeat);
     set(&mut config.down_after, args.down_after, file.down_after);
+    set(&mut config.out_after, args.out_after, file.out_after);
     set(&mut config.log_sync, args.log_sync, file.log_sync);
     if let Some(policy) = args.policy.or(file.policy) {
         config.default_policy = policy;

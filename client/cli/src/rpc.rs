@@ -3,8 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use fjordfs_proto::pb::meta::{StatusReply, StatusRequest, cluster_client::ClusterClient};
-use tonic::transport::Endpoint;
+use fjordfs_proto::pb::meta::{
+    ChangeTargetRequest, StatusReply, StatusRequest, cluster_client::ClusterClient,
+};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
@@ -17,6 +22,31 @@ const STATUS_SIZE_MAX: usize = 256 << 20;
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
+    match connect(meta).await?.status(StatusRequest {}).await {
+        Ok(reply) => Ok(reply.into_inner()),
+        Err(e) => Err(unanswered(meta, &e)),
+    }
+}
+
+/// Takes a target out of service, or brings it back; what came of it, as a sentence.
+///
+/// # Errors
+/// What the metaserver says against it.
+pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> anyhow::Result<String> {
+    match connect(meta).await?.change_target(request).await {
+        Ok(reply) => Ok(reply.into_inner().message),
+        Err(e) => match e.code() {
+            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
+            _ => Err(unanswered(meta, &e)),
+        },
+    }
+}
+
+fn unanswered(meta: &str, e: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
+}
+
+async fn connect(meta: &str) -> anyhow::Result<ClusterClient<Channel>> {
     check_address(meta)?;
     let endpoint = Endpoint::from_shared(format!("http://{meta}"))
         .with_context(|| format!("'{meta}' is not an address: write HOST:PORT"))?
@@ -30,13 +60,7 @@ pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
             innermost(&e)
         )
     })?;
-    let mut client = ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX);
-    match client.status(StatusRequest {}).await {
-        Ok(reply) => Ok(reply.into_inner()),
-        Err(e) => {
-            bail!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
-        }
-    }
+    Ok(ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX))
 }
 
 /// `HOST:PORT`, so that a typing error is not reported as a network failure.

@@ -5,12 +5,13 @@ use std::{
     fmt::Write,
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use fjordfs_proto::{
     ClusterMap, TargetId,
     cluster::{ServerState, TargetState},
-    pb::meta::StatusReply,
+    pb::{self, meta::StatusReply},
 };
 use serde::Serialize;
 
@@ -71,6 +72,82 @@ pub(crate) struct Status {
     pub(crate) targets: Vec<Target>,
     pub(crate) placement: Vec<Placement>,
     pub(crate) sessions: Vec<Session>,
+    pub(crate) healing: Healing,
+}
+
+/// Rebuild and reconciliation of placement groups.
+#[derive(Serialize, Debug, Default)]
+pub(crate) struct Healing {
+    /// Members of groups that are being replaced.
+    pub(crate) moves_left: u64,
+    /// Those replaced since `moves_left` was last 0.
+    pub(crate) moves_done: u64,
+    /// Members of groups that are still to be compared with the others.
+    pub(crate) checks_left: u64,
+    pub(crate) shards_copied: u64,
+    pub(crate) bytes_copied: u64,
+    pub(crate) elapsed_ms: u64,
+    /// 0: not known.
+    pub(crate) eta_ms: u64,
+    /// Shards that no reachable targets can restore.
+    pub(crate) shards_lost: u64,
+    pub(crate) problems: Vec<String>,
+}
+
+impl From<pb::meta::Healing> for Healing {
+    fn from(h: pb::meta::Healing) -> Healing {
+        Healing {
+            moves_left: h.moves_left,
+            moves_done: h.moves_done,
+            checks_left: h.checks_left,
+            shards_copied: h.shards_copied,
+            bytes_copied: h.bytes_copied,
+            elapsed_ms: h.elapsed_ms,
+            eta_ms: h.eta_ms,
+            shards_lost: h.shards_lost,
+            problems: h.problems,
+        }
+    }
+}
+
+impl Healing {
+    fn text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String does not fail.
+        if self.moves_left > 0 {
+            let (time, all) = (Duration::from_millis(self.elapsed_ms), self.moves_done + self.moves_left);
+            let _ = write!(
+                out,
+                "rebuilding: {} of {} done, {} copied ({})",
+                self.moves_done,
+                units::count(all, "group member"),
+                ByteSize(self.bytes_copied),
+                units::rate(self.bytes_copied, time)
+            );
+            let _ = match self.eta_ms {
+                0 => writeln!(out),
+                ms => writeln!(out, ", about {} to go", units::seconds(Duration::from_millis(ms))),
+            };
+        }
+        if self.checks_left > 0 {
+            let _ = writeln!(
+                out,
+                "{} to compare with the others",
+                units::count(self.checks_left, "group member")
+            );
+        }
+        if self.shards_lost > 0 {
+            let _ = writeln!(
+                out,
+                "{} CANNOT BE RESTORED from the targets that answer",
+                units::count(self.shards_lost, "shard")
+            );
+        }
+        for problem in &self.problems {
+            let _ = writeln!(out, "  {problem}");
+        }
+        out
+    }
 }
 
 #[derive(Serialize, Debug)]
@@ -178,6 +255,7 @@ impl Status {
             blocks_to_delete: reply.blocks_to_delete,
             orphans: reply.orphans,
             placement: placement(&map),
+            healing: reply.healing.unwrap_or_default().into(),
             sessions: reply
                 .sessions
                 .into_iter()
@@ -230,6 +308,7 @@ impl Status {
                 (degraded, gone) => writeln!(out, ": {degraded} degraded, of these {gone} CANNOT BE READ"),
             };
         }
+        out += &self.healing.text();
         if self.blocks_to_delete > 0 {
             let _ = writeln!(out, "{} to delete", units::count(self.blocks_to_delete, "block"));
         }
@@ -243,7 +322,7 @@ impl Status {
         out
     }
 
-    fn target_table(&self) -> comfy_table::Table {
+    pub(crate) fn target_table(&self) -> comfy_table::Table {
         let mut table = report::table(&[
             "SERVER",
             "ADDRESS",
@@ -287,7 +366,7 @@ impl Status {
     fn session_table(&self) -> comfy_table::Table {
         let mut table = report::table(&[">SESSION", "CLIENT", ">OPEN FILES", ">LEASES", ">LOCKS", "SEEN"]);
         for s in &self.sessions {
-            let idle = std::time::Duration::from_secs(s.idle_ms / 1000);
+            let idle = Duration::from_secs(s.idle_ms / 1000);
             table.add_row([
                 s.id.to_string(),
                 s.client.clone(),
@@ -376,6 +455,7 @@ pub(crate) mod tests {
             width: 2,
             pg_count: members.len() as u32 / 2,
             members: members.to_vec(),
+            moves: Vec::new(),
         };
         StatusReply {
             map: Some(common::ClusterMap {

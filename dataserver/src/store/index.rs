@@ -160,16 +160,22 @@ impl Index {
         Ok(())
     }
 
-    /// Shards of blocks above `after` in block order, about `limit` of them, and whether these are the last. All shards
+    /// Shards that fit, of blocks above `after` and in block order, about `limit` of them, and whether these are the last. All shards
     /// of a block come together, so the last block of a page is where the next one starts.
-    pub(crate) fn after(&self, after: BlockId, limit: usize) -> (Vec<Entry>, bool) {
+    pub(crate) fn after(
+        &self,
+        after: BlockId,
+        limit: usize,
+        fits: impl Fn(&Entry) -> bool,
+    ) -> (Vec<Entry>, bool) {
         // No more than 256 shards of one block can be cut off by the limit.
         let keep = limit + PARTS;
         let mut smallest = BinaryHeap::with_capacity(keep + 1);
         let mut dropped = false;
         for part in &self.parts {
-            for packed in part.read().iter().filter(|p| p.block() > after) {
-                smallest.push(packed.entry());
+            let entries = part.read();
+            for entry in entries.iter().filter(|p| p.block() > after).map(Packed::entry).filter(&fits) {
+                smallest.push(entry);
                 if smallest.len() > keep {
                     smallest.pop();
                     dropped = true;
@@ -236,7 +242,7 @@ mod tests {
             let (mut listed, mut after) = (Vec::new(), BlockId(0));
             listed.extend(oracle.values().filter(|e| e.block == BlockId(0)).copied());
             loop {
-                let (page, end) = index.after(after, limit);
+                let (page, end) = index.after(after, limit, |_| true);
                 prop_assert!(end || page.len() >= limit);
                 after = page.last().map_or(after, |e| e.block);
                 listed.extend(page);

@@ -128,7 +128,7 @@ fn half_deleted(block: u64, oracle: &Oracle) -> bool {
 }
 
 async fn check(store: &Store<SimDevice>, device: &SimDevice, oracle: &mut Oracle, crashed: bool) {
-    let (listed, end) = store.list(BlockId(0), 100_000);
+    let (listed, end) = store.list(BlockId(0), 100_000, |_| true);
     assert!(end);
     let mut there = BTreeSet::new();
     for entry in &listed {
@@ -263,7 +263,7 @@ fn a_copy_of_a_volume_in_a_shard_is_not_taken_for_records() {
         store.sync().await.unwrap();
         device.rot(torn.volume, torn.span().start + 16);
         let (_, store) = open(device.crash(0), OPTIONS);
-        assert_eq!(store.list(BlockId(0), 10), (vec![], true));
+        assert_eq!(store.list(BlockId(0), 10, |_| true), (vec![], true));
     });
 }
 
@@ -362,7 +362,7 @@ fn a_truncated_volume_costs_only_its_end() {
             let cut = store.find(BlockId(3), ShardNo(0)).unwrap();
             crashed.truncate(cut.volume, cut.span().end - 100);
             let (_, survivor) = open(crashed, OPTIONS);
-            let (listed, _) = survivor.list(BlockId(0), 10);
+            let (listed, _) = survivor.list(BlockId(0), 10, |_| true);
             assert_eq!(listed.iter().map(|e| e.block.0).collect::<Vec<_>>(), [1, 2]);
             put(&survivor, 6, b"goes on elsewhere").await.unwrap();
             assert_ne!(survivor.find(BlockId(6), ShardNo(0)).unwrap().volume, cut.volume);
@@ -397,7 +397,7 @@ fn a_bad_sector_costs_one_page() {
         let crashed = device.crash(0);
         *crashed.bad_sector.lock() = Some(ill.span().start + 2 * PAGE_SIZE as u64);
         let (_, store) = open(crashed, OPTIONS);
-        let (listed, _) = store.list(BlockId(0), 10);
+        let (listed, _) = store.list(BlockId(0), 10, |_| true);
         assert_eq!(listed.iter().map(|e| e.block.0).collect::<Vec<_>>(), [1, 2, 3]);
         for healthy in [&listed[0], &listed[2]] {
             assert!(get(&store, healthy).await == Some(bytes_of(healthy.block.0, 20_000)));

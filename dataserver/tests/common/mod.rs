@@ -37,6 +37,12 @@ pub struct State {
     pub heartbeats: Vec<HeartbeatRequest>,
     pub deletes: Vec<meta::DeletedBlocks>,
     pub deleted: Vec<meta::DeletedBlocks>,
+    pub map: Option<fjordfs_proto::pb::common::ClusterMap>,
+    pub checks: Vec<meta::Check>,
+    pub check_reports: Vec<meta::CheckReport>,
+    /// What is answered to every question for wanted blocks.
+    pub wanted: meta::WantedReply,
+    pub asked: Vec<u64>,
     /// The next heartbeats are answered with `unknown`.
     pub forget: bool,
 }
@@ -71,10 +77,31 @@ impl Cluster for Fake {
         let unknown = state.forget;
         if !unknown {
             state.deleted.extend(request.deleted.clone());
+            state.check_reports.extend(request.checks.clone());
         }
+        let mine = |check: &meta::Check| request.targets.iter().any(|t| t.target == check.target);
+        let checks =
+            if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).copied().collect() };
+        let map = state.map.clone().filter(|map| map.epoch > request.epoch);
         state.heartbeats.push(request);
         let deletes = if unknown { vec![] } else { std::mem::take(&mut state.deletes) };
-        Ok(Response::new(HeartbeatReply { map: None, deletes, more: false, unknown }))
+        Ok(Response::new(HeartbeatReply { map, deletes, more: false, unknown, checks }))
+    }
+
+    async fn wanted(
+        &self,
+        request: Request<meta::WantedRequest>,
+    ) -> Result<Response<meta::WantedReply>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.asked.extend(request.into_inner().blocks);
+        Ok(Response::new(state.wanted.clone()))
+    }
+
+    async fn change_target(
+        &self,
+        _: Request<meta::ChangeTargetRequest>,
+    ) -> Result<Response<meta::ChangeTargetReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
     }
 
     async fn status(&self, _: Request<meta::StatusRequest>) -> Result<Response<meta::StatusReply>, Status> {
@@ -242,7 +269,7 @@ impl Client {
     pub fn list(&mut self) -> Vec<u64> {
         let (mut blocks, mut after_block) = (Vec::new(), 0);
         loop {
-            let body = ListShardsRequest { target: 1, after_block, limit: 7 };
+            let body = ListShardsRequest { target: 1, after_block, limit: 7, group: None };
             let page: ListShardsReply = self.call(Opcode::ListShards, &body, &[]).0.unwrap();
             blocks.extend(page.shards.iter().map(|s| s.block));
             after_block = blocks.last().copied().unwrap_or(0);

@@ -1,20 +1,22 @@
-//! Placement tables of a map. Pure; see the parent's heading "Eras".
+//! Placement tables of a map. Pure; see the parent's headings "Eras" and "Moves".
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, TargetId,
+    BlockId, ClusterMap, PgId, TargetId,
     cluster::{Era, PgTable, TargetState},
-    placement::place,
+    placement::{place, repair},
 };
+
+use super::states::stays;
+
+fn targets_with(map: &ClusterMap, fit: impl Fn(TargetState) -> bool) -> BTreeMap<TargetId, String> {
+    map.targets.iter().filter(|(_, t)| fit(t.state)).map(|(id, t)| (*id, t.domain.clone())).collect()
+}
 
 /// Targets that groups may have as members. One that is down for now is: groups outlive an outage.
 pub(super) fn usable(map: &ClusterMap) -> BTreeMap<TargetId, String> {
-    map.targets
-        .iter()
-        .filter(|(_, t)| matches!(t.state, TargetState::Up | TargetState::Down))
-        .map(|(id, t)| (*id, t.domain.clone()))
-        .collect()
+    targets_with(map, |state| matches!(state, TargetState::Up | TargetState::Down))
 }
 
 /// There are targets that no table knows: blocks from `next_block` on use them.
@@ -26,8 +28,8 @@ pub(super) fn begin(map: &mut ClusterMap, widths: &BTreeSet<usize>, pg_count: us
     let tables: BTreeMap<usize, PgTable> = widths
         .iter()
         .filter_map(|width| {
-            let old = base.and_then(|era| era.tables.get(width));
-            Some((*width, place(old, &targets, *width, pg_count)?))
+            let old = base.and_then(|era| era.tables.get(width)).map(as_it_will_be);
+            Some((*width, place(old.as_ref(), &targets, *width, pg_count)?))
         })
         .collect();
     if tables.is_empty() {
@@ -37,6 +39,12 @@ pub(super) fn begin(map: &mut ClusterMap, widths: &BTreeSet<usize>, pg_count: us
         map.eras.pop();
     }
     map.eras.push(Era { first_block: next_block, tables });
+}
+
+/// A table with its moves done.
+fn as_it_will_be(table: &PgTable) -> PgTable {
+    let groups = (0..table.pg_count()).flat_map(|pg| table.group_to_be(PgId(pg as u32)));
+    PgTable { width: table.width, members: groups.collect(), moves: BTreeMap::new() }
 }
 
 /// Gives every era the tables it lacks, where there are enough targets.
@@ -51,4 +59,40 @@ pub(super) fn complete(map: &mut ClusterMap, widths: &BTreeSet<usize>, pg_count:
             }
         }
     }
+}
+
+/// Targets that the last era's groups have, or will have, as members.
+pub(super) fn known(map: &ClusterMap) -> BTreeSet<TargetId> {
+    let tables = map.eras.last().into_iter().flat_map(|era| era.tables.values());
+    tables.flat_map(|table| table.members.iter().chain(table.moves.values())).copied().collect()
+}
+
+/// Plans who takes the place of members that have to go. Members in `returned` are back, and what was planned for them is
+/// given up.
+pub(super) fn mend(map: &mut ClusterMap, returned: &BTreeSet<TargetId>) {
+    let staying = targets_with(map, stays);
+    let ClusterMap { eras, targets, .. } = map;
+    for table in eras.iter_mut().flat_map(|era| era.tables.values_mut()) {
+        let PgTable { members, moves, .. } = table;
+        moves.retain(|cell, _| !members.get(*cell).is_some_and(|member| returned.contains(member)));
+        table.moves = repair(table, &staying, |target| targets.get(&target).is_some_and(|t| t.writable()));
+    }
+}
+
+/// Puts `new` in the place of `old` in every group that it is not in already.
+pub(super) fn replace(map: &mut ClusterMap, old: TargetId, new: TargetId) {
+    for table in map.eras.iter_mut().flat_map(|era| era.tables.values_mut()) {
+        for cell in 0..table.members.len() {
+            let pg = PgId((cell / table.width) as u32);
+            if table.members[cell] == old && !table.holders(pg).contains(&new) {
+                table.moves.insert(cell, new);
+            }
+        }
+    }
+}
+
+/// In how many groups a target is a member.
+pub(super) fn groups_of(map: &ClusterMap, target: TargetId) -> usize {
+    let tables = map.eras.iter().flat_map(|era| era.tables.values());
+    tables.flat_map(|table| &table.members).filter(|member| **member == target).count()
 }

@@ -8,7 +8,7 @@ use fjordfs_proto::{
     pb::meta::{DeletedBlocks, HeartbeatReply, HeartbeatRequest, TargetReport},
 };
 
-use super::{Membership, is_full, state_of};
+use super::{Membership, event_of, is_full};
 use crate::{keys, refusal::Refusal, store::Order, txn::Txn};
 
 /// Deletions of one reply.
@@ -30,8 +30,11 @@ impl Membership {
         let mine = |membership: &Membership, target: u64| {
             membership.targets.get(&TargetId(target)).is_some_and(|info| info.record.server == server.0)
         };
+        // One that was removed is no stranger: its server just has not been told to do without it.
         let (reports, strangers): (Vec<_>, Vec<_>) =
             request.targets.iter().partition(|report| mine(self, report.target));
+        let reports: Vec<_> =
+            reports.into_iter().filter(|r| self.map.targets.contains_key(&TargetId(r.target))).collect();
         self.heard.insert(server, now);
         self.note(txn, server, &reports);
 
@@ -66,12 +69,12 @@ impl Membership {
         }
         for report in reports {
             let id = TargetId(report.target);
+            let before = map.targets.get(&id).map(|target| target.state);
+            self.step(&mut map, id, event_of(report));
             if let Some(target) = map.targets.get_mut(&id) {
-                let state = state_of(report, Some(target.state));
-                if state == TargetState::Failed && target.state != state {
+                if target.state == TargetState::Failed && before != Some(target.state) {
                     tracing::warn!(target = %id, path = report.path, why = report.message, "target failed");
                 }
-                target.state = state;
                 target.full = is_full(report, target.full);
             }
             if let Some(info) = self.targets.get_mut(&id) {

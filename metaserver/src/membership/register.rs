@@ -3,12 +3,12 @@
 use std::{collections::BTreeSet, time::Instant};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, PROTOCOL_VERSION, ServerId, TargetId,
-    cluster::{Server, ServerState, Target},
+    ClusterMap, PROTOCOL_VERSION, ServerId, TargetId,
+    cluster::{Server, ServerState, Target, TargetState},
     pb::meta::{RegisterReply, RegisterRequest, TargetReport},
 };
 
-use super::{Membership, TargetInfo, eras, is_full, state_of};
+use super::{Membership, TargetInfo, event_of, is_full, states};
 use crate::{keys, records::TargetRecord, refusal::Refusal, txn::Txn};
 
 impl Membership {
@@ -38,31 +38,26 @@ impl Membership {
                 TargetId(txn.counters().next_target - 1)
             });
             let before = map.targets.get(&id);
+            let record = TargetRecord {
+                uuid: report.uuid.clone(),
+                path: report.path.clone(),
+                server: server.0,
+                leaving: next.targets.get(&id).is_some_and(|info| info.record.leaving),
+                removed: false,
+            };
+            let state = before.map_or(TargetState::Up, |t| t.state);
             let target = Target {
                 server,
                 domain: if report.domain.is_empty() { domain.clone() } else { report.domain.clone() },
-                state: state_of(report, before.map(|t| t.state)),
+                state: states::next(state, record.leaving, event_of(report)),
                 full: is_full(report, before.is_some_and(|t| t.full)),
             };
             map.targets.insert(id, target);
-            let record =
-                TargetRecord { uuid: report.uuid.clone(), path: report.path.clone(), server: server.0 };
             txn.put_record(keys::target(id), &record);
             let report = TargetReport { target: id.0, ..report.clone() };
             next.targets.insert(id, TargetInfo { record, report });
             ids.push(id.0);
         }
-        let known: BTreeSet<TargetId> = map
-            .eras
-            .last()
-            .into_iter()
-            .flat_map(|era| era.tables.values())
-            .flat_map(|table| table.members.iter().copied())
-            .collect();
-        if eras::usable(&map).keys().any(|id| !known.contains(id)) {
-            eras::begin(&mut map, &next.widths, next.pg_count, BlockId(txn.counters().next_block));
-        }
-        eras::complete(&mut map, &next.widths, next.pg_count);
         next.heard.insert(server, now);
         next.publish(txn, map);
         *self = next;
@@ -97,7 +92,15 @@ impl Membership {
                     report.path, request.address
                 )));
             }
-            if report.target != 0 && self.target_id(report) != Some(TargetId(report.target)) {
+            let known = self.target_id(report);
+            if let Some(id) = known.filter(|id| self.targets.get(id).is_some_and(|info| info.record.removed))
+            {
+                return Err(Refusal::Precondition(format!(
+                    "target {id} in {} was removed from the cluster: start without it, or empty its folder to use it as a new target",
+                    report.path
+                )));
+            }
+            if report.target != 0 && known != Some(TargetId(report.target)) {
                 return Err(Refusal::Precondition(format!(
                     "target t{} in {} is not known to cluster {}: its folder belongs to other metadata; use an empty folder",
                     report.target, report.path, self.map.cluster_id

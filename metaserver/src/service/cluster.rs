@@ -1,8 +1,8 @@
 //! Unary calls of data servers and administrators.
 
 use fjordfs_proto::pb::meta::{
-    HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest, StatusReply, StatusRequest,
-    cluster_server::Cluster,
+    ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest,
+    StatusReply, StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -40,6 +40,19 @@ impl Cluster for ClusterService {
     ) -> Result<Response<HeartbeatReply>, Status> {
         let request = Box::new(request.into_inner());
         self.call(|caller| Job::Heartbeat(request, caller)).await
+    }
+
+    async fn wanted(&self, request: Request<WantedRequest>) -> Result<Response<WantedReply>, Status> {
+        let request = Box::new(request.into_inner());
+        self.call(|caller| Job::Wanted(request, caller)).await
+    }
+
+    async fn change_target(
+        &self,
+        request: Request<ChangeTargetRequest>,
+    ) -> Result<Response<ChangeTargetReply>, Status> {
+        let request = Box::new(request.into_inner());
+        self.call(|caller| Job::ChangeTarget(request, caller)).await
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {

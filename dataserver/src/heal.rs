@@ -1,0 +1,193 @@
+//! Completing this server's targets: comparing placement groups with their other members, and copying what is missing.
+//!
+//! ```text
+//!   metaserver ──heartbeat answers──► Checks ──► one task each (check.rs) ──► listing.rs   what the others have
+//!              ◄─heartbeats────────── reports                              ├─► metaserver  which of it is wanted
+//!                                                                          ├─► restore.rs  a shard from other shards
+//!                                                                          └─► store       as any put
+//! ```
+//!
+//! What a target lacks is fetched by its own server, so a lost target is rebuilt by all servers that take over a part of it.
+//! Nothing is remembered: a check that is given up or lost in a crash is ordered again and finds what is there by then.
+//!
+//! **Deletions against copies.** A copy must not bring back a block that is deleted meanwhile. Before a block is copied it is
+//! entered in [`Copying`], then the metaserver is asked whether it is wanted; a deletion that comes for it as long as it is entered
+//! is not carried out and not confirmed, so that it comes again. A deletion queued before the question is in the answer.
+//!
+//! **Foreground load.** All copies of a server together keep to a rate ([`Throttle`]).
+
+mod check;
+mod listing;
+mod restore;
+mod throttle;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    thread::JoinHandle,
+};
+
+use fjordfs_proto::{
+    BlockId, TargetId,
+    pb::meta::{Check, CheckReport},
+};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+};
+
+use self::throttle::Throttle;
+use crate::{cores::Jobs, error::StartError, membership, node::Node};
+
+/// What the metaserver wants checked, and what it is told.
+#[derive(Default)]
+pub(crate) struct Checks {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    ordered: BTreeMap<u64, Check>,
+    reports: BTreeMap<u64, CheckReport>,
+}
+
+impl Checks {
+    /// For a heartbeat.
+    pub(crate) fn reports(&self) -> Vec<CheckReport> {
+        self.state.lock().reports.values().cloned().collect()
+    }
+
+    /// From a heartbeat's answer: all that shall be checked. What is not ordered any more needs no report.
+    pub(crate) fn order(&self, checks: Vec<Check>) {
+        let mut state = self.state.lock();
+        state.ordered = checks.into_iter().map(|check| (check.ticket, check)).collect();
+        let State { ordered, reports } = &mut *state;
+        reports.retain(|ticket, _| ordered.contains_key(ticket));
+        self.changed.notify_one();
+    }
+
+    fn report(&self, report: CheckReport) {
+        let mut state = self.state.lock();
+        if state.ordered.contains_key(&report.ticket) {
+            state.reports.insert(report.ticket, report);
+        }
+    }
+}
+
+/// Blocks that are being copied to targets of this server.
+#[derive(Default)]
+pub(crate) struct Copying(Mutex<HashSet<(TargetId, BlockId)>>);
+
+impl Copying {
+    fn enter(&self, target: TargetId, blocks: impl IntoIterator<Item = BlockId>) -> Entered<'_> {
+        let mut copying = self.0.lock();
+        let blocks: Vec<BlockId> =
+            blocks.into_iter().filter(|block| copying.insert((target, *block))).collect();
+        Entered { copying: self, target, blocks }
+    }
+
+    /// Whether a deletion has to wait.
+    pub(crate) fn contains(&self, target: TargetId, block: BlockId) -> bool {
+        self.0.lock().contains(&(target, block))
+    }
+}
+
+/// Leaves when it is dropped.
+struct Entered<'a> {
+    copying: &'a Copying,
+    target: TargetId,
+    blocks: Vec<BlockId>,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        let mut copying = self.copying.0.lock();
+        for block in &self.blocks {
+            copying.remove(&(self.target, *block));
+        }
+    }
+}
+
+/// The thread that runs checks.
+pub(crate) struct Healer {
+    thread: JoinHandle<()>,
+    stop: watch::Sender<bool>,
+}
+
+impl Healer {
+    /// `meta`: `host:port` of the metaserver. `rate`: bytes per second to copy at most, 0 for no limit.
+    pub(crate) fn start(node: Arc<Node>, jobs: Jobs, meta: &str, rate: u64) -> Result<Healer, StartError> {
+        let (stop, mut stopping) = watch::channel(false);
+        let meta = meta.to_owned();
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Thread)?;
+        let thread = std::thread::Builder::new()
+            .name("fjord-heal".to_owned())
+            .spawn(move || {
+                runtime.block_on(async move {
+                    let client = match membership::connect(&meta) {
+                        Ok(client) => client,
+                        Err(e) => return tracing::error!("metaserver address '{meta}': {e}"),
+                    };
+                    let healing = Arc::new(Healing { node, jobs, client, throttle: Throttle::new(rate) });
+                    tokio::select! {
+                        () = healing.run() => {}
+                        _ = stopping.wait_for(|stop| *stop) => {}
+                    }
+                });
+                // Tasks end here, and with them the last hold on the cores.
+                drop(runtime);
+            })
+            .map_err(StartError::Thread)?;
+        Ok(Healer { thread, stop })
+    }
+
+    pub(crate) fn stop(self) {
+        self.stop.send_replace(true);
+        if self.thread.join().is_err() {
+            tracing::error!("the healing thread has panicked");
+        }
+    }
+}
+
+/// What all checks share.
+struct Healing {
+    node: Arc<Node>,
+    jobs: Jobs,
+    client: membership::Client,
+    throttle: Throttle,
+}
+
+impl Healing {
+    async fn run(self: &Arc<Self>) {
+        let mut tasks: BTreeMap<u64, AbortHandle> = BTreeMap::new();
+        loop {
+            self.node.checks.changed.notified().await;
+            let ordered = self.node.checks.state.lock().ordered.clone();
+            tasks.retain(|ticket, task| {
+                let wanted = ordered.contains_key(ticket);
+                if !wanted {
+                    task.abort();
+                }
+                wanted
+            });
+            for (ticket, order) in ordered {
+                tasks.entry(ticket).or_insert_with(|| {
+                    let healing = self.clone();
+                    tokio::spawn(async move { healing.check(order).await }).abort_handle()
+                });
+            }
+        }
+    }
+
+    async fn check(&self, order: Check) {
+        let mut report = CheckReport { ticket: order.ticket, ..CheckReport::default() };
+        if let Err(problem) = check::run(self, &order, &mut report).await {
+            report.problem = problem;
+        }
+        report.done = true;
+        self.node.checks.report(report);
+    }
+}

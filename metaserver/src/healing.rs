@@ -1,0 +1,370 @@
+//! Which placement groups are to be compared, by whom, and how far that is: rebuild and reconciliation.
+//!
+//! There is one mechanism for everything that can be missing. A **seat** is a target in a placement group, as a member or as
+//! the one that is being filled for a member that goes (a move of the map). Checking a seat means: its data server lists what the
+//! other members have of the group, and copies what it lacks. A seat is checked
+//!
+//! | when | why |
+//! |---|---|
+//! | the map names a new move | it has nothing of the group yet |
+//! | its target comes back, or its data server starts again | it may have missed writes, or lost some in a power failure |
+//! | another target of its group comes back | that one may have what nobody else has |
+//! | the metaserver starts | it does not know what was going on |
+//!
+//! Nothing of this is stored. What there is to do follows from the map, and what is missing from the listings; so whoever is
+//! restarted in the middle, little is done twice and nothing is forgotten.
+//!
+//! Data servers fetch their checks with heartbeats and report with the next ones. Each attempt has a ticket, so that a late report
+//! of another attempt is not taken for an answer. A target works on [`CHECKS_PER_TARGET`] seats at a time: a lost target is in
+//! groups with nearly all others, so all of them work on it together.
+//!
+//! # When a move is done
+//! When a check of its seat has found nothing missing. From a member that can still be written to (it is being drained) a put may be
+//! under way with the map of before: so the check that counts begins [`SETTLE`] after the move was planned, and finds no block
+//! that a client has yet to commit or abandon. A put that takes longer than that has its other copies, and the next check of a
+//! seat of the group finds it.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::{Duration, Instant},
+};
+
+use fjordfs_proto::{
+    BlockId, ClusterMap, PgId, ServerId, TargetId,
+    cluster::TargetState,
+    pb::meta::{Check, CheckReport, Healing as Report},
+};
+
+/// Seats that a target works on at the same time.
+const CHECKS_PER_TARGET: usize = 2;
+
+/// See the module's heading "When a move is done".
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Pause before a check that left something missing is made again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Moves that are done become a new map together, this often: every client receives each map.
+const MAP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Problems told one by one in the status.
+const PROBLEMS_LISTED: usize = 20;
+
+/// A target in a placement group.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct Seat {
+    pub(crate) target: TargetId,
+    /// Of the era.
+    pub(crate) first_block: BlockId,
+    pub(crate) width: usize,
+    pub(crate) pg: PgId,
+}
+
+/// Why a seat is to be checked; the more urgent first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Why {
+    Move,
+    Return,
+    Start,
+}
+
+/// A seat that is to be checked.
+#[derive(Debug)]
+struct Work {
+    why: Why,
+    /// When it became so.
+    since: Instant,
+    not_before: Instant,
+    /// Of the attempt under way, and when that began.
+    attempt: Option<(u64, Instant)>,
+    /// Of the attempt under way or the last one.
+    report: CheckReport,
+}
+
+/// See the module.
+pub(crate) struct Healing {
+    work: BTreeMap<Seat, Work>,
+    attempts: HashMap<u64, Seat>,
+    next_ticket: u64,
+    /// Moves whose seats are full, for the next map.
+    filled: BTreeSet<Seat>,
+    map_made: Option<Instant>,
+    since: Instant,
+    moves_done: u64,
+    shards_copied: u64,
+    bytes_copied: u64,
+}
+
+impl Healing {
+    /// After a start every seat is checked. `seed` keeps tickets apart from those given before it.
+    pub(crate) fn new(map: &ClusterMap, seed: u64, now: Instant) -> Healing {
+        let mut healing = Healing {
+            work: BTreeMap::new(),
+            attempts: HashMap::new(),
+            next_ticket: seed,
+            filled: BTreeSet::new(),
+            map_made: None,
+            since: now,
+            moves_done: 0,
+            shards_copied: 0,
+            bytes_copied: 0,
+        };
+        for (seat, moving) in seats(map) {
+            healing.add(seat, if moving { Why::Move } else { Why::Start }, now);
+        }
+        healing
+    }
+
+    fn add(&mut self, seat: Seat, why: Why, now: Instant) {
+        let report = CheckReport::default();
+        let work =
+            self.work.entry(seat).or_insert(Work { why, since: now, not_before: now, attempt: None, report });
+        work.why = work.why.min(why);
+    }
+
+    /// The map has changed.
+    pub(crate) fn notice(&mut self, before: &ClusterMap, map: &ClusterMap, now: Instant) {
+        let none_before = move_count(before) == 0;
+        if none_before && move_count(map) > 0 {
+            (self.since, self.moves_done, self.shards_copied, self.bytes_copied) = (now, 0, 0, 0);
+        }
+        self.work.retain(|seat, _| place_of(map, seat) != Place::Gone);
+        self.attempts.retain(|_, seat| self.work.contains_key(seat));
+        let up =
+            |map: &ClusterMap, id: &TargetId| map.targets.get(id).is_some_and(|t| t.state == TargetState::Up);
+        let returned: BTreeSet<TargetId> = (map.targets.keys())
+            .filter(|id| before.targets.contains_key(id) && up(map, id) && !up(before, id))
+            .copied()
+            .collect();
+        let all = seats(map);
+        let groups: BTreeSet<(BlockId, usize, PgId)> = (all.iter())
+            .filter(|(seat, _)| returned.contains(&seat.target))
+            .map(|(seat, _)| (seat.first_block, seat.width, seat.pg))
+            .collect();
+        let moved: BTreeSet<Seat> =
+            seats(before).into_iter().filter(|(_, moving)| *moving).map(|(seat, _)| seat).collect();
+        for (seat, moving) in all {
+            if moving && !moved.contains(&seat) {
+                self.give_up(&seat);
+                self.work.remove(&seat);
+                self.add(seat, Why::Move, now);
+            } else if groups.contains(&(seat.first_block, seat.width, seat.pg)) {
+                self.check_again(seat, if moving { Why::Move } else { Why::Return }, now);
+            }
+        }
+    }
+
+    /// A data server has started again: what its targets have is to be compared.
+    pub(crate) fn restarted(&mut self, map: &ClusterMap, server: ServerId, now: Instant) {
+        for (seat, moving) in seats(map) {
+            if !moving && map.targets.get(&seat.target).is_some_and(|t| t.server == server) {
+                self.check_again(seat, Why::Return, now);
+            }
+        }
+    }
+
+    /// Also when it is being checked: that attempt may have looked too early.
+    fn check_again(&mut self, seat: Seat, why: Why, now: Instant) {
+        self.give_up(&seat);
+        self.filled.remove(&seat);
+        self.add(seat, why, now);
+    }
+
+    fn give_up(&mut self, seat: &Seat) {
+        if let Some((ticket, _)) = self.work.get_mut(seat).and_then(|work| work.attempt.take()) {
+            self.attempts.remove(&ticket);
+        }
+    }
+
+    /// What a data server says of its checks.
+    pub(crate) fn take_in(&mut self, reports: &[CheckReport], map: &ClusterMap, now: Instant) {
+        for report in reports {
+            let Some(seat) = self.attempts.get(&report.ticket).copied() else { continue };
+            let Some(work) = self.work.get_mut(&seat) else { continue };
+            self.shards_copied += report.shards_copied.saturating_sub(work.report.shards_copied);
+            self.bytes_copied += report.bytes_copied.saturating_sub(work.report.bytes_copied);
+            work.report = report.clone();
+            if !report.done {
+                continue;
+            }
+            self.attempts.remove(&report.ticket);
+            let began = work.attempt.take().map_or(now, |(_, began)| began);
+            let complete = report.problem.is_empty()
+                && report.shards_missing + report.shards_unsettled + report.shards_lost == 0;
+            let settled = match place_of(map, &seat) {
+                Place::Moves { writable: true } => began.saturating_duration_since(work.since) >= SETTLE,
+                _ => true,
+            };
+            if report.shards_lost > 0 {
+                let (target, group) = (seat.target, seat.pg);
+                tracing::warn!(%target, %group, problem = report.problem, "shards could not be restored");
+            }
+            match (complete, settled) {
+                (true, true) => {
+                    self.work.remove(&seat);
+                    if matches!(place_of(map, &seat), Place::Moves { .. }) {
+                        self.filled.insert(seat);
+                    }
+                }
+                (true, false) => work.not_before = work.since + SETTLE,
+                (false, _) => work.not_before = now + RETRY,
+            }
+        }
+    }
+
+    /// All checks that a data server shall have under way.
+    pub(crate) fn orders(&mut self, map: &ClusterMap, server: ServerId, now: Instant) -> Vec<Check> {
+        let mine = map.targets.iter().filter(|(_, t)| t.server == server && t.state == TargetState::Up);
+        let mut orders = Vec::new();
+        for (target, _) in mine {
+            let of_target = Seat { target: *target, first_block: BlockId(0), width: 0, pg: PgId(0) }..Seat {
+                target: TargetId(target.0.saturating_add(1)),
+                first_block: BlockId(0),
+                width: 0,
+                pg: PgId(0),
+            };
+            let gone: Vec<Seat> = (self.work.range(of_target.clone()))
+                .map(|(seat, _)| *seat)
+                .filter(|seat| is_pointless(map, seat))
+                .collect();
+            for seat in gone {
+                self.give_up(&seat);
+                self.work.remove(&seat);
+            }
+            let running = || self.work.range(of_target.clone()).filter(|(_, work)| work.attempt.is_some());
+            let free = CHECKS_PER_TARGET.saturating_sub(running().count());
+            let mut waiting: Vec<(Why, Seat)> = (self.work.range(of_target.clone()))
+                .filter(|(_, work)| work.attempt.is_none() && work.not_before <= now)
+                .map(|(seat, work)| (work.why, *seat))
+                .collect();
+            waiting.sort_unstable();
+            for (_, seat) in waiting.into_iter().take(free) {
+                self.next_ticket += 1;
+                let ticket = self.next_ticket;
+                if let Some(work) = self.work.get_mut(&seat) {
+                    work.attempt = Some((ticket, now));
+                    work.report = CheckReport::default();
+                    self.attempts.insert(ticket, seat);
+                }
+            }
+            let running = self.work.range(of_target).filter_map(|(seat, work)| Some((seat, work.attempt?.0)));
+            orders.extend(running.map(|(seat, ticket)| Check {
+                ticket,
+                target: seat.target.0,
+                first_block: seat.first_block.0,
+                width: seat.width as u32,
+                pg: seat.pg.0,
+            }));
+        }
+        orders
+    }
+
+    /// Seats that are full and take their places now: together, and not too often.
+    pub(crate) fn take_filled(&mut self, now: Instant) -> Vec<Seat> {
+        let early = self.map_made.is_some_and(|made| now.saturating_duration_since(made) < MAP_INTERVAL);
+        if self.filled.is_empty() || early {
+            return Vec::new();
+        }
+        self.map_made = Some(now);
+        self.moves_done += self.filled.len() as u64;
+        std::mem::take(&mut self.filled).into_iter().collect()
+    }
+
+    /// For people.
+    pub(crate) fn report(&self, map: &ClusterMap, now: Instant) -> Report {
+        let moves_left = move_count(map) as u64;
+        let elapsed_ms = now.saturating_duration_since(self.since).as_millis() as u64;
+        let waiting = || self.work.values().filter(|work| !work.report.problem.is_empty());
+        let checks = self.work.iter().filter(|(seat, work)| {
+            work.why != Why::Move && place_of(map, seat) != Place::Gone && reachable(map, seat)
+        });
+        let mut problems: Vec<String> = (self.work.iter())
+            .filter(|(_, work)| !work.report.problem.is_empty())
+            .take(PROBLEMS_LISTED)
+            .map(|(seat, work)| {
+                format!("{} of {} on {}: {}", seat.pg, seat.first_block, seat.target, work.report.problem)
+            })
+            .collect();
+        if waiting().count() > problems.len() {
+            problems.push(format!("and {} more", waiting().count() - problems.len()));
+        }
+        Report {
+            moves_left,
+            moves_done: self.moves_done,
+            checks_left: checks.count() as u64,
+            bytes_copied: self.bytes_copied,
+            shards_copied: self.shards_copied,
+            elapsed_ms,
+            eta_ms: if moves_left == 0 {
+                0
+            } else {
+                (elapsed_ms * moves_left).checked_div(self.moves_done).unwrap_or(0)
+            },
+            shards_lost: self.work.values().map(|work| work.report.shards_lost).sum(),
+            problems,
+        }
+    }
+}
+
+/// How a seat stands in the map.
+#[derive(PartialEq, Eq, Debug)]
+enum Place {
+    Gone,
+    Member,
+    /// Being filled for a member that takes writes from clients with an old map, or not.
+    Moves {
+        writable: bool,
+    },
+}
+
+fn place_of(map: &ClusterMap, seat: &Seat) -> Place {
+    let Some((table, _)) = map.group(seat.first_block, seat.width, seat.pg) else { return Place::Gone };
+    let group = table.group(seat.pg);
+    let coming = table.moves_of(seat.pg).find(|(_, target)| *target == seat.target);
+    if let Some((shard, _)) = coming {
+        let readable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.readable());
+        return Place::Moves { writable: group.get(usize::from(shard.0)).is_some_and(readable) };
+    }
+    if group.contains(&seat.target) { Place::Member } else { Place::Gone }
+}
+
+/// Whether there is nobody to compare with, now or for good. When others are back, their groups are checked anyway.
+fn is_pointless(map: &ClusterMap, seat: &Seat) -> bool {
+    let readable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.readable());
+    match (place_of(map, seat), map.group(seat.first_block, seat.width, seat.pg)) {
+        (Place::Gone, _) | (_, None) => true,
+        (Place::Moves { .. }, _) => false,
+        (Place::Member, Some((table, _))) => {
+            !table.group(seat.pg).iter().any(|id| *id != seat.target && readable(id))
+        }
+    }
+}
+
+fn reachable(map: &ClusterMap, seat: &Seat) -> bool {
+    map.targets.get(&seat.target).is_some_and(|t| t.state == TargetState::Up)
+}
+
+fn move_count(map: &ClusterMap) -> usize {
+    map.eras.iter().flat_map(|era| era.tables.values()).map(|table| table.moves.len()).sum()
+}
+
+/// All seats of a map, and whether they are being filled.
+fn seats(map: &ClusterMap) -> Vec<(Seat, bool)> {
+    let mut seats = Vec::new();
+    for era in &map.eras {
+        for (width, table) in &era.tables {
+            let seat = |cell: usize, target: TargetId| Seat {
+                target,
+                first_block: era.first_block,
+                width: *width,
+                pg: PgId((cell / width) as u32),
+            };
+            seats.extend(table.members.iter().enumerate().map(|(cell, target)| (seat(cell, *target), false)));
+            seats.extend(table.moves.iter().map(|(cell, target)| (seat(*cell, *target), true)));
+        }
+    }
+    seats
+}

@@ -1,0 +1,339 @@
+//! Rebuild, drain and removal as the metaserver plans them; the data servers are played by the test.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use fjordfs_proto::{BlockId, ClusterMap, PgId, Policy, TargetId, cluster::TargetState, pb::meta::*};
+
+use crate::{
+    refusal::Refusal,
+    store::MemoryStore,
+    testing::{World, registration, report, run},
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Servers 1 to `n` with a target each, of the same numbers.
+fn world(n: u64) -> World {
+    let mut w = World::bare(Arc::new(MemoryStore::default()));
+    w.config.out_after = 10 * SECOND;
+    w.restart();
+    for id in 1..=n {
+        let name = format!("d{id}");
+        w.core.register(&registration(&name, &[&name]), w.now).unwrap();
+    }
+    w.core.commit().unwrap();
+    w.session = w.attach();
+    w
+}
+
+fn map(w: &World) -> Arc<ClusterMap> {
+    w.core.members().map().clone()
+}
+
+fn state(w: &World, id: u64) -> Option<TargetState> {
+    map(w).targets.get(&TargetId(id)).map(|t| t.state)
+}
+
+fn beat(w: &mut World, server: u64, checks: Vec<CheckReport>) -> Vec<Check> {
+    let targets = vec![TargetReport { target: server, ..report(&format!("d{server}"), 1 << 39) }];
+    let request =
+        HeartbeatRequest { server, targets, epoch: u64::MAX, checks, ..HeartbeatRequest::default() };
+    let reply = w.core.heartbeat(&request, w.now).unwrap();
+    w.core.commit().unwrap();
+    reply.checks
+}
+
+fn done(check: &Check) -> CheckReport {
+    CheckReport {
+        ticket: check.ticket,
+        done: true,
+        shards_copied: 1,
+        bytes_copied: 100,
+        ..CheckReport::default()
+    }
+}
+
+fn healing(w: &mut World) -> Healing {
+    w.core.status(w.now).healing.unwrap()
+}
+
+/// Nobody carries out a check until the target is out.
+fn wait_out(w: &mut World, id: u64, servers: &[u64]) {
+    while state(w, id) != Some(TargetState::Out) {
+        servers.iter().for_each(|server| drop(beat(w, *server, vec![])));
+        w.pass(SECOND);
+        w.tick();
+    }
+}
+
+/// A second in which these servers report, and carry out their checks.
+fn work(w: &mut World, servers: &[u64]) {
+    for server in servers {
+        let checks = beat(w, *server, vec![]);
+        beat(w, *server, checks.iter().map(done).collect());
+    }
+    w.pass(SECOND);
+    w.tick();
+}
+
+fn work_until(w: &mut World, servers: &[u64], fits: impl Fn(&World) -> bool) {
+    for _ in 0..400 {
+        if fits(w) {
+            return;
+        }
+        work(w, servers);
+    }
+    panic!("still not: {:?}", w.core.status(w.now).healing);
+}
+
+fn idle(w: &World) -> bool {
+    let told = w.core.healing(w.now);
+    told.moves_left + told.checks_left == 0
+}
+
+fn groups_of(map: &ClusterMap, id: u64) -> usize {
+    map.eras.iter().flat_map(|era| era.tables.values()).flat_map(|t| &t.members).filter(|t| t.0 == id).count()
+}
+
+fn change(
+    w: &mut World,
+    target: u64,
+    change: TargetChange,
+    with: u64,
+    force: bool,
+) -> Result<String, Refusal> {
+    let request = ChangeTargetRequest { target, change: change.into(), with, force };
+    let reply = w.core.change_target(&request, w.now);
+    w.core.commit().unwrap();
+    reply.map(|reply| reply.message)
+}
+
+#[test]
+fn a_lost_target_is_replaced_seat_by_seat_and_can_be_removed() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let before = map(&w);
+    let lost = groups_of(&before, 4);
+    assert!(lost > 0);
+    for _ in 0..12 {
+        work(&mut w, &[1, 2, 3]);
+        assert_eq!(groups_of(&map(&w), 4), lost, "nobody is replaced who may come back");
+    }
+    assert_eq!(state(&w, 4), Some(TargetState::Down));
+    assert!(matches!(change(&mut w, 4, TargetChange::Remove, 0, false), Err(Refusal::Precondition(_))));
+    wait_out(&mut w, 4, &[1, 2, 3]);
+    let planned = map(&w);
+    assert_eq!(super::move_count(&planned), lost);
+    assert_eq!(planned.eras.len(), before.eras.len(), "a loss begins no era");
+    for (old, new) in before.eras.iter().zip(&planned.eras) {
+        assert_eq!(old.tables[&2].members, new.tables[&2].members, "readers find shards where they are");
+    }
+    let orders = beat(&mut w, 1, vec![]);
+    assert!(!orders.is_empty() && orders.len() <= super::CHECKS_PER_TARGET);
+    assert_eq!(beat(&mut w, 1, vec![]), orders, "the same until they are done");
+    let late = CheckReport { ticket: orders[0].ticket + 1000, ..done(&orders[0]) };
+    assert_eq!(beat(&mut w, 1, vec![late]), orders, "another attempt's report counts for nothing");
+    let missing = CheckReport { shards_missing: 1, problem: "why".into(), ..done(&orders[0]) };
+    assert!(
+        beat(&mut w, 1, vec![missing]).iter().all(|c| c.pg != orders[0].pg || c.ticket != orders[0].ticket)
+    );
+    assert_eq!(healing(&mut w).problems.len(), 1);
+    work_until(&mut w, &[1, 2, 3], idle);
+    let after = map(&w);
+    assert_eq!(groups_of(&after, 4), 0);
+    let told = healing(&mut w);
+    assert_eq!((told.moves_done, told.moves_left, told.problems.len()), (lost as u64, 0, 0));
+    for (old, new) in before.eras[0].tables[&2].members.iter().zip(&after.eras[0].tables[&2].members) {
+        assert!(old == new || *old == TargetId(4), "{old} was moved to {new} and need not");
+    }
+    change(&mut w, 4, TargetChange::Remove, 0, false).unwrap();
+    assert_eq!((state(&w, 4), map(&w).servers.len()), (None, 3));
+    w.restart();
+    assert_eq!(state(&w, 4), None);
+    let back = w.core.register(&registration("d4", &["d4"]), w.now);
+    assert!(matches!(back, Err(Refusal::Precondition(m)) if m.contains("was removed")));
+    w.check();
+}
+
+#[test]
+fn one_that_comes_back_keeps_the_places_that_are_not_filled_yet() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let lost = groups_of(&map(&w), 4);
+    wait_out(&mut w, 4, &[1, 2, 3]);
+    work(&mut w, &[1, 2, 3]);
+    work(&mut w, &[1, 2, 3]);
+    let replaced = lost - groups_of(&map(&w), 4);
+    assert!(replaced > 0 && replaced < lost, "{replaced} of {lost}");
+    let orders = beat(&mut w, 4, vec![]);
+    assert!(!orders.is_empty(), "what it kept is compared with the others");
+    let now = map(&w);
+    assert_eq!((state(&w, 4), super::move_count(&now)), (Some(TargetState::Up), 0));
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    assert_eq!(lost - groups_of(&map(&w), 4), replaced);
+}
+
+#[test]
+fn most_targets_silent_means_nobody_is_out() {
+    let mut w = world(4);
+    for _ in 0..40 {
+        work(&mut w, &[1]);
+    }
+    assert_eq!([1, 2, 3, 4].map(|id| state(&w, id).unwrap()), {
+        use TargetState::*;
+        [Up, Down, Down, Down]
+    });
+    assert_eq!(super::move_count(&map(&w)), 0);
+}
+
+#[test]
+fn a_drain_waits_for_writes_under_way_and_survives_a_restart() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    assert!(change(&mut w, 9, TargetChange::Drain, 0, false).is_err());
+    change(&mut w, 2, TargetChange::Drain, 0, false).unwrap();
+    assert_eq!(state(&w, 2), Some(TargetState::Draining));
+    let all = groups_of(&map(&w), 2);
+    assert_eq!(super::move_count(&map(&w)), all);
+    for _ in 0..super::SETTLE.as_secs() {
+        work(&mut w, &[1, 2, 3, 4]);
+        assert_eq!(groups_of(&map(&w), 2), all, "a put may still be under way");
+    }
+    w.restart();
+    w.session = w.attach();
+    assert_eq!((state(&w, 2), super::move_count(&map(&w))), (Some(TargetState::Draining), all));
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    assert_eq!(groups_of(&map(&w), 2), 0);
+    let message = change(&mut w, 2, TargetChange::Remove, 0, false).unwrap();
+    assert!(message.contains("t2"));
+    beat(&mut w, 2, vec![]);
+    assert_eq!(state(&w, 2), None, "its server, which still reports it, is not a stranger");
+}
+
+#[test]
+fn a_drain_that_is_called_off_moves_nothing() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let before = map(&w).eras.clone();
+    change(&mut w, 2, TargetChange::Drain, 0, false).unwrap();
+    change(&mut w, 2, TargetChange::Keep, 0, false).unwrap();
+    assert_eq!((state(&w, 2), &map(&w).eras), (Some(TargetState::Up), &before));
+}
+
+#[test]
+fn a_new_disk_takes_the_place_of_the_old_one() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    assert!(change(&mut w, 3, TargetChange::Replace, 0, false).is_err(), "there is nothing new in its place");
+    assert!(change(&mut w, 3, TargetChange::Replace, 3, false).is_err());
+    let mut new = registration("d3", &["new"]);
+    (new.server, new.cluster_id, new.targets[0].path) = (3, "cluster".into(), "/d3".into());
+    let id = w.core.register(&new, w.now).unwrap().targets[0];
+    w.core.commit().unwrap();
+    let old_era = map(&w).eras[0].tables[&2].members.clone();
+    change(&mut w, 3, TargetChange::Replace, 0, false).unwrap();
+    let expected: Vec<TargetId> = old_era.iter().map(|t| if t.0 == 3 { TargetId(id) } else { *t }).collect();
+    let now = map(&w);
+    let table = &now.eras[0].tables[&2];
+    let to_be: Vec<TargetId> =
+        (0..table.pg_count()).flat_map(|pg| table.group_to_be(PgId(pg as u32))).collect();
+    assert_eq!(to_be, expected);
+}
+
+#[test]
+fn giving_up_a_target_that_is_still_needed_takes_force() {
+    let mut w = world(3);
+    w.lease(10);
+    assert!(
+        matches!(change(&mut w, 3, TargetChange::Remove, 0, true), Err(Refusal::Precondition(_))),
+        "it is up"
+    );
+    for _ in 0..8 {
+        work(&mut w, &[1, 2]);
+    }
+    assert_eq!(state(&w, 3), Some(TargetState::Down));
+    let refused = change(&mut w, 3, TargetChange::Remove, 0, false);
+    assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("LOSE DATA")));
+    change(&mut w, 3, TargetChange::Remove, 0, true).unwrap();
+    assert_eq!((state(&w, 3), groups_of(&map(&w), 3), super::move_count(&map(&w))), (None, 0, 0));
+    ClusterMap::from_pb(map(&w).to_pb()).unwrap();
+    // Of two targets none can be spared for groups of two.
+    for _ in 0..8 {
+        work(&mut w, &[1]);
+    }
+    let refused = change(&mut w, 2, TargetChange::Remove, 0, true);
+    assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("not enough targets")));
+    assert_eq!(state(&w, 2), Some(TargetState::Down));
+}
+
+#[test]
+fn blocks_that_are_dead_or_not_committed_are_not_wanted() {
+    let mut w = world(2);
+    let (f, first) = (w.file("f"), w.lease(40));
+    w.write(f, vec![run(0, 20 << 24, first, 0)]).unwrap();
+    w.truncate(f, 10 << 24).unwrap();
+    let two = Policy::replica(2).unwrap();
+    let ask = |w: &mut World| {
+        let map = map(w);
+        let era = map.era_of(BlockId(first)).unwrap().clone();
+        let (mut dead, mut unsettled) = (BTreeSet::new(), BTreeSet::new());
+        for pg in 0..era.tables[&2].pg_count() as u32 {
+            let (_, span) = map.group(era.first_block, 2, PgId(pg)).unwrap();
+            let blocks = (first..first + 40).filter(|b| span.contains(BlockId(*b), two)).collect();
+            let request = WantedRequest {
+                first_block: era.first_block.0,
+                width: 2,
+                pg,
+                blocks,
+                ..WantedRequest::default()
+            };
+            let reply = w.core.wanted(&request).unwrap();
+            dead.extend(reply.dead);
+            unsettled.extend(reply.unsettled);
+        }
+        (dead, unsettled)
+    };
+    let expected = ((first + 10..first + 20).collect(), (first + 20..first + 40).collect());
+    assert_eq!(ask(&mut w), expected, "dead ones that are not queued yet");
+    w.tick();
+    assert_eq!(ask(&mut w), expected, "dead ones that are queued");
+    // One of the two holders has deleted what it had: the other one must not give it back.
+    let done = DeletedBlocks { target: 1, blocks: (first + 10..first + 20).collect() };
+    let request = HeartbeatRequest {
+        server: 1,
+        targets: vec![TargetReport { target: 1, ..report("d1", 1 << 39) }],
+        deleted: vec![done],
+        ..HeartbeatRequest::default()
+    };
+    w.core.heartbeat(&request, w.now).unwrap();
+    w.core.commit().unwrap();
+    assert_eq!(ask(&mut w), expected, "dead ones that one holder still has");
+    let nowhere = WantedRequest { first_block: 77, width: 2, ..WantedRequest::default() };
+    assert!(matches!(w.core.wanted(&nowhere), Err(Refusal::NotFound(_))));
+}
+
+#[test]
+fn deletions_also_go_to_those_who_are_being_filled() {
+    let mut w = world(4);
+    let (f, first) = (w.file("f"), w.lease(40));
+    w.write(f, vec![run(0, 40 << 24, first, 0)]).unwrap();
+    wait_out(&mut w, 4, &[1, 2, 3]);
+    let map = map(&w);
+    let two = Policy::replica(2).unwrap();
+    let moving = (first..first + 40).find(|b| map.holders(BlockId(*b), two).len() == 3).unwrap();
+    w.truncate(f, 0).unwrap();
+    w.tick();
+    let holders = map.holders(BlockId(moving), two);
+    for holder in holders {
+        let targets = vec![TargetReport { target: holder.0, ..report(&format!("d{}", holder.0), 1 << 39) }];
+        let request = HeartbeatRequest { server: holder.0, targets, ..HeartbeatRequest::default() };
+        let reply = w.core.heartbeat(&request, w.now).unwrap();
+        assert!(reply.deletes[0].blocks.contains(&moving), "{holder}");
+    }
+    w.core.commit().unwrap();
+}
