@@ -149,14 +149,14 @@ fn a_target_is_drained_while_a_client_writes() {
             while !stop.load(Ordering::Relaxed) {
                 fs::write(mount.join(format!("w{written}")), rng::bytes(written, 1 << 20)).unwrap();
                 written += 1;
+                thread::sleep(Duration::from_millis(20));
             }
             written
         });
         let drained = cluster.fjord(["target", "drain", &name]);
         drained.ok();
         cluster.wait_status("the drain", |s| {
-            let kept =
-                s.list("targets").iter().find(|t| t["id"] == 2).map_or(0, |t| t["groups"].as_u64().unwrap());
+            let kept = target_of(s, 1).map_or(0, |t| t["groups"].as_u64().unwrap());
             kept == 0 && state(s, 1) == "draining" && whole(s)
         });
         stop.store(true, Ordering::Relaxed);
