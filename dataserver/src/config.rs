@@ -45,11 +45,19 @@ pub struct Config {
     pub capacity_max: Option<u64>,
     /// Most bytes per second that are copied from other servers to complete placement groups; 0 is no limit.
     pub rebuild_rate: u64,
+    /// How long after the beginning of a scrub the next one begins; zero: only when an administrator asks for it.
+    pub scrub_interval: Duration,
+    /// Most bytes per second that the scrub of a target reads; 0 is no limit.
+    pub scrub_rate: u64,
 }
 
 /// A tenth of what a flash device of today reads and writes: users hardly notice, and 8 TB on one target, shared by forty servers,
 /// are back in a quarter of an hour.
 const REBUILD_RATE_DEFAULT: u64 = 256 << 20;
+
+/// Two weeks, and what gets through 8 TB in about that time with half to spare.
+const SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(14 * 24 * 3600);
+const SCRUB_RATE_DEFAULT: u64 = 16 << 20;
 
 /// Bounds of `volume_size`: a volume must hold some whole blocks, and positions in it have 20 bits of pages.
 const VOLUME_SIZES: std::ops::RangeInclusive<u64> = 64 << 20..=4 << 30;
@@ -69,6 +77,8 @@ impl Config {
             checkpoint_interval: Duration::from_secs(60),
             capacity_max: None,
             rebuild_rate: REBUILD_RATE_DEFAULT,
+            scrub_interval: SCRUB_INTERVAL_DEFAULT,
+            scrub_rate: SCRUB_RATE_DEFAULT,
         }
     }
 

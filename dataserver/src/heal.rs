@@ -14,12 +14,16 @@
 //! entered in [`Copying`], then the metaserver is asked whether it is wanted; a deletion that comes for it as long as it is entered
 //! is not carried out and not confirmed, so that it comes again. A deletion queued before the question is in the answer.
 //!
+//! **Damage** is found by reading everything every now and then, and by who reads anyway; see `scrub.rs`.
+//!
 //! **Foreground load.** All copies of a server together keep to a rate ([`Throttle`]).
 
 mod check;
 mod listing;
 mod restore;
+mod scrub;
 mod throttle;
+mod tidy;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -37,8 +41,9 @@ use tokio::{
     task::AbortHandle,
 };
 
+pub(crate) use self::scrub::Scrubs;
 use self::throttle::Throttle;
-use crate::{cores::Jobs, error::StartError, membership, node::Node};
+use crate::{Config, cores::Jobs, error::StartError, membership, node::Node};
 
 /// What the metaserver wants checked, and what it is told.
 #[derive(Default)]
@@ -117,10 +122,9 @@ pub(crate) struct Healer {
 }
 
 impl Healer {
-    /// `meta`: `host:port` of the metaserver. `rate`: bytes per second to copy at most, 0 for no limit.
-    pub(crate) fn start(node: Arc<Node>, jobs: Jobs, meta: &str, rate: u64) -> Result<Healer, StartError> {
+    pub(crate) fn start(node: Arc<Node>, jobs: Jobs, config: &Config) -> Result<Healer, StartError> {
         let (stop, mut stopping) = watch::channel(false);
-        let meta = meta.to_owned();
+        let Config { meta, rebuild_rate, scrub_interval, scrub_rate, .. } = config.clone();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Thread)?;
         let thread = std::thread::Builder::new()
@@ -131,7 +135,13 @@ impl Healer {
                         Ok(client) => client,
                         Err(e) => return tracing::error!("metaserver address '{meta}': {e}"),
                     };
-                    let healing = Arc::new(Healing { node, jobs, client, throttle: Throttle::new(rate) });
+                    let healing =
+                        Arc::new(Healing { node, jobs, client, throttle: Throttle::new(rebuild_rate) });
+                    for target in healing.node.targets.keys() {
+                        tokio::spawn(tidy::run(healing.clone(), *target));
+                        tokio::spawn(scrub::run(healing.clone(), *target, scrub_interval, scrub_rate));
+                    }
+                    tokio::spawn(scrub::follow_reports(healing.clone()));
                     tokio::select! {
                         () = healing.run() => {}
                         _ = stopping.wait_for(|stop| *stop) => {}

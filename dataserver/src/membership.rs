@@ -325,6 +325,7 @@ impl Member {
                             node.adopt(map);
                         }
                         node.checks.order(reply.checks);
+                        node.scrubs.asked(reply.scrubs);
                         deleted = delete(node, jobs, reply.deletes).await;
                         if reply.more {
                             wait = Duration::ZERO;
@@ -387,6 +388,9 @@ async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<De
     for mut order in deletes {
         let target = TargetId(order.target);
         order.blocks.retain(|block| !node.copying.contains(target, BlockId(*block)));
+        if order.blocks.is_empty() {
+            continue;
+        }
         let store = match node.store(order.target) {
             Ok(store) => store.clone(),
             Err(e) => {

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 
 use crate::{
     buffer::Pool,
-    heal::{Checks, Copying},
+    heal::{Checks, Copying, Scrubs},
     store::{Store, files::Files, tables::Tables},
 };
 
@@ -34,6 +34,9 @@ pub(crate) struct Node {
     pub(crate) map: RwLock<Option<Arc<ClusterMap>>>,
     pub(crate) checks: Checks,
     pub(crate) copying: Copying,
+    pub(crate) scrubs: Scrubs,
+    /// Held by checks while they look what is there, and exclusively while shards of other targets are dropped.
+    pub(crate) arranging: tokio::sync::RwLock<()>,
 }
 
 impl Node {
@@ -66,7 +69,11 @@ impl Node {
 
     /// What the metaserver is told of the targets.
     pub(crate) fn reports(&self) -> Vec<TargetReport> {
-        self.targets.values().map(|t| report(t.id, &t.uuid, &t.domain, &t.store)).collect()
+        let told = |t: &Target| TargetReport {
+            scrub: self.scrubs.report(t.id),
+            ..report(t.id, &t.uuid, &t.domain, &t.store)
+        };
+        self.targets.values().map(told).collect()
     }
 }
 
@@ -85,5 +92,6 @@ pub(crate) fn report(id: TargetId, uuid: &str, domain: &str, store: &Store<Files
         shards: stats.shards,
         failed: failure.is_some(),
         message: failure.unwrap_or_default(),
+        scrub: None,
     }
 }

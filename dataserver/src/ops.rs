@@ -6,6 +6,7 @@ mod list_shards;
 mod locate_shard;
 pub(crate) mod put_shard;
 pub(crate) mod read_shard;
+mod report_shard;
 mod stat;
 mod sync;
 
@@ -49,6 +50,7 @@ pub(crate) async fn run(node: &Node, header: &Header, body: &[u8]) -> FsResult<O
         }
         Opcode::ListShards => Ok(list_shards::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::LocateShard => Ok(locate_shard::run(node, &frame::decode_body(opcode, body)?).await?.into()),
+        Opcode::ReportShard => Ok(report_shard::run(node, &frame::decode_body(opcode, body)?)?.into()),
         Opcode::Sync => Ok(sync::run(node, &frame::decode_body(opcode, body)?).await?.into()),
         Opcode::Stat => Ok(stat::run(node)?.into()),
         Opcode::Hello | Opcode::PutShard => {

@@ -11,7 +11,7 @@ use crate::{
     connection,
     cores::{Acceptor, Cores, Jobs},
     error::{StartError, StopError},
-    heal::Healer,
+    heal::{Healer, Scrubs},
     listen::{Listener, Socket},
     membership::{Beating, Candidate, First, Identity, Membership},
     node::{Node, Target},
@@ -85,6 +85,7 @@ impl DataServer {
             candidates: candidates.map(|((f, t), s)| candidate(&config, f.label(), t, s)).collect(),
         };
         let (membership, first) = Membership::start(identity)?;
+        let scrubs = Scrubs::default();
         let (cluster_id, server) = match first {
             First::Refused(e) => return Err(e),
             First::Later => (cluster_id, server),
@@ -92,6 +93,7 @@ impl DataServer {
                 for (folder, target) in folders.iter_mut().zip(&reply.targets) {
                     folder.assign(&reply.cluster_id, reply.server, *target)?;
                 }
+                scrubs.asked(reply.scrubs);
                 (reply.cluster_id, reply.server)
             }
         };
@@ -108,6 +110,8 @@ impl DataServer {
             map: Default::default(),
             checks: Default::default(),
             copying: Default::default(),
+            scrubs,
+            arranging: Default::default(),
         });
 
         let (stopping, stop) = watch::channel(false);
@@ -127,7 +131,7 @@ impl DataServer {
             Ok(local) => acceptors.push(local),
             Err(e) => tracing::warn!("no Unix socket for clients on this host, they come over TCP: {e}"),
         }
-        let healer = Healer::start(node.clone(), jobs.clone(), &config.meta, config.rebuild_rate)?;
+        let healer = Healer::start(node.clone(), jobs.clone(), &config)?;
         let membership = membership.serve(node.clone(), jobs);
         tracing::info!("data server s{server} serves {} targets at {address}", node.targets.len());
         let running = Running { acceptors, cores, membership, healer, node, stopping, connections, folders };

@@ -216,6 +216,16 @@ impl<D: Device> Store<D> {
         self.index.after(after, limit, fits)
     }
 
+    /// Whether a whole record that was read is what was put: its header, its table and every page.
+    pub(crate) fn is_sound(&self, entry: &Entry, record: &[u8]) -> bool {
+        let Some(volume) = self.volumes.read().get(&entry.volume).cloned() else { return false };
+        let header = record::parse_header(record, volume.salt, entry.span().start);
+        let same = header.is_some_and(|h| {
+            (h.block, h.shard, h.policy, h.length) == (entry.block, entry.shard, entry.policy, entry.length)
+        });
+        same && record::verify_body(record, entry.length)
+    }
+
     /// A page has turned out to be damaged.
     pub(crate) fn bad_page(&self) {
         self.counters.bad_pages.fetch_add(1, Ordering::Relaxed);

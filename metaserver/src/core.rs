@@ -22,8 +22,9 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
     pb::meta::{
-        ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RegisterReply,
-        RegisterRequest, Request, Response, StatusReply, Time, WantedReply, WantedRequest,
+        ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
+        RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply, Time,
+        WantedReply, WantedRequest,
     },
 };
 
@@ -361,6 +362,7 @@ impl Core {
         let map = self.members.map().clone();
         self.healing.take_in(&request.checks, &map, now.mono);
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
+        reply.scrubs = self.txn.counters().scrubs;
         Ok(reply)
     }
 
@@ -385,6 +387,23 @@ impl Core {
         self.healing.report(self.members.map(), now.mono)
     }
 
+    /// Begins or ends moving blocks for balance.
+    pub(crate) fn rebalance(&mut self, request: &RebalanceRequest) -> Result<RebalanceReply, Refusal> {
+        self.save_members();
+        self.operation(|core| Ok(core.members.rebalance(&mut core.txn, request)))
+    }
+
+    /// Every target shall be scrubbed now.
+    pub(crate) fn scrub(&mut self) -> Result<ScrubReply, Refusal> {
+        self.operation(|core| {
+            core.txn.counters().scrubs += 1;
+            let targets = core.members.map().targets.len();
+            let message =
+                format!("scrub of {targets} targets begins, `fjord scrub status` shows how far it is");
+            Ok(ScrubReply { message })
+        })
+    }
+
     /// Lets `healing` know what has become of the map.
     fn notice_map(&mut self, now: Moment) {
         let map = self.members.map();
@@ -405,7 +424,10 @@ impl Core {
             orphans: counters.orphans,
             version: env!("CARGO_PKG_VERSION").into(),
             engine: self.store.name().into(),
-            healing: Some(self.healing(now)),
+            healing: Some(fjordfs_proto::pb::meta::Healing {
+                rebalancing: counters.rebalancing,
+                ..self.healing(now)
+            }),
         }
     }
 
@@ -457,11 +479,13 @@ impl Core {
             self.end_session(session, Refusal::NotFound(message), now);
         }
         self.save_members();
+        self.healing.tick(self.members.map(), now.mono);
         let filled = self.healing.take_filled(now.mono);
         let noticed = self.operation(|core| {
             if !filled.is_empty() {
                 core.members.finish_moves(&mut core.txn, &filled);
             }
+            core.members.rebalance_step(&mut core.txn);
             Ok::<_, FsError>(core.members.tick(&mut core.txn, now.mono))
         });
         let (down, out) = noticed.unwrap_or_default();

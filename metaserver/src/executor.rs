@@ -18,9 +18,9 @@ use std::{
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
     pb::meta::{
-        ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello, Recall,
-        RegisterReply, RegisterRequest, Request, Response, StatusReply, Time, WantedReply, WantedRequest,
-        Welcome, response::Result as Reply,
+        ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello,
+        RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest, Request, Response,
+        ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome, response::Result as Reply,
     },
 };
 use tokio::sync::{mpsc, oneshot};
@@ -83,6 +83,8 @@ pub(crate) enum Job {
     Heartbeat(Box<HeartbeatRequest>, Caller<HeartbeatReply>),
     Wanted(Box<WantedRequest>, Caller<WantedReply>),
     ChangeTarget(Box<ChangeTargetRequest>, Caller<ChangeTargetReply>),
+    Scrub(Caller<ScrubReply>),
+    Rebalance(RebalanceRequest, Caller<RebalanceReply>),
     Status(Caller<StatusReply>),
     Stop,
 }
@@ -287,6 +289,14 @@ impl Executor {
             }
             Job::ChangeTarget(request, caller) => {
                 let result = self.core.change_target(&request, now);
+                self.reply(true, caller, result);
+            }
+            Job::Scrub(caller) => {
+                let result = self.core.scrub();
+                self.reply(true, caller, result);
+            }
+            Job::Rebalance(request, caller) => {
+                let result = self.core.rebalance(&request);
                 self.reply(true, caller, result);
             }
             Job::Status(caller) => {

@@ -10,6 +10,7 @@
 //! | its target comes back, or its data server starts again | it may have missed writes, or lost some in a power failure |
 //! | another target of its group comes back | that one may have what nobody else has |
 //! | the metaserver starts | it does not know what was going on |
+//! | an hour has passed | whatever else may have happened |
 //!
 //! Nothing of this is stored. What there is to do follows from the map, and what is missing from the listings; so whoever is
 //! restarted in the middle, little is done twice and nothing is forgotten.
@@ -49,6 +50,9 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// Moves that are done become a new map together, this often: every client receives each map.
 const MAP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often every seat is checked, whatever happens. Checks that find nothing cost listings only.
+const AGAIN: Duration = Duration::from_secs(3600);
 
 /// Problems told one by one in the status.
 const PROBLEMS_LISTED: usize = 20;
@@ -92,6 +96,7 @@ pub(crate) struct Healing {
     /// Moves whose seats are full, for the next map.
     filled: BTreeSet<Seat>,
     map_made: Option<Instant>,
+    all_checked: Instant,
     since: Instant,
     moves_done: u64,
     shards_copied: u64,
@@ -107,6 +112,7 @@ impl Healing {
             next_ticket: seed,
             filled: BTreeSet::new(),
             map_made: None,
+            all_checked: now,
             since: now,
             moves_done: 0,
             shards_copied: 0,
@@ -118,8 +124,21 @@ impl Healing {
         healing
     }
 
+    /// Sees to it that every seat is checked now and then.
+    pub(crate) fn tick(&mut self, map: &ClusterMap, now: Instant) {
+        if now.saturating_duration_since(self.all_checked) >= AGAIN {
+            self.all_checked = now;
+            for (seat, moving) in seats(map) {
+                self.add(seat, if moving { Why::Move } else { Why::Start }, now);
+            }
+        }
+    }
+
     fn add(&mut self, seat: Seat, why: Why, now: Instant) {
         let report = CheckReport::default();
+        if self.filled.contains(&seat) {
+            return;
+        }
         let work =
             self.work.entry(seat).or_insert(Work { why, since: now, not_before: now, attempt: None, report });
         work.why = work.why.min(why);
@@ -305,6 +324,7 @@ impl Healing {
             },
             shards_lost: self.work.values().map(|work| work.report.shards_lost).sum(),
             problems,
+            rebalancing: false,
         }
     }
 }

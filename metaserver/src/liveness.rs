@@ -20,8 +20,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Layout, Source, TargetId, extent::BlockPiece,
-    interval::Run,
+    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Layout, Source, TargetId, cluster::TargetState,
+    extent::BlockPiece, interval::Run,
 };
 
 use crate::{
@@ -129,6 +129,10 @@ pub(crate) fn bury(txn: &mut Txn, first: BlockId, count: u64, layout: Option<Lay
 /// Turns up to `limit` dead blocks into deletions of their targets. Says whether dead blocks remain.
 pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResult<bool> {
     let mut left = limit;
+    let absent: BTreeSet<TargetId> = (map.targets.iter())
+        .filter(|(_, t)| matches!(t.state, TargetState::Out | TargetState::Draining))
+        .map(|(id, _)| *id)
+        .collect();
     while left > 0 {
         let Some(first) = txn.pending().dead.pop_first() else {
             if !txn.pending().dead_unknown {
@@ -148,7 +152,9 @@ pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResu
         }
         let mut queued = 0;
         for block in (first..first + now).map(BlockId) {
-            for target in holders(map, block, Layout::from_code(run.layout)) {
+            // Those that are out may come back with shards that their groups do not have them for any more.
+            let holders = holders(map, block, Layout::from_code(run.layout));
+            for target in holders.union(&absent).copied() {
                 txn.put(keys::delete(target, block), Default::default());
                 queued += 1;
             }

@@ -23,6 +23,7 @@
 mod change;
 mod eras;
 mod heartbeat;
+mod rebalance;
 mod register;
 pub(crate) mod states;
 mod wanted;

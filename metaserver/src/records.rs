@@ -241,6 +241,12 @@ pub(crate) struct Counters {
     /// 'O' records.
     #[prost(uint64, tag = "8")]
     pub(crate) orphans: u64,
+    /// Scrubs that administrators have asked for.
+    #[prost(uint64, tag = "9")]
+    pub(crate) scrubs: u64,
+    /// Blocks are being moved until all targets hold about as many.
+    #[prost(bool, tag = "10")]
+    pub(crate) rebalancing: bool,
 }
 
 /// 'T': a target, besides what the cluster map says.

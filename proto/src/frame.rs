@@ -64,13 +64,15 @@ pub enum Opcode {
     Stat = 7,
     /// Where a shard is in which file.
     LocateShard = 8,
+    /// A reader found a shard damaged.
+    ReportShard = 9,
 }
 
 impl Opcode {
     /// From the opcode byte with [`REPLY`] cleared.
     pub fn from_code(code: u8) -> Option<Opcode> {
         use Opcode::*;
-        [Hello, PutShard, ReadShard, DeleteShards, ListShards, Sync, Stat, LocateShard]
+        [Hello, PutShard, ReadShard, DeleteShards, ListShards, Sync, Stat, LocateShard, ReportShard]
             .into_iter()
             .find(|op| *op as u8 == code)
     }

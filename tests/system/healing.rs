@@ -4,14 +4,14 @@
 use std::{
     fs,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::Duration,
 };
 
 use fjordfs_tests::{
     Cluster, Setup,
-    fault::volumes,
+    fault::{find_pages, flip, volumes},
     rng,
     status::Status,
     tree::{self, Tree},
@@ -178,4 +178,105 @@ fn a_target_is_drained_while_a_client_writes() {
     fjordfs_tests::wait::wait_until("the removed target to be refused", fjordfs_tests::wait::SOON, || {
         log().contains("was removed from the cluster")
     });
+}
+
+#[test]
+fn a_target_that_comes_back_late_drops_what_is_dead_or_has_moved() {
+    let mut cluster = Cluster::start("late", setup(4));
+    let source = fill(&cluster, 5);
+    fill(&cluster, 6);
+    cluster.kill_data(2);
+    cluster.wait_status("the rebuild", |s| state(s, 2) == "out" && whole(s));
+    let mount = cluster.mount();
+    fs::remove_dir_all(mount.join("6")).unwrap();
+    mount.unmount();
+    let others = |s: &Status| -> u64 {
+        let up = s.list("targets").iter().filter(|t| t["domain"] != "data2");
+        up.map(|t| t["shards"].as_u64().unwrap()).sum()
+    };
+    // What is queued for the one that is out stays queued.
+    let absent = |s: &Status| target_of(s, 2).unwrap()["shards"].as_u64().unwrap();
+    let last = AtomicU64::new(0);
+    cluster.wait_status("the deletions on the others", |s| {
+        let now = others(s);
+        thread::sleep(Duration::from_millis(1500));
+        last.swap(now, Ordering::Relaxed) == now
+    });
+    let before = cluster.status();
+    assert!(absent(&before) > 0, "{before}");
+    cluster.start_data(2);
+    cluster.wait_status("the surplus to be gone", |s| {
+        state(s, 2) == "up" && absent(s) == 0 && s.blocks_to_delete() == 0 && whole(s)
+    });
+    assert_eq!(others(&cluster.status()), others(&before));
+    assert_intact(&cluster, &source, 5);
+    cluster.assert_running();
+}
+
+#[test]
+fn what_a_reader_finds_damaged_is_repaired() {
+    let mut cluster = Cluster::start("report", setup(2));
+    let mount = cluster.mount();
+    let mut data = rng::bytes(8, 12 << 20);
+    let marker = b"<one of the pages that are read>";
+    for at in (0..data.len()).step_by(1 << 20) {
+        data[at..at + marker.len()].copy_from_slice(marker);
+    }
+    fs::write(mount.join("file"), &data).unwrap();
+    mount.unmount();
+    // Readers share the copies by position: of twelve places some are read from this one.
+    let places = find_pages(&cluster.target_folder(0, 0), marker);
+    assert_eq!(places.len(), 12, "{places:?}");
+    places.iter().for_each(|place| flip(place, 3));
+    let mount = cluster.mount();
+    assert!(fs::read(mount.join("file")).unwrap() == data);
+    mount.unmount();
+    let status = cluster.wait_status("the repair", |s| scrubs(s, "shards_repaired") > 0);
+    assert_eq!(scrubs(&status, "shards_bad"), scrubs(&status, "shards_repaired"), "{status}");
+    cluster.assert_running();
+}
+
+/// Sums over what scrubs have found.
+fn scrubs(status: &Status, key: &str) -> u64 {
+    status.list("targets").iter().map(|t| t["scrub"][key].as_u64().unwrap()).sum()
+}
+
+fn scrubbed(status: &Status) -> bool {
+    let done = |t: &serde_json::Value| t["scrub"]["running"] == false && t["scrub"]["completed_ms"] != 0;
+    status.list("targets").iter().all(done)
+}
+
+#[test]
+fn a_scrub_finds_what_has_rotted_and_repairs_it_from_another_copy() {
+    let mut cluster = Cluster::start("scrub", setup(3));
+    let mount = cluster.mount();
+    let mut data = rng::bytes(7, 9 << 20);
+    let marker = b"<the page that rots>";
+    data[5 << 20..(5 << 20) + marker.len()].copy_from_slice(marker);
+    fs::write(mount.join("file"), &data).unwrap();
+    mount.unmount();
+    let copies: Vec<_> = (0..3).flat_map(|s| find_pages(&cluster.target_folder(s, 0), marker)).collect();
+    assert_eq!(copies.len(), 2, "{copies:?}");
+    let before = cluster.wait_status("both copies to be reported", |s| s.shards() == 2).shards();
+    flip(&copies[0], 3);
+    cluster.fjord(["scrub", "start"]).ok();
+    let status = cluster.wait_status("the scrub", |s| scrubbed(s) && scrubs(s, "shards_repaired") == 1);
+    assert_eq!((scrubs(&status, "shards_bad"), status.shards()), (1, before), "{status}");
+    assert!(cluster.fjord(["status"]).stdout.contains("found damaged, 1 repaired"));
+    assert!(cluster.fjord(["scrub", "status"]).ok().stdout.contains("REPAIRED"));
+    // The other copy rots: what is read now is the repaired one.
+    flip(&copies[1], 3);
+    let mount = cluster.mount();
+    assert!(fs::read(mount.join("file")).unwrap() == data);
+    mount.unmount();
+    // With no good copy left, it is told and left alone.
+    let repaired: Vec<_> = (0..3).flat_map(|s| find_pages(&cluster.target_folder(s, 0), marker)).collect();
+    for place in repaired.iter().filter(|place| !copies[1..].contains(place)) {
+        flip(place, 3);
+    }
+    cluster.fjord(["scrub", "start"]).ok();
+    let lost = cluster
+        .wait_status("the second scrub", |s| scrubs(s, "shards_bad") >= scrubs(s, "shards_repaired") + 2);
+    assert_eq!(lost.shards(), before, "{lost}");
+    cluster.assert_running();
 }

@@ -96,13 +96,6 @@ const PROVEN: &[(&str, &[&str])] = &[
     ("`security.selinux`", &["a_label_that_was_never_set_is_refused_and_one_that_was_is_kept"]),
     ("access times", &["reading_leaves_the_access_time"]),
     (
-        "a lost target",
-        &[
-            "with_one_data_server_down_reads_and_writes_go_on",
-            "with_one_data_server_down_erasure_coded_reads_and_writes_go_on",
-        ],
-    ),
-    (
         "what is written while",
         &["any_server_may_go_and_reads_and_writes_go_on", "a_put_says_who_has_no_shard"],
     ),

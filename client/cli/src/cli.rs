@@ -6,7 +6,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    bench, completions, data, df, layout, logs, meta, mount, stat, status, target, transfer, umount, up,
+    bench, completions, data, df, layout, logs, meta, mount, rebalance, scrub, stat, status, target,
+    transfer, umount, up,
 };
 
 const AFTER_HELP: &str = "\
@@ -52,6 +53,9 @@ enum Verb {
     Target(target::Verb),
     #[command(subcommand)]
     Server(target::ServerVerb),
+    #[command(subcommand)]
+    Scrub(scrub::Verb),
+    Rebalance(rebalance::Args),
     Completions(completions::Args),
 }
 
@@ -97,6 +101,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Bench(args) => bench::run(args),
         Verb::Layout(verb) => layout::run(&verb),
         Verb::Target(verb) => target::run(&verb),
+        Verb::Rebalance(args) => rebalance::run(&args),
+        Verb::Scrub(verb) => scrub::run(&verb),
         Verb::Server(verb) => target::run_server(&verb),
         Verb::Completions(args) => completions::run(&args),
     }

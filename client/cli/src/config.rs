@@ -40,6 +40,8 @@ pub(crate) struct DataFile {
     pub(crate) checkpoint_interval: Option<Span>,
     pub(crate) capacity_max: Option<ByteSize>,
     pub(crate) rebuild_rate: Option<ByteSize>,
+    pub(crate) scrub_interval: Option<Span>,
+    pub(crate) scrub_rate: Option<ByteSize>,
 }
 
 /// One target: `"/mnt/nvme0"`, `"/mnt/nvme0@rack7"` or `{ path = "/mnt/nvme0", domain = "rack7" }`.
@@ -146,6 +148,7 @@ mod tests {
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
         assert!(data.poll_us.is_some() && data.rebuild_rate.is_some() && meta.out_after.is_some());
+        assert!(data.scrub_interval.is_some() && data.scrub_rate.is_some());
         assert!(
             data.volume_size.is_some() && data.checkpoint_interval.is_some() && data.capacity_max.is_some()
         );

@@ -59,6 +59,12 @@ pub(crate) struct Args {
     /// Copy at most this much per second from other servers to complete placement groups; 0 is no limit [default: 256MiB]
     #[arg(long, value_name = "SIZE")]
     rebuild_rate: Option<ByteSize>,
+    /// Verify everything this often; 0s is only when `fjord scrub start` says so [default: 14days]
+    #[arg(long, value_name = "TIME")]
+    scrub_interval: Option<Span>,
+    /// Read at most this much per second of each target for that; 0 is no limit [default: 16MiB]
+    #[arg(long, value_name = "SIZE")]
+    scrub_rate: Option<ByteSize>,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -119,6 +125,12 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     }
     if let Some(rate) = args.rebuild_rate.or(file.rebuild_rate) {
         config.rebuild_rate = rate.0;
+    }
+    if let Some(time) = args.scrub_interval.or(file.scrub_interval) {
+        config.scrub_interval = time.0;
+    }
+    if let Some(rate) = args.scrub_rate.or(file.scrub_rate) {
+        config.scrub_rate = rate.0;
     }
     if let Some(time) = args.checkpoint_interval.or(file.checkpoint_interval) {
         config.checkpoint_interval = time.0;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    ChangeTargetRequest, StatusReply, StatusRequest, cluster_client::ClusterClient,
+    ChangeTargetRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
+    cluster_client::ClusterClient,
 };
 use tonic::{
     Code,
@@ -39,6 +40,28 @@ pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> a
             Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
             _ => Err(unanswered(meta, &e)),
         },
+    }
+}
+
+/// Begins or ends moving blocks for balance; what came of it, as a sentence.
+///
+/// # Errors
+/// When there is no metaserver.
+pub(crate) async fn rebalance(meta: &str, stop: bool) -> anyhow::Result<String> {
+    match connect(meta).await?.rebalance(RebalanceRequest { stop }).await {
+        Ok(reply) => Ok(reply.into_inner().message),
+        Err(e) => Err(unanswered(meta, &e)),
+    }
+}
+
+/// Has everything scrubbed; what came of it, as a sentence.
+///
+/// # Errors
+/// When there is no metaserver.
+pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
+    match connect(meta).await?.scrub(ScrubRequest {}).await {
+        Ok(reply) => Ok(reply.into_inner().message),
+        Err(e) => Err(unanswered(meta, &e)),
     }
 }
 

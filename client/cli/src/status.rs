@@ -92,6 +92,8 @@ pub(crate) struct Healing {
     /// Shards that no reachable targets can restore.
     pub(crate) shards_lost: u64,
     pub(crate) problems: Vec<String>,
+    /// More moves may follow.
+    pub(crate) rebalancing: bool,
 }
 
 impl From<pb::meta::Healing> for Healing {
@@ -106,6 +108,7 @@ impl From<pb::meta::Healing> for Healing {
             eta_ms: h.eta_ms,
             shards_lost: h.shards_lost,
             problems: h.problems,
+            rebalancing: h.rebalancing,
         }
     }
 }
@@ -118,7 +121,7 @@ impl Healing {
             let (time, all) = (Duration::from_millis(self.elapsed_ms), self.moves_done + self.moves_left);
             let _ = write!(
                 out,
-                "rebuilding: {} of {} done, {} copied ({})",
+                "moving: {} of {} done, {} copied ({})",
                 self.moves_done,
                 units::count(all, "group member"),
                 ByteSize(self.bytes_copied),
@@ -128,6 +131,9 @@ impl Healing {
                 0 => writeln!(out),
                 ms => writeln!(out, ", about {} to go", units::seconds(Duration::from_millis(ms))),
             };
+        }
+        if self.rebalancing {
+            let _ = writeln!(out, "rebalancing: some groups at a time (`fjord rebalance --stop` ends it)");
         }
         if self.checks_left > 0 {
             let _ = writeln!(
@@ -172,6 +178,20 @@ pub(crate) struct Target {
     /// Placement groups of the current era that it is in.
     pub(crate) groups: u64,
     pub(crate) message: String,
+    pub(crate) scrub: Scrub,
+}
+
+/// Scrubbing of a target, since its server started.
+#[derive(Serialize, Debug, Default)]
+pub(crate) struct Scrub {
+    pub(crate) target: u64,
+    pub(crate) running: bool,
+    pub(crate) bytes_done: u64,
+    pub(crate) bytes_total: u64,
+    /// End of the last complete pass, milliseconds since 1970; 0: none.
+    pub(crate) completed_ms: u64,
+    pub(crate) shards_bad: u64,
+    pub(crate) shards_repaired: u64,
 }
 
 /// Placement groups of one width, over all eras.
@@ -217,6 +237,7 @@ impl Status {
             .iter()
             .map(|(id, t)| {
                 let report = reports.get(&id.0).cloned().unwrap_or_default();
+                let scrub = report.scrub.unwrap_or_default();
                 Target {
                     id: id.0,
                     server: t.server.0,
@@ -229,6 +250,15 @@ impl Status {
                     shards: report.shards,
                     groups: groups.get(id).copied().unwrap_or_default(),
                     message: report.message,
+                    scrub: Scrub {
+                        target: id.0,
+                        running: scrub.running,
+                        bytes_done: scrub.bytes_done,
+                        bytes_total: scrub.bytes_total,
+                        completed_ms: scrub.completed_ms,
+                        shards_bad: scrub.shards_bad,
+                        shards_repaired: scrub.shards_repaired,
+                    },
                 }
             })
             .collect();
@@ -309,6 +339,15 @@ impl Status {
             };
         }
         out += &self.healing.text();
+        for t in self.targets.iter().filter(|t| t.scrub.shards_bad > 0) {
+            let (bad, repaired) = (t.scrub.shards_bad, t.scrub.shards_repaired);
+            let _ = writeln!(
+                out,
+                "{} on {} found damaged, {repaired} repaired (`fjord scrub status`)",
+                units::count(bad, "shard"),
+                TargetId(t.id)
+            );
+        }
         if self.blocks_to_delete > 0 {
             let _ = writeln!(out, "{} to delete", units::count(self.blocks_to_delete, "block"));
         }
@@ -530,6 +569,36 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_rebuild_is_told_with_its_pace() {
+        let healing = meta::Healing {
+            moves_left: 30,
+            moves_done: 10,
+            bytes_copied: 500 << 20,
+            elapsed_ms: 5000,
+            eta_ms: 15_000,
+            shards_lost: 1,
+            problems: vec!["pg3 of b1 on t2: why".into()],
+            ..Default::default()
+        };
+        let mut told = reply([TargetState::Up, TargetState::Out, TargetState::Up]);
+        told.healing = Some(healing);
+        told.targets[0].scrub =
+            Some(meta::ScrubReport { shards_bad: 3, shards_repaired: 2, ..Default::default() });
+        let text = Status::new("m:1".into(), told).unwrap().text();
+        for part in [
+            "10 of 40 group members done",
+            "500 MiB copied",
+            "100 MiB/s",
+            "to go",
+            "1 shard CANNOT BE RESTORED",
+            "pg3 of b1 on t2: why",
+            "3 shards on t1 found damaged, 2 repaired",
+        ] {
+            assert!(text.contains(part), "{part} is missing in\n{text}");
+        }
+    }
+
+    #[test]
     fn field_names_of_json_are_stable() {
         let json =
             serde_json::to_value(Status::new("m:1".into(), reply([TargetState::Up; 3])).unwrap()).unwrap();
@@ -537,13 +606,22 @@ pub(crate) mod tests {
             |v: &serde_json::Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
         assert_eq!(
             keys(&json),
-            "blocks_to_delete capacity cluster_id default_policy engine epoch free healthy inodes meta orphans placement \
-             servers sessions targets version"
+            "blocks_to_delete capacity cluster_id default_policy engine epoch free healing healthy inodes meta orphans \
+             placement servers sessions targets version"
         );
         assert_eq!(keys(&json["servers"][0]), "address id name state");
         assert_eq!(
             keys(&json["targets"][0]),
-            "capacity domain free full groups id message path server shards state"
+            "capacity domain free full groups id message path scrub server shards state"
+        );
+        assert_eq!(
+            keys(&json["targets"][0]["scrub"]),
+            "bytes_done bytes_total completed_ms running shards_bad shards_repaired target"
+        );
+        assert_eq!(
+            keys(&json["healing"]),
+            "bytes_copied checks_left elapsed_ms eta_ms moves_done moves_left problems rebalancing \
+             shards_copied shards_lost"
         );
         assert_eq!(keys(&json["placement"][0]), "degraded groups unavailable width");
         assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms leases lock_waits locks");

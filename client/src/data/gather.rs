@@ -7,12 +7,12 @@ use fjordfs_proto::{
     error::Errno,
     frame::{self, Opcode},
     layout::ShardPiece,
-    pb::data::{LocateShardRequest, Range, ReadShardReply, ReadShardRequest},
+    pb::data::{LocateShardRequest, Range, ReadShardReply, ReadShardRequest, ReportShardRequest},
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tracing::warn;
+use tracing::{debug, warn};
 
-use super::{DataClient, connection::Answer, health::Asked, local::Shard};
+use super::{DataClient, connection::{Answer, Connection}, health::Asked, local::Shard};
 
 /// A range of one shard of a block, and who has it.
 #[derive(Clone, Copy, Debug)]
@@ -105,7 +105,7 @@ impl DataClient {
             }
             let connection = self.connection(want.target).await?;
             let answer = connection.request(Opcode::ReadShard, &request(want), Vec::new()).await?;
-            verify(want, &answer.payload, &answer)?;
+            report_damage(&connection, want, verify(want, &answer.payload, &answer)).await?;
             Ok(answer.payload.slice(..answer.payload.len().min(want.piece.length as usize)))
         };
         tell(asked, result.await)
@@ -126,11 +126,11 @@ impl DataClient {
                 connection.request_into(Opcode::ReadShard, &request(want), &mut memory[..room]).await?;
             let filled = answer.direct + answer.payload.len();
             if filled > memory.len() {
-                verify(want, &answer.payload, &answer)?;
+                report_damage(&connection, want, verify(want, &answer.payload, &answer)).await?;
                 memory.copy_from_slice(&answer.payload[..memory.len()]);
             } else {
                 memory[answer.direct..filled].copy_from_slice(&answer.payload);
-                verify(want, &memory[..filled], &answer)?;
+                report_damage(&connection, want, verify(want, &memory[..filled], &answer)).await?;
             }
             Ok(filled.min(memory.len()).min(want.piece.length as usize))
         };
@@ -190,6 +190,17 @@ fn whole_pages(length: u32) -> usize {
 /// Copies end where their block does, which only their holders know.
 fn is_complete(want: &Want, answered: usize) -> bool {
     want.layout.shard_size().is_none() || answered >= whole_pages(want.piece.length)
+}
+
+/// Tells the server of a shard that did not verify, so that it is repaired. The read goes on elsewhere, whatever comes of that.
+async fn report_damage(connection: &Connection, want: &Want, verified: FsResult<()>) -> FsResult<()> {
+    let Err(e) = verified else { return Ok(()) };
+    let (target, block, shard) = (want.target.0, want.block.0, want.piece.shard.into());
+    let report = ReportShardRequest { target, block, shard };
+    if let Err(e) = connection.request(Opcode::ReportShard, &report, Vec::new()).await {
+        debug!(block, target, "damage could not be reported: {e}");
+    }
+    Err(e)
 }
 
 /// `EBADMSG` when a page is not what was stored.

@@ -1,9 +1,12 @@
 //! One seat: what a target lacks of a placement group is copied to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, PgId, Policy, ShardNo, TargetId,
+    BlockId, ClusterMap, PgId, Policy, ServerId, ShardNo, TargetId,
     cluster::GroupSpan,
     pb::meta::{Check, CheckReport, WantedReply, WantedRequest},
 };
@@ -13,7 +16,7 @@ use super::{
     listing::{self, Listed},
     restore::{Restored, Sources, Unrestored},
 };
-use crate::store::NewShard;
+use crate::store::{NewShard, Store, files::Files, index::Entry};
 
 /// Shards in a page of a listing.
 const LIST_PAGE: u32 = 4096;
@@ -22,19 +25,19 @@ const LIST_PAGE: u32 = 4096;
 const BATCH: usize = 64;
 
 /// A block that is listed by others and not here.
-struct Missing {
-    block: BlockId,
-    shards: Vec<ShardNo>,
-    policy: Policy,
-    others: Vec<Listed>,
+pub(super) struct Missing {
+    pub(super) block: BlockId,
+    pub(super) shards: Vec<ShardNo>,
+    pub(super) policy: Policy,
+    pub(super) others: Vec<Listed>,
 }
 
 /// What there is to know of a seat.
-struct Seat {
-    target: TargetId,
-    span: GroupSpan,
+pub(super) struct Seat {
+    pub(super) target: TargetId,
+    pub(super) span: GroupSpan,
     /// The shards that it should have of each block.
-    shards: Vec<ShardNo>,
+    pub(super) shards: Vec<ShardNo>,
 }
 
 /// Carries an order out. `report` is complete but for the problem that is the error.
@@ -44,11 +47,7 @@ pub(super) async fn run(healing: &Healing, order: &Check, report: &mut CheckRepo
     if seat.span.width < 2 && members.is_empty() {
         return Ok(());
     }
-    let readable: BTreeMap<_, _> = (members.iter())
-        .filter(|id| map.targets.get(id).is_some_and(|t| t.readable()))
-        .filter_map(|id| map.server_of(*id).map(|(server, known)| (*id, (server, known.address.clone()))))
-        .collect();
-    let mut sources = Sources::new(healing, readable);
+    let mut sources = Sources::new(healing, readable(&map, &members));
     let copied_before = report.shards_copied;
     let result = compare(healing, &seat, &mut sources, report).await;
     if report.shards_copied > copied_before {
@@ -59,6 +58,17 @@ pub(super) async fn run(healing: &Healing, order: &Check, report: &mut CheckRepo
         return Err(format!("{} shards cannot be restored from the targets that answer", report.shards_lost));
     }
     Ok(())
+}
+
+/// Server and address of those targets that can be read.
+pub(super) fn readable<'a>(
+    map: &ClusterMap,
+    targets: impl IntoIterator<Item = &'a TargetId>,
+) -> BTreeMap<TargetId, (ServerId, String)> {
+    (targets.into_iter())
+        .filter(|id| map.targets.get(id).is_some_and(|t| t.readable()))
+        .filter_map(|id| map.server_of(*id).map(|(server, known)| (*id, (server, known.address.clone()))))
+        .collect()
 }
 
 /// The seat of an order, and the other members of its group.
@@ -105,7 +115,10 @@ async fn compare(
             let shards: Vec<ShardNo> = seat.shards.iter().copied().filter(lacks).collect();
             (!shards.is_empty()).then_some(Missing { block, shards, policy, others })
         });
-        let missing: Vec<Missing> = missing.collect();
+        let missing: Vec<Missing> = {
+            let _nothing_is_dropped = healing.node.arranging.read().await;
+            missing.collect()
+        };
         report.shards_missing += missing.iter().map(|m| m.shards.len() as u64).sum::<u64>();
         for batch in missing.chunks(BATCH) {
             copy(healing, seat, sources, batch, report).await?;
@@ -159,6 +172,37 @@ async fn copy(
         node.checks.report(report.clone());
     }
     Ok(())
+}
+
+/// Puts a good shard in the place of a damaged one.
+pub(super) async fn replace(
+    healing: &Healing,
+    seat: &Seat,
+    sources: &mut Sources<'_>,
+    bad: &Missing,
+    store: &Arc<Store<Files>>,
+    entry: &Entry,
+) -> Result<(), String> {
+    let entered = healing.node.copying.enter(seat.target, [bad.block]);
+    if entered.blocks.is_empty() {
+        return Err("its block is being copied, it will be looked at again".to_owned());
+    }
+    let answer = wanted(healing, seat, &entered.blocks).await?;
+    if !answer.dead.is_empty() || !answer.unsettled.is_empty() {
+        return Err("nothing reaches its block, it is left alone".to_owned());
+    }
+    let restored = match sources.restore(bad.block, entry.shard, bad.policy, &bad.others).await {
+        Ok(restored) => restored,
+        Err(Unrestored::Gone) => {
+            return Err("no other target of its group that answers has its block".to_owned());
+        }
+        Err(Unrestored::Lost(why)) => return Err(format!("it cannot be restored: {why}")),
+    };
+    let (dropping, old) = (store.clone(), *entry);
+    let dropped = healing.jobs.run(move || async move { dropping.drop_shard(&old).await }).await;
+    dropped.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
+    put(healing, seat.target, bad, entry.shard, restored).await?;
+    sync(healing, seat.target).await
 }
 
 async fn wanted(healing: &Healing, seat: &Seat, blocks: &[BlockId]) -> Result<WantedReply, String> {

@@ -11,7 +11,10 @@ use fjordfs_proto::{
     block::first_bad_page,
     error::Errno,
     frame::Opcode,
-    pb::data::{self, ListShardsReply, ListShardsRequest, ReadShardReply, ReadShardRequest},
+    pb::data::{
+        self, ListShardsReply, ListShardsRequest, ReadShardReply, ReadShardRequest, ReportShardReply,
+        ReportShardRequest,
+    },
 };
 
 use super::{Healing, listing::Listed};
@@ -130,6 +133,12 @@ impl<'a> Sources<'a> {
         }
         if let Some(page) = first_bad_page(&record[span], &reply.page_crcs) {
             let what = format!("page {page} of {block} on target {target} does not match its checksum");
+            let report = ReportShardRequest { target: target.0, block: block.0, shard: shard.0.into() };
+            let told: FsResult<(ReportShardReply, usize)> =
+                self.peer(target).await?.request(Opcode::ReportShard, &report, &mut []).await;
+            if let Err(e) = told {
+                tracing::debug!("reporting {block} on {target}: {e}");
+            }
             return Err(FsError::new(Errno::EIO, what));
         }
         Ok(Restored { record, length, page_crcs: reply.page_crcs })

@@ -14,11 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use fjordfs_proto::{
-    BlockId, FsResult, PAGE_SIZE, Policy, ShardNo, TargetId,
-    block::first_bad_page,
-    pb::meta::ScrubReport,
-};
+use fjordfs_proto::{BlockId, FsResult, PAGE_SIZE, Policy, ShardNo, TargetId, pb::meta::ScrubReport};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -31,13 +27,7 @@ use super::{
 use crate::{
     blocking,
     buffer::Pool,
-    store::{
-        Store,
-        error::StoreError,
-        files::Files,
-        index::Entry,
-        record::{parse_table, record_pages, table_at},
-    },
+    store::{Store, error::StoreError, files::Files, index::Entry, record::record_pages},
 };
 
 /// Shards that are looked up at a time.
@@ -203,11 +193,7 @@ async fn examine(pool: &Arc<Pool>, store: &Store<Files>, entry: &Entry) -> Findi
         return Finding::Gone;
     };
     let good = match store.read_record(entry, 0, buf, 0..pages * PAGE_SIZE).await {
-        Ok(record) => {
-            let table = parse_table(&record[table_at(entry.length)..], entry.length);
-            let data = &record[PAGE_SIZE..PAGE_SIZE + entry.length as usize];
-            table.is_some_and(|table| first_bad_page(data, table).is_none())
-        }
+        Ok(record) => store.is_sound(entry, &record[..pages * PAGE_SIZE]),
         Err(StoreError::Missing { .. }) => return Finding::Gone,
         Err(_) => false,
     };

@@ -35,6 +35,15 @@ impl<D: Device> Store<D> {
         failure.map(|()| deleted)
     }
 
+    /// Deletes one shard and leaves the others of its block alone.
+    ///
+    /// # Errors
+    /// When the hole cannot be punched: the shard is unchanged.
+    pub(crate) async fn drop_shard(&self, entry: &Entry) -> Result<(), StoreError> {
+        self.check_alive()?;
+        self.delete_one(entry).await.map(|_| ())
+    }
+
     async fn delete_one(&self, entry: &Entry) -> Result<bool, StoreError> {
         let volume = self.volumes.read().get(&entry.volume).cloned();
         let _deleting = self.deleting.read().await;

@@ -43,6 +43,7 @@ pub struct State {
     /// What is answered to every question for wanted blocks.
     pub wanted: meta::WantedReply,
     pub asked: Vec<u64>,
+    pub scrubs: u64,
     /// The next heartbeats are answered with `unknown`.
     pub forget: bool,
 }
@@ -66,7 +67,14 @@ impl Cluster for Fake {
         }
         state.registrations.push(request);
         let cluster_id = state.cluster_id.clone();
-        Ok(Response::new(RegisterReply { cluster_id, server: 1, targets, heartbeat_ms: 20, map: None }))
+        Ok(Response::new(RegisterReply {
+            cluster_id,
+            server: 1,
+            targets,
+            heartbeat_ms: 20,
+            map: None,
+            scrubs: state.scrubs,
+        }))
     }
 
     async fn heartbeat(
@@ -79,13 +87,19 @@ impl Cluster for Fake {
             state.deleted.extend(request.deleted.clone());
             state.check_reports.extend(request.checks.clone());
         }
-        let mine = |check: &meta::Check| request.targets.iter().any(|t| t.target == check.target);
+        let request_targets: Vec<u64> = request.targets.iter().map(|t| t.target).collect();
+        let mine = |check: &meta::Check| request_targets.contains(&check.target);
         let checks =
             if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).copied().collect() };
         let map = state.map.clone().filter(|map| map.epoch > request.epoch);
         state.heartbeats.push(request);
-        let deletes = if unknown { vec![] } else { std::mem::take(&mut state.deletes) };
-        Ok(Response::new(HeartbeatReply { map, deletes, more: false, unknown, checks }))
+        // One that nobody has goes to anybody.
+        let known: Vec<u64> = state.target_ids.values().copied().collect();
+        let has = |target: u64| request_targets.contains(&target) || !known.contains(&target);
+        let (deletes, others) =
+            std::mem::take(&mut state.deletes).into_iter().partition(|d| has(d.target) && !unknown);
+        state.deletes = others;
+        Ok(Response::new(HeartbeatReply { map, deletes, more: false, unknown, checks, scrubs: state.scrubs }))
     }
 
     async fn wanted(
@@ -95,6 +109,17 @@ impl Cluster for Fake {
         let mut state = self.0.lock().unwrap();
         state.asked.extend(request.into_inner().blocks);
         Ok(Response::new(state.wanted.clone()))
+    }
+
+    async fn rebalance(
+        &self,
+        _: Request<meta::RebalanceRequest>,
+    ) -> Result<Response<meta::RebalanceReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
+    async fn scrub(&self, _: Request<meta::ScrubRequest>) -> Result<Response<meta::ScrubReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
     }
 
     async fn change_target(

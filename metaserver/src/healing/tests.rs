@@ -246,6 +246,52 @@ fn a_new_disk_takes_the_place_of_the_old_one() {
 }
 
 #[test]
+fn rebalancing_fills_new_targets_and_leaves_room_for_writes() {
+    let mut w = world(3);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3], idle);
+    assert!(w.core.rebalance(&RebalanceRequest { stop: false }).unwrap().message.contains("in balance"));
+    w.tick();
+    w.core.register(&registration("d4", &["d4"]), w.now).unwrap();
+    w.core.commit().unwrap();
+    let in_first_era =
+        |w: &World, id: u64| map(w).eras[0].tables[&2].members.iter().filter(|member| member.0 == id).count();
+    assert_eq!((map(&w).eras.len(), in_first_era(&w, 4)), (2, 0));
+    assert!(w.core.rebalance(&RebalanceRequest { stop: false }).unwrap().message.contains("to move"));
+    w.core.commit().unwrap();
+    w.restart();
+    let mut rounds = 0;
+    while w.core.status(w.now).healing.unwrap().rebalancing {
+        work(&mut w, &[1, 2, 3, 4]);
+        let now = map(&w);
+        for table in now.eras.iter().flat_map(|era| era.tables.values()) {
+            let moving = (0..table.pg_count()).filter(|pg| table.moves_of(PgId(*pg as u32)).next().is_some());
+            assert!(moving.count() <= table.pg_count().div_ceil(8));
+        }
+        rounds += 1;
+        assert!(rounds < 1000);
+    }
+    let share: Vec<usize> = (1..=4).map(|id| in_first_era(&w, id)).collect();
+    assert!(share.iter().max().unwrap() - share.iter().min().unwrap() <= 2, "{share:?}");
+    assert_eq!(super::move_count(&map(&w)), 0);
+}
+
+#[test]
+fn everything_is_compared_again_every_hour() {
+    let mut w = world(3);
+    work_until(&mut w, &[1, 2, 3], idle);
+    let idle_for = |w: &mut World, seconds: u64| {
+        for _ in 0..seconds {
+            work(w, &[1, 2, 3]);
+        }
+        w.core.healing(w.now).checks_left > 0 || !beat(w, 1, vec![]).is_empty()
+    };
+    assert!(!idle_for(&mut w, 600));
+    assert!((0..40).any(|_| idle_for(&mut w, 100)));
+    work_until(&mut w, &[1, 2, 3], idle);
+}
+
+#[test]
 fn giving_up_a_target_that_is_still_needed_takes_force() {
     let mut w = world(3);
     w.lease(10);
@@ -263,6 +309,8 @@ fn giving_up_a_target_that_is_still_needed_takes_force() {
     assert_eq!((state(&w, 3), groups_of(&map(&w), 3), super::move_count(&map(&w))), (None, 0, 0));
     ClusterMap::from_pb(map(&w).to_pb()).unwrap();
     // Of two targets none can be spared for groups of two.
+    let refused = change(&mut w, 2, TargetChange::Drain, 0, false);
+    assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("add a target first")));
     for _ in 0..8 {
         work(&mut w, &[1]);
     }

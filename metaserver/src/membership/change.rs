@@ -24,6 +24,7 @@ impl Membership {
         }
         match request.change() {
             TargetChange::Drain => {
+                self.check_spare(id)?;
                 self.leave(txn, id, true, |_| {});
                 Ok(format!("target {id} is being drained: {}", self.what_is_left(id)))
             }
@@ -41,6 +42,18 @@ impl Membership {
                 "it is not said what shall become of target {id}: use the same release"
             ))),
         }
+    }
+
+    /// Whether the others are enough for groups of every width.
+    fn check_spare(&self, id: TargetId) -> Result<(), Refusal> {
+        let others = eras::usable(&self.map).keys().filter(|other| **other != id).count();
+        let width = self.map.eras.iter().flat_map(|era| era.tables.keys()).max().copied().unwrap_or(0);
+        if others >= width {
+            return Ok(());
+        }
+        Err(Refusal::Precondition(format!(
+            "{id} cannot be drained: {others} other targets are left, and there are files on groups of {width}; add a target first"
+        )))
     }
 
     fn what_is_left(&self, id: TargetId) -> String {

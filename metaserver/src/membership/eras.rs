@@ -42,7 +42,7 @@ pub(super) fn begin(map: &mut ClusterMap, widths: &BTreeSet<usize>, pg_count: us
 }
 
 /// A table with its moves done.
-fn as_it_will_be(table: &PgTable) -> PgTable {
+pub(super) fn as_it_will_be(table: &PgTable) -> PgTable {
     let groups = (0..table.pg_count()).flat_map(|pg| table.group_to_be(PgId(pg as u32)));
     PgTable { width: table.width, members: groups.collect(), moves: BTreeMap::new() }
 }

@@ -67,6 +67,7 @@ impl Membership {
             targets: ids,
             heartbeat_ms: self.heartbeat.as_millis() as u64,
             map: Some(self.map.to_pb()),
+            scrubs: txn.counters().scrubs,
         })
     }
 

@@ -1,8 +1,9 @@
 //! Unary calls of data servers and administrators.
 
 use fjordfs_proto::pb::meta::{
-    ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest,
-    StatusReply, StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
+    ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
+    RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest,
+    WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -53,6 +54,17 @@ impl Cluster for ClusterService {
     ) -> Result<Response<ChangeTargetReply>, Status> {
         let request = Box::new(request.into_inner());
         self.call(|caller| Job::ChangeTarget(request, caller)).await
+    }
+
+    async fn scrub(&self, _: Request<ScrubRequest>) -> Result<Response<ScrubReply>, Status> {
+        self.call(Job::Scrub).await
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<RebalanceRequest>,
+    ) -> Result<Response<RebalanceReply>, Status> {
+        self.call(|caller| Job::Rebalance(request.into_inner(), caller)).await
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {

@@ -1,0 +1,175 @@
+//! Dropping shards that belong to other targets now: what is left behind on a target that was out for a while, or was drained and
+//! then kept after all.
+//!
+//! A shard is dropped when the map gives its place to another target, that target lists it, and the map has been the same for a
+//! while, so that no reader goes by an older one. What its owner does not list stays: it may be the only copy.
+//!
+//! **Against a place that comes back.** If a newer map gives the place back, a check of the seat must not count a shard that is
+//! about to be dropped. So the last look at the map and the dropping are one step under a lock, and checks look at what
+//! is there under the same lock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use fjordfs_proto::{BlockId, ClusterMap, Epoch, PgId, Policy, ShardNo, TargetId};
+
+use super::{Healing, check, restore::Sources};
+use crate::{blocking, store::index::Entry};
+
+/// How long a map has to stand before what it disowns is dropped.
+const STAND: Duration = Duration::from_secs(10);
+
+/// Shards in a page of a listing.
+const PAGE: usize = 4096;
+
+/// Shards that are dropped in one step.
+const BATCH: usize = 64;
+
+/// A group and a shard number of it: a place that belongs to one target.
+type Slot = (BlockId, usize, PgId, ShardNo);
+
+/// Tidies a target whenever the map has changed and stands.
+pub(super) async fn run(healing: Arc<Healing>, target: TargetId) {
+    let mut tidied = Epoch(0);
+    let mut seen = Epoch(0);
+    loop {
+        tokio::time::sleep(STAND).await;
+        let Some(map) = healing.node.map() else { continue };
+        if map.epoch == seen && map.epoch != tidied {
+            match tidy(&healing, target, &map).await {
+                Ok(dropped) if dropped > 0 => {
+                    tracing::info!("{dropped} shards on {target} belong to other targets and were dropped");
+                    tidied = map.epoch;
+                }
+                Ok(_) => tidied = map.epoch,
+                Err(e) => tracing::warn!("looking for shards on {target} that belong to others: {e}"),
+            }
+        }
+        seen = map.epoch;
+    }
+}
+
+/// Shards of one target that the map gives to another, by place. Those of a group in motion are left for later.
+fn disowned(map: &ClusterMap, target: TargetId, entries: &[Entry]) -> BTreeMap<Slot, Vec<Entry>> {
+    let mut found: BTreeMap<Slot, Vec<Entry>> = BTreeMap::new();
+    for entry in entries {
+        let Some(policy) = Policy::from_code(entry.policy.into()) else { continue };
+        let Some(era) = map.era_of(entry.block) else { continue };
+        let Some(table) = era.tables.get(&policy.width()) else { continue };
+        let pg = table.pg_of(entry.block);
+        let owner = table.group(pg).get(usize::from(entry.shard.0));
+        if owner.is_some_and(|owner| *owner != target) && table.moves_of(pg).next().is_none() {
+            let slot = (era.first_block, policy.width(), pg, entry.shard);
+            found.entry(slot).or_default().push(*entry);
+        }
+    }
+    found
+}
+
+async fn tidy(healing: &Healing, target: TargetId, map: &Arc<ClusterMap>) -> Result<usize, String> {
+    let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
+    let (mut after, mut dropped) = (BlockId(0), 0);
+    loop {
+        let (listed, map_then) = (store.clone(), map.clone());
+        let (slots, last) = blocking::run(move || {
+            let (entries, end) = listed.list(after, PAGE, |_| true);
+            let last = entries.last().filter(|_| !end).map(|entry| entry.block);
+            (disowned(&map_then, target, &entries), last)
+        })
+        .await
+        .map_err(|e| format!("listing: {e}"))?;
+        for (slot, entries) in slots {
+            dropped += drop_those_owned(healing, target, map, slot, &entries).await?;
+        }
+        match last {
+            Some(last) => after = last,
+            None => return Ok(dropped),
+        }
+    }
+}
+
+/// Drops those shards of a place that its owner lists.
+async fn drop_those_owned(
+    healing: &Healing,
+    target: TargetId,
+    map: &Arc<ClusterMap>,
+    (first_block, width, pg, shard): Slot,
+    entries: &[Entry],
+) -> Result<usize, String> {
+    let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
+    let Some((table, span)) = map.group(first_block, width, pg) else { return Ok(0) };
+    let Some(owner) = table.group(pg).get(usize::from(shard.0)).copied() else { return Ok(0) };
+    let mut sources = Sources::new(healing, check::readable(map, [&owner]));
+    if sources.targets().is_empty() {
+        return Ok(0);
+    }
+    let mut owned: BTreeSet<BlockId> = BTreeSet::new();
+    let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(0) };
+    let mut after = BlockId(first.block.0.saturating_sub(1));
+    loop {
+        let page = sources.list(owner, after, PAGE as u32, span.to_pb()).await.map_err(|e| e.message)?;
+        let of_shard = page.shards.iter().filter(|listed| listed.shard == u32::from(shard.0));
+        owned.extend(of_shard.map(|listed| BlockId(listed.block)));
+        match page.shards.last() {
+            Some(end) if !page.end && end.block < last.block.0 => after = BlockId(end.block),
+            _ => break,
+        }
+    }
+    let mut dropped = 0;
+    let surplus: Vec<Entry> = entries.iter().filter(|entry| owned.contains(&entry.block)).copied().collect();
+    for batch in surplus.chunks(BATCH) {
+        let _no_check_looks = healing.node.arranging.write().await;
+        if healing.node.map().is_none_or(|now| now.epoch != map.epoch) {
+            return Ok(dropped);
+        }
+        for entry in batch {
+            let (dropping, old) = (store.clone(), *entry);
+            let result = healing.jobs.run(move || async move { dropping.drop_shard(&old).await }).await;
+            result.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
+            dropped += 1;
+        }
+    }
+    Ok(dropped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::volume::VolumeId;
+    use fjordfs_proto::cluster::{Era, PgTable};
+
+    #[test]
+    fn only_what_another_target_has_the_place_of_is_disowned() {
+        let members = [1, 2, 2, 3].map(TargetId).to_vec();
+        let table = PgTable { width: 2, members, moves: BTreeMap::new() };
+        let map = ClusterMap {
+            cluster_id: "c".into(),
+            epoch: Epoch(1),
+            servers: BTreeMap::new(),
+            targets: BTreeMap::new(),
+            eras: vec![Era { first_block: BlockId(1), tables: BTreeMap::from([(2, table.clone())]) }],
+            default_policy: Policy::replica(2).unwrap(),
+        };
+        let entry = |block: u64, shard: u8| Entry {
+            block: BlockId(block),
+            shard: ShardNo(shard),
+            policy: 2,
+            length: 1,
+            volume: VolumeId(1),
+            page: 1,
+        };
+        let entries: Vec<Entry> = (1..200).flat_map(|block| [entry(block, 0), entry(block, 1)]).collect();
+        let found = disowned(&map, TargetId(2), &entries);
+        let expected = [(0, 0), (1, 1)].map(|(pg, no)| (BlockId(1), 2, PgId(pg), ShardNo(no)));
+        assert_eq!(found.keys().copied().collect::<Vec<_>>(), expected);
+        for ((_, _, pg, _), entries) in &found {
+            assert!(entries.iter().all(|entry| table.pg_of(entry.block) == *pg));
+        }
+        let mut moving = map.clone();
+        moving.eras[0].tables.get_mut(&2).unwrap().moves.insert(1, TargetId(3));
+        assert_eq!(disowned(&moving, TargetId(2), &entries).len(), 1, "the group in motion waits");
+    }
+}

@@ -1,0 +1,164 @@
+//! A target is completed from the other member of its placement group.
+
+#![allow(clippy::unwrap_used, reason = "a panic is the report of a test")]
+
+mod common;
+
+use std::{fs::OpenOptions, os::unix::fs::FileExt};
+
+use common::{Client, FakeMeta, bytes_of, config, start};
+use fjordfs_dataserver::{Config, DataServer};
+use fjordfs_proto::{
+    PAGE_SIZE,
+    error::Errno,
+    frame::Opcode,
+    pb::{common as map, data::*, meta},
+};
+
+const POLICY: u32 = 2;
+
+/// Targets 1 and 2 on these servers, in one group.
+fn cluster_map(epoch: u64, servers: [&DataServer; 2]) -> map::ClusterMap {
+    let server = |id: u64| map::Server {
+        id,
+        address: servers[id as usize - 1].address().to_string(),
+        name: format!("s{id}"),
+        state: map::ServerState::Up.into(),
+    };
+    let target = |id: u64| map::Target {
+        id,
+        server: id,
+        domain: format!("s{id}"),
+        state: map::TargetState::Up.into(),
+        full: false,
+    };
+    let table = map::PgTable { width: 2, pg_count: 1, members: vec![1, 2], moves: vec![] };
+    map::ClusterMap {
+        cluster_id: "c1".into(),
+        epoch,
+        servers: vec![server(1), server(2)],
+        targets: vec![target(1), target(2)],
+        eras: vec![map::Era { first_block: 1, tables: vec![table] }],
+        default_policy: POLICY,
+    }
+}
+
+fn check(ticket: u64) -> meta::Check {
+    meta::Check { ticket, target: 2, first_block: 1, width: 2, pg: 0 }
+}
+
+/// Has a check made, and returns its last report.
+fn checked(fake: &FakeMeta, ticket: u64) -> meta::CheckReport {
+    fake.state.lock().unwrap().checks = vec![check(ticket)];
+    let done = |r: &&meta::CheckReport| r.ticket == ticket && r.done;
+    fake.wait("the check", |s| s.check_reports.iter().any(|r| done(&r)));
+    let mut state = fake.state.lock().unwrap();
+    state.checks.clear();
+    let report = state.check_reports.iter().find(done).cloned();
+    report.unwrap()
+}
+
+fn read_second(client: &mut Client, block: u64) -> Result<Vec<u8>, Errno> {
+    let ranges = vec![Range { offset: 0, length: u32::MAX }];
+    let body = ReadShardRequest { target: 2, block, shard: 1, ranges, integrity: true };
+    let (reply, payload) = client.call::<ReadShardReply>(Opcode::ReadShard, &body, &[]);
+    reply.map(|_| payload).map_err(|e| e.errno)
+}
+
+#[test]
+fn a_target_gets_what_it_lacks_and_nothing_else() {
+    let fake = FakeMeta::start("c1");
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, second) = (start(&fake, one.path()), start(&fake, two.path()));
+    let (mut has, mut lacks) = (Client::connect(&first, "c1"), Client::connect(&second, "c1"));
+    let size = |block: u64| (block as usize * 70_001) % 300_000 + 1;
+    for block in 1..=150 {
+        has.put(block, &bytes_of(block, size(block))).unwrap();
+    }
+    {
+        let mut state = fake.state.lock().unwrap();
+        state.map = Some(cluster_map(5, [&first, &second]));
+        state.wanted = meta::WantedReply { dead: vec![7, 100], unsettled: vec![8] };
+    }
+    let report = checked(&fake, 1);
+    assert_eq!(report.problem, "");
+    assert_eq!((report.shards_copied, report.shards_missing, report.shards_unsettled), (147, 0, 1));
+    let bytes: usize = (1..=150).filter(|b| ![7, 8, 100].contains(b)).map(size).sum();
+    assert_eq!(report.bytes_copied, bytes as u64);
+    for block in 1..=150 {
+        let expected = match block {
+            7 | 8 | 100 => Err(Errno::ENOENT),
+            _ => Ok(bytes_of(block, size(block))),
+        };
+        assert!(read_second(&mut lacks, block) == expected, "block {block}");
+    }
+    // Again: only what is new, and what is wanted by now.
+    has.put(151, &bytes_of(151, 5000)).unwrap();
+    {
+        let mut state = fake.state.lock().unwrap();
+        state.wanted = meta::WantedReply { dead: vec![7, 100], unsettled: vec![] };
+        state.asked.clear();
+    }
+    assert_eq!(checked(&fake, 2).shards_copied, 2);
+    assert_eq!(fake.state.lock().unwrap().asked, [7, 8, 100, 151]);
+    drop((first, second));
+}
+
+#[test]
+fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
+    let fake = FakeMeta::start("c1");
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, second) = (start(&fake, one.path()), start(&fake, two.path()));
+    let (mut has, mut lacks) = (Client::connect(&first, "c1"), Client::connect(&second, "c1"));
+    for block in 1..=3 {
+        has.put(block, &bytes_of(block, 3 * PAGE_SIZE)).unwrap();
+    }
+    let volume = std::fs::read_dir(one.path().join("volumes")).unwrap().next().unwrap().unwrap().path();
+    let (bytes, page) =
+        (std::fs::read(&volume).unwrap(), bytes_of(2, 3 * PAGE_SIZE)[PAGE_SIZE..2 * PAGE_SIZE].to_vec());
+    let at = bytes.chunks(PAGE_SIZE).position(|p| p == page).unwrap() * PAGE_SIZE;
+    let file = OpenOptions::new().write(true).open(&volume).unwrap();
+    file.write_all_at(&[!page[9]], at as u64 + 9).unwrap();
+    file.sync_all().unwrap();
+    fake.state.lock().unwrap().map = Some(cluster_map(5, [&first, &second]));
+    let report = checked(&fake, 1);
+    assert_eq!((report.shards_copied, report.shards_lost), (2, 1));
+    assert!(report.problem.contains("cannot be restored"), "{}", report.problem);
+    assert!(read_second(&mut lacks, 2) == Err(Errno::ENOENT));
+    // The source looks for itself, finds that it is so, and has nobody to repair it from.
+    fake.wait("the damage to be noticed", |s| {
+        let scrubs = s.heartbeats.iter().flat_map(|h| &h.targets).filter_map(|t| t.scrub);
+        scrubs.into_iter().any(|s| (s.shards_bad, s.shards_repaired) == (1, 0))
+    });
+    assert_eq!(has.read(2, &[(0, 4096)]).unwrap().1, bytes_of(2, 4096), "its good pages are left alone");
+    drop((first, second));
+}
+
+#[test]
+fn a_deletion_waits_until_a_copy_of_its_block_is_done() {
+    let fake = FakeMeta::start("c1");
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = start(&fake, one.path());
+    let slow = Config { rebuild_rate: 10 << 20, ..config(&fake, two.path()) };
+    let second = DataServer::start(slow).unwrap();
+    let (mut has, mut lacks) = (Client::connect(&first, "c1"), Client::connect(&second, "c1"));
+    for block in 1..=30 {
+        has.put(block, &bytes_of(block, 1 << 20)).unwrap();
+    }
+    {
+        let mut state = fake.state.lock().unwrap();
+        state.map = Some(cluster_map(5, [&first, &second]));
+        state.checks = vec![check(1)];
+    }
+    fake.wait("the copies to begin", |s| s.asked.contains(&20));
+    let order = meta::DeletedBlocks { target: 2, blocks: vec![20] };
+    fake.state.lock().unwrap().deletes = vec![order.clone()];
+    fake.wait("the order to be fetched", |s| s.deletes.is_empty());
+    fake.wait("the copies to be done", |s| s.check_reports.iter().any(|r| r.done));
+    assert!(fake.state.lock().unwrap().deleted.is_empty(), "it must not be confirmed and undone by the copy");
+    assert!(read_second(&mut lacks, 20).is_ok());
+    fake.state.lock().unwrap().deletes = vec![order.clone()];
+    fake.wait("the deletion", |s| s.deleted.contains(&order));
+    assert!(read_second(&mut lacks, 20) == Err(Errno::ENOENT));
+    drop((first, second));
+}
