@@ -14,11 +14,12 @@ pub(super) struct Listed {
     pub(super) length: u32,
 }
 
+/// Blocks and their shards.
+pub(super) type Blocks = BTreeMap<BlockId, Vec<Listed>>;
+
 /// One page of each listing, all from the same block on: what they say together of the blocks up to the one that the
 /// shortest page ends with. Returns that block; `None` when all listings are over.
-pub(super) fn merge(
-    pages: &[(TargetId, ListShardsReply)],
-) -> Result<(BTreeMap<BlockId, Vec<Listed>>, Option<BlockId>), String> {
+pub(super) fn merge(pages: &[(TargetId, ListShardsReply)]) -> Result<(Blocks, Option<BlockId>), String> {
     let open = pages.iter().filter(|(_, page)| !page.end);
     let last = |page: &ListShardsReply| page.shards.last().map(|shard| BlockId(shard.block));
     let mut horizon = None;
@@ -27,7 +28,7 @@ pub(super) fn merge(
             last(page).ok_or_else(|| format!("target {target} lists nothing and says that there is more"))?;
         horizon = Some(horizon.unwrap_or(last).min(last));
     }
-    let mut blocks: BTreeMap<BlockId, Vec<Listed>> = BTreeMap::new();
+    let mut blocks = Blocks::new();
     for (target, page) in pages {
         for info in &page.shards {
             let (block, shard) = (BlockId(info.block), u8::try_from(info.shard));

@@ -26,7 +26,7 @@ impl Membership {
         let message = if request.stop {
             "no more blocks are moved for balance; moves under way are finished".to_owned()
         } else {
-            let moves: usize = wanted(&self.map).iter().map(|(_, _, cells)| cells.len()).sum();
+            let moves: usize = wanted(&self.map).iter().map(|table| table.cells.len()).sum();
             match moves {
                 0 => "the targets are in balance".to_owned(),
                 n => format!("{n} group members are to move, `fjord status` shows how they get on"),
@@ -43,7 +43,7 @@ impl Membership {
         }
         let mut map = ClusterMap::clone(&self.map);
         let mut planned = 0;
-        for (era, width, cells) in wanted(&self.map) {
+        for Wanted { era, width, cells } in wanted(&self.map) {
             let Some(table) = map.eras.get_mut(era).and_then(|era| era.tables.get_mut(&width)) else {
                 continue;
             };
@@ -66,8 +66,17 @@ impl Membership {
     }
 }
 
-/// What would have to move: for each table (index of its era, width) its cells, and whereto.
-fn wanted(map: &ClusterMap) -> Vec<(usize, usize, Vec<(usize, TargetId)>)> {
+/// What would have to move in one table.
+struct Wanted {
+    /// Index of its era.
+    era: usize,
+    width: usize,
+    /// Index into its members, and whereto.
+    cells: Vec<(usize, TargetId)>,
+}
+
+/// What would have to move.
+fn wanted(map: &ClusterMap) -> Vec<Wanted> {
     let targets = eras::usable(map);
     let writable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.writable());
     let mut wanted = Vec::new();
@@ -78,7 +87,8 @@ fn wanted(map: &ClusterMap) -> Vec<(usize, usize, Vec<(usize, TargetId)>)> {
             let cells = now.members.iter().zip(&better.members).enumerate();
             let moves = cells
                 .filter(|(cell, (old, new))| old != new && writable(new) && is_outside(table, *cell, **new));
-            wanted.push((i, *width, moves.map(|(cell, (_, new))| (cell, *new)).collect()));
+            let cells = moves.map(|(cell, (_, new))| (cell, *new)).collect();
+            wanted.push(Wanted { era: i, width: *width, cells });
         }
     }
     wanted
