@@ -85,7 +85,7 @@ impl DataServer {
             candidates: candidates.map(|((f, t), s)| candidate(&config, f.label(), t, s)).collect(),
         };
         let (membership, first) = Membership::start(identity)?;
-        let scrubs = Scrubs::default();
+        let (scrubs, mut map) = (Scrubs::default(), None);
         let (cluster_id, server) = match first {
             First::Refused(e) => return Err(e),
             First::Later => (cluster_id, server),
@@ -94,6 +94,7 @@ impl DataServer {
                     folder.assign(&reply.cluster_id, reply.server, *target)?;
                 }
                 scrubs.asked(reply.scrubs);
+                map = reply.map;
                 (reply.cluster_id, reply.server)
             }
         };
@@ -113,6 +114,9 @@ impl DataServer {
             scrubs,
             arranging: Default::default(),
         });
+        if let Some(map) = map {
+            node.adopt(map);
+        }
 
         let (stopping, stop) = watch::channel(false);
         let jobs = cores.jobs();
