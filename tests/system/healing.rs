@@ -70,7 +70,17 @@ fn whole(status: &Status) -> bool {
 
 #[test]
 fn a_server_lost_for_good_is_rebuilt_and_the_next_one_may_go() {
-    let mut cluster = Cluster::start("rebuild", setup(4));
+    lose_three(setup(4));
+}
+
+#[test]
+fn a_server_lost_for_good_is_rebuilt_by_decoding() {
+    lose_three(Setup { policy: "ec:2+1".into(), ..setup(5) });
+}
+
+/// One server after the other, each rebuilt before the next one goes.
+fn lose_three(setup: Setup) {
+    let mut cluster = Cluster::start("rebuild", setup);
     let source = fill(&cluster, 1);
     cluster.kill_data(3);
     let status = cluster.wait_status("the rebuild", |s| state(s, 3) == "out" && whole(s));
@@ -240,6 +250,30 @@ fn what_a_reader_finds_damaged_is_repaired() {
     }
     let status = cluster.wait_status("the repair", |s| scrubs(s, "shards_repaired") > 0);
     assert_eq!(scrubs(&status, "shards_bad"), scrubs(&status, "shards_repaired"), "{status}");
+    cluster.assert_running();
+}
+
+#[test]
+fn a_scrub_repairs_a_piece_of_an_encoded_block_by_decoding() {
+    let mut cluster = Cluster::start("decode", Setup { policy: "ec:2+1".into(), ..setup(4) });
+    let mount = cluster.mount();
+    let mut data = rng::bytes(9, 9 << 20);
+    let marker = b"<the page of one shard>";
+    data[5 << 20..(5 << 20) + marker.len()].copy_from_slice(marker);
+    fs::write(mount.join("file"), &data).unwrap();
+    mount.unmount();
+    let find = || (0..4).flat_map(|s| find_pages(&cluster.target_folder(s, 0), marker)).collect::<Vec<_>>();
+    let places = find();
+    assert_eq!(places.len(), 1, "{places:?}");
+    flip(&places[0], 3);
+    assert!(find().is_empty());
+    cluster.fjord(["scrub", "start"]).ok();
+    let status = cluster.wait_status("the scrub", |s| scrubbed(s) && scrubs(s, "shards_repaired") == 1);
+    assert_eq!(scrubs(&status, "shards_bad"), 1, "{status}");
+    assert_eq!(find().len(), 1, "the page as it was");
+    let mount = cluster.mount();
+    assert!(fs::read(mount.join("file")).unwrap() == data);
+    mount.unmount();
     cluster.assert_running();
 }
 

@@ -12,7 +12,12 @@ use fjordfs_proto::{
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tracing::{debug, warn};
 
-use super::{DataClient, connection::{Answer, Connection}, health::Asked, local::Shard};
+use super::{
+    DataClient,
+    connection::{Answer, Connection},
+    health::Asked,
+    local::Shard,
+};
 
 /// A range of one shard of a block, and who has it.
 #[derive(Clone, Copy, Debug)]

@@ -2,13 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::Range,
+    num::{NonZeroU8, NonZeroU16},
 };
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, PAGE_SIZE, Policy, ServerId, ShardNo, TargetId,
-    block::first_bad_page,
+    BlockId, FsError, FsResult, Layout, PAGE_SIZE, Policy, ServerId, ShardNo, TargetId,
+    block::{first_bad_page, page_crcs},
+    coding::Code,
     error::Errno,
     frame::Opcode,
     pb::data::{
@@ -87,35 +88,84 @@ impl<'a> Sources<'a> {
     ) -> Result<Restored, Unrestored> {
         match policy {
             Policy::Replica(_) => self.copy(block, others).await,
-            Policy::Ec { .. } => Err(Unrestored::Lost(format!(
-                "{no} of {block} is encoded as {policy}, which this release cannot decode: install a newer one on the data servers"
-            ))),
+            Policy::Ec { k, m } => self.decode(block, no, (k, m), others).await,
         }
     }
 
     /// Every shard is the whole block: any good one will do.
     async fn copy(&mut self, block: BlockId, others: &[Listed]) -> Result<Restored, Unrestored> {
-        let (mut gone, mut failures) = (true, Vec::new());
+        let mut failures = Failures::default();
         for other in others {
-            match self.read(block, other).await {
-                Ok(restored) => return Ok(restored),
-                Err(e) => {
-                    gone &= e.errno == Errno::ENOENT;
-                    failures.push(e.message);
-                }
+            let length = other.length;
+            let mut record = self.record(length).await?;
+            let data = &mut record[PAGE_SIZE..PAGE_SIZE + length as usize];
+            match self.read(block, other, data).await {
+                Ok(page_crcs) => return Ok(Restored { record, length, page_crcs }),
+                Err(e) => failures.add(e),
             }
         }
-        if gone { Err(Unrestored::Gone) } else { Err(Unrestored::Lost(failures.join("; "))) }
+        Err(failures.into())
     }
 
-    /// Reads and verifies a whole shard of another target.
-    async fn read(&mut self, block: BlockId, other: &Listed) -> FsResult<Restored> {
+    /// Any K good shards restore another one, bit by bit as it was.
+    async fn decode(
+        &mut self,
+        block: BlockId,
+        no: ShardNo,
+        (k, m): (NonZeroU8, NonZeroU8),
+        others: &[Listed],
+    ) -> Result<Restored, Unrestored> {
+        let Some(length) = others.first().map(|other| other.length) else { return Err(Unrestored::Gone) };
+        let shard_pages = u16::try_from(length as usize / PAGE_SIZE).ok().and_then(NonZeroU16::new);
+        let code = shard_pages.and_then(|shard_pages| Code::of(Layout::Ec { k, m, shard_pages }));
+        let (Some(code), true) = (code, (length as usize).is_multiple_of(PAGE_SIZE)) else {
+            return Err(Unrestored::Lost(format!("shards of {length} bytes are not of ec:{k}+{m}")));
+        };
+        let mut failures = Failures::default();
+        // Beside the pool of buffers: one that holds some while it waits for more could wait for another like it. Two checks a
+        // target with K shards each are little.
+        let mut present: Vec<(u8, Vec<u8>)> = Vec::with_capacity(k.get().into());
+        for other in others {
+            if present.len() == usize::from(k.get()) {
+                break;
+            }
+            if other.shard == no
+                || other.length != length
+                || present.iter().any(|(shard, _)| *shard == other.shard.0)
+            {
+                continue;
+            }
+            let mut data = vec![0; length as usize];
+            match self.read(block, other, &mut data).await {
+                Ok(_) => present.push((other.shard.0, data)),
+                Err(e) => failures.add(e),
+            }
+        }
+        if present.is_empty() && !failures.messages.is_empty() {
+            return Err(failures.into());
+        }
+        let shards: Vec<(u8, &[u8])> = present.iter().map(|(shard, data)| (*shard, &data[..])).collect();
+        let restored = code.restore(&shards, no.0).map_err(|e| {
+            failures.messages.insert(0, e.to_string());
+            Unrestored::Lost(failures.messages.join("; "))
+        })?;
+        let mut record = self.record(length).await?;
+        record[PAGE_SIZE..PAGE_SIZE + length as usize].copy_from_slice(&restored);
+        Ok(Restored { record, length, page_crcs: page_crcs(&restored).into() })
+    }
+
+    /// Memory for a shard of that length.
+    async fn record(&self, length: u32) -> Result<PageBuf, Unrestored> {
+        let buffers = self.healing.node.pool.take(&[record_pages(length)]).await;
+        buffers
+            .and_then(|mut buffers| buffers.pop())
+            .ok_or_else(|| Unrestored::Lost(format!("a shard of {length} bytes is too large")))
+    }
+
+    /// Reads a whole shard of another target into `data`, which is as long as it, and verifies it; its integrity entries.
+    async fn read(&mut self, block: BlockId, other: &Listed, data: &mut [u8]) -> FsResult<Bytes> {
         let Listed { target, shard, length, .. } = *other;
         self.healing.throttle.take(length.into()).await;
-        let buffers = self.healing.node.pool.take(&[record_pages(length)]).await;
-        let mut record = buffers.and_then(|mut buffers| buffers.pop()).ok_or_else(|| {
-            FsError::new(Errno::EPROTO, format!("target {target} lists a shard of {block} that is too large"))
-        })?;
         let request = ReadShardRequest {
             target: target.0,
             block: block.0,
@@ -123,15 +173,14 @@ impl<'a> Sources<'a> {
             ranges: vec![data::Range { offset: 0, length }],
             integrity: true,
         };
-        let span: Range<usize> = PAGE_SIZE..PAGE_SIZE + length as usize;
         let peer = self.peer(target).await?;
         let (reply, filled): (ReadShardReply, usize) =
-            peer.request(Opcode::ReadShard, &request, &mut record[span.clone()]).await?;
+            peer.request(Opcode::ReadShard, &request, data).await?;
         if filled != length as usize {
             let what = format!("target {target} sent {filled} of {length} bytes of {block}");
             return Err(FsError::new(Errno::EPROTO, what));
         }
-        if let Some(page) = first_bad_page(&record[span], &reply.page_crcs) {
+        if let Some(page) = first_bad_page(data, &reply.page_crcs) {
             let what = format!("page {page} of {block} on target {target} does not match its checksum");
             let report = ReportShardRequest { target: target.0, block: block.0, shard: shard.0.into() };
             let told: FsResult<(ReportShardReply, usize)> =
@@ -141,6 +190,32 @@ impl<'a> Sources<'a> {
             }
             return Err(FsError::new(Errno::EIO, what));
         }
-        Ok(Restored { record, length, page_crcs: reply.page_crcs })
+        Ok(reply.page_crcs)
+    }
+}
+
+/// What those said who did not give a shard.
+struct Failures {
+    messages: Vec<String>,
+    /// All of them, that they do not have it.
+    gone: bool,
+}
+
+impl Default for Failures {
+    fn default() -> Failures {
+        Failures { messages: Vec::new(), gone: true }
+    }
+}
+
+impl Failures {
+    fn add(&mut self, e: FsError) {
+        self.gone &= e.errno == Errno::ENOENT;
+        self.messages.push(e.message);
+    }
+}
+
+impl From<Failures> for Unrestored {
+    fn from(failures: Failures) -> Unrestored {
+        if failures.gone { Unrestored::Gone } else { Unrestored::Lost(failures.messages.join("; ")) }
     }
 }

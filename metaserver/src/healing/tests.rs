@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use fjordfs_proto::{BlockId, ClusterMap, PgId, Policy, TargetId, cluster::TargetState, pb::meta::*};
+use fjordfs_proto::{BlockId, ClusterMap, Layout, PgId, Policy, TargetId, cluster::TargetState, pb::meta::*};
 
 use crate::{
     refusal::Refusal,
@@ -372,7 +372,7 @@ fn deletions_also_go_to_those_who_are_being_filled() {
     w.write(f, vec![run(0, 40 << 24, first, 0)]).unwrap();
     wait_out(&mut w, 4, &[1, 2, 3]);
     let map = map(&w);
-    let two = Policy::replica(2).unwrap();
+    let two = Layout::of(Policy::replica(2).unwrap(), 1);
     let moving = (first..first + 40).find(|b| map.holders(BlockId(*b), two).len() == 3).unwrap();
     w.truncate(f, 0).unwrap();
     w.tick();
