@@ -264,7 +264,7 @@ mod tests {
     fn an_encoded_block_needs_its_k_targets() {
         let mut map = map(&[], &[1]);
         let members = [1, 2, 3].map(TargetId).to_vec();
-        map.eras[0].tables.insert(3, PgTable { width: 3, members });
+        map.eras[0].tables.insert(3, PgTable { width: 3, members, moves: BTreeMap::new() });
         let (ec, none) = (layout("ec:2+1"), HashSet::new());
         assert_eq!(least_missing(&map, ec, &none), Some(1));
         map.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;

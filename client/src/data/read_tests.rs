@@ -154,8 +154,16 @@ impl World {
                 Target { server: ServerId(id), domain, state: TargetState::Up, full: false },
             );
         }
-        let tables = (1..=servers as usize)
-            .map(|width| (width, PgTable { width, members: (1..=width as u64).map(TargetId).collect() }));
+        let tables = (1..=servers as usize).map(|width| {
+            (
+                width,
+                PgTable {
+                    width,
+                    members: (1..=width as u64).map(TargetId).collect(),
+                    moves: BTreeMap::new(),
+                },
+            )
+        });
         map.eras.push(Era { first_block: BlockId(1), tables: tables.collect() });
         let options = Options {
             local_sockets: false,
