@@ -175,7 +175,7 @@ impl Stage {
             not_wrong(history.prepare(&at), *n, seed);
         }
         // Every other victim waits for its commits, so that nothing that it was told is done may be lost.
-        let lossy = disturbance == Disturbance::Client && from / ROUND % 2 == 0;
+        let lossy = disturbance == Disturbance::Client && (from / ROUND).is_multiple_of(2);
         thread::scope(|scope| {
             for (n, history) in &played {
                 for worker in 0..WORKERS {

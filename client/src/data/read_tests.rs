@@ -42,9 +42,12 @@ enum Mood {
     Silent,
 }
 
+/// Bytes and page checksums by block and shard.
+type Shards = HashMap<(u64, u32), (Vec<u8>, Vec<u8>)>;
+
 struct Stub {
     mood: Mutex<Mood>,
-    shards: Mutex<HashMap<(u64, u32), (Vec<u8>, Vec<u8>)>>,
+    shards: Mutex<Shards>,
     reads: AtomicU64,
 }
 

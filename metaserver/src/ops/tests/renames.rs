@@ -105,7 +105,7 @@ fn what_was_looked_up_before_it_was_replaced_can_be_opened() {
     let mut w = World::new();
     let (_, b) = (w.file("a"), w.file("b"));
     let first = w.lease(1);
-    w.write(b, vec![run(0, 100, first, 0)]);
+    w.write(b, vec![run(0, 100, first, 0)]).unwrap();
     w.rename((R, "a"), (R, "b"), 0).unwrap();
     assert_eq!(w.open(b, 7).unwrap().extents.unwrap().extents.len(), 1);
     w.close(7);
