@@ -68,7 +68,7 @@ fn wrong_usage_exits_with_2_and_names_the_word() {
     for (args, word) in [
         (vec!["mnt"], "mnt"),
         (vec!["up", text(&dir), "--policy", "mirror:2"], "replica:N"),
-        (vec!["up", text(&dir), "--policy", "ec:8+2"], "replica:N"),
+        (vec!["up", text(&dir), "--policy", "ec:31+2"], "ec:K+M"),
         (vec!["meta", "--data", text(&dir), "--policy", "replica:0"], "replica:N"),
         (vec!["meta", "--down-after", "soon"], "soon"),
         (vec!["data", "--volume-size", "many"], "many"),
@@ -76,6 +76,8 @@ fn wrong_usage_exits_with_2_and_names_the_word() {
         let run = fjord_run(args).fails_saying(&[word]);
         assert_eq!(run.code(), 2, "{run}");
     }
+    // Right as such, but not here.
+    fjord_run(vec!["up", text(&dir), "--policy", "ec:8+2"]).fails_saying(&["ec:8+2", "--servers 10"]);
 }
 
 #[test]
