@@ -5,8 +5,9 @@
 //! concurrency control beyond that: one executor at a time owns the keys, proven by its [`Fence`].
 //!
 //! # Crash consistency
-//! A batch is applied whole or not at all. When [`MetaStore::commit`] returns, the batch survives `kill -9` of this
-//! process; when a later [`MetaStore::sync`] returned a ticket not below the batch's, it survives power failure.
+//! A batch is applied whole or not at all. Of an embedded engine: when [`MetaStore::commit`] returns, the batch survives `kill -9` of this
+//! process; when a later [`MetaStore::sync`] returned a ticket not below the batch's, it survives power failure. Of an engine
+//! across a network ([`Late`]) a batch survives both once it is acknowledged, and before nobody may be told of it.
 //!
 //! # Errors
 //! After a failed `commit` or `sync` nobody can know what the device holds. An engine answers every later `commit`
@@ -14,17 +15,26 @@
 
 mod fjall;
 mod memory;
+mod remote;
+mod url;
 
 #[cfg(test)]
 pub(crate) mod conformance;
 
-use std::{io, ops::Range, path::PathBuf};
+use std::{
+    io,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use bytes::Bytes;
 use fjordfs_proto::{FsError, error::Errno};
 
 pub use fjall::{FjallOptions, FjallStore};
 pub use memory::MemoryStore;
+pub use remote::RemoteStore;
+pub use url::Place;
 
 /// Proof of ownership: a batch applies only while this is the newest one given out.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -88,6 +98,14 @@ pub enum StoreError {
         /// What it said.
         what: String,
     },
+    /// The store's address is wrong, or the store refuses this program.
+    #[error("store {text}: {why}")]
+    Place {
+        /// As the user wrote it, without a password.
+        text: String,
+        /// What is wrong.
+        why: String,
+    },
     /// Another process has it open.
     #[error("metadata store in {} is open in another process", folder.display())]
     Locked {
@@ -129,4 +147,31 @@ pub trait MetaStore: Send + Sync + 'static {
 
     /// For people: `fjord status`.
     fn name(&self) -> &'static str;
+
+    /// An engine across a network says here how far it is.
+    fn late(&self) -> Option<&dyn Late> {
+        None
+    }
+}
+
+/// An engine whose `commit` returns before the batch is safe, and whose ownership others may want.
+pub trait Late {
+    /// Calls `notify` whenever the answers below may have changed; from a thread that must not be held up.
+    fn watch(&self, notify: Box<dyn Fn() + Send + Sync>);
+
+    /// Up to which commit batches survive the loss of this host.
+    ///
+    /// # Errors
+    /// When this process does not own the store any more.
+    fn acknowledged(&self) -> StoreResult<Ticket>;
+
+    /// Whether nobody else can own the store at this moment. While it is false, nobody may be answered.
+    fn is_owner(&self) -> bool;
+
+    /// Waits until the present owner has been silent for so long that it answers nobody, or has let go; false when
+    /// `stop` was set before.
+    fn await_silence(&self, stop: Arc<AtomicBool>) -> StoreResult<bool>;
+
+    /// Lets go of the store, after everything committed: the next owner need not wait.
+    fn release(&self) -> StoreResult<()>;
 }

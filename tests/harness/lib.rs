@@ -26,6 +26,7 @@
 
 pub mod cluster;
 pub mod differential;
+pub mod engines;
 pub mod fault;
 pub mod history;
 pub mod locks;

@@ -1,0 +1,419 @@
+//! The store on an engine across a network.
+//!
+//! Everything that the engines have in common: ownership, the order of transactions, group commit, what a time-out
+//! means, and what the owner remembers. An engine adds a [`Link`]: one atomic compare-and-write and one ordered read.
+//!
+//! # Crash consistency
+//! [`MetaStore::commit`] only queues: the batch is the engine's, and so survives anything, once [`Late::acknowledged`] or
+//! [`MetaStore::sync`] say so. Until then nobody may be told of it. Whoever asks this process sees it at once.
+//!
+//! Every transaction expects the owner's record as the last one left it and writes the next one (fence, sequence). So
+//! the engine applies transactions of one owner only, in order and each once, and a time-out is harmless: the owner's
+//! record tells what became of the transaction, and repeating it cannot apply it twice, even when the first attempt
+//! is still on its way. A batch above the engine's limits is decided by one transaction and rolled forward
+//! ([`worker`]).
+//!
+//! # Ownership
+//! A standby watches the owner's record and takes over when it has not changed for [`TAKE_OVER_SILENCE`]. The owner changes it
+//! at least every [`HEARTBEAT`], and must not answer anybody when its last change was begun longer than [`OWNERSHIP`] ago:
+//! somebody else may answer by then. All by each host's own clock.
+//!
+//! # Group commit
+//! One transaction is under way; what is committed meanwhile shares the next.
+
+mod cache;
+mod etcd;
+mod owner;
+mod postgres;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::VecDeque,
+    io,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::{Batch, Fence, Late, MetaStore, Order, Pair, StoreError, StoreResult, Ticket, url::Place};
+use cache::Cache;
+use owner::{Owner, Write};
+use worker::{Request, Worker};
+
+/// The owner changes its record at least so often.
+const HEARTBEAT: Duration = Duration::from_millis(400);
+/// A standby takes over when the record has not changed for so long.
+pub(crate) const TAKE_OVER_SILENCE: Duration = Duration::from_millis(3000);
+/// How long the owner may answer after the start of a transaction that succeeded. The difference to the above covers
+/// clocks that run apart.
+const OWNERSHIP: Duration = Duration::from_millis(2500);
+
+/// Why a call of an engine failed.
+#[derive(Debug)]
+enum Fault {
+    /// It may work when tried again, and may have worked this time.
+    Unavailable(String),
+    /// It will not.
+    Fatal(StoreError),
+}
+
+/// What a transaction may hold besides the owner's record.
+#[derive(Clone, Copy)]
+struct Limits {
+    writes: usize,
+    /// Keys and values, with some room.
+    bytes: usize,
+}
+
+/// One engine.
+trait Link: Send + Sync {
+    /// Applies all writes and makes `next` the owner's record, if that is `expected` (empty: there is none). False, and
+    /// without effect, if it is not.
+    fn apply<'a>(
+        &'a self,
+        expected: &'a [u8],
+        next: &'a [u8],
+        writes: &'a [Write],
+    ) -> BoxFuture<'a, Result<bool, Fault>>;
+
+    /// The first pairs of a range, as of a moment after the call.
+    fn scan(
+        &self,
+        range: Range<Vec<u8>>,
+        order: Order,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<Pair>, Fault>>;
+
+    fn limits(&self) -> Limits;
+
+    /// The store as the user named it, without a password.
+    fn place(&self) -> &str;
+}
+
+type Notify = Box<dyn Fn() + Send + Sync>;
+
+#[derive(Default)]
+struct State {
+    /// Batches that are in no transaction yet.
+    queue: VecDeque<(u64, Vec<Write>)>,
+    fence: Option<Fence>,
+    issued: u64,
+    acknowledged: u64,
+    /// Start of the last transaction that is known to have succeeded.
+    confirmed: Option<Instant>,
+    failed: Option<Failure>,
+}
+
+/// What ended this process's ownership.
+#[derive(Clone)]
+enum Failure {
+    Fenced { current: Fence },
+    Other(String),
+    NoSpace,
+}
+
+struct Shared {
+    cache: Mutex<Cache>,
+    /// Keys that the store has as of a ticket, and of which the cache does not know yet.
+    landed: Mutex<Vec<(u64, Vec<Vec<u8>>)>>,
+    state: Mutex<State>,
+    progress: Condvar,
+    notify: Mutex<Option<Notify>>,
+    closing: AtomicBool,
+}
+
+impl Shared {
+    fn begin(&self, owner: Owner, sent: Instant) {
+        let mut state = self.state.lock();
+        state.fence = Some(owner.fence());
+        state.confirmed = Some(sent);
+        state.failed = None;
+    }
+
+    fn confirm(&self, sent: Instant) {
+        let mut state = self.state.lock();
+        let lapsed = state.confirmed.is_none_or(|at| at.elapsed() > OWNERSHIP);
+        state.confirmed = state.confirmed.max(Some(sent));
+        drop(state);
+        if lapsed {
+            self.tell();
+        }
+    }
+
+    fn is_stale(&self) -> bool {
+        self.state.lock().confirmed.is_none_or(|at| at.elapsed() >= HEARTBEAT)
+    }
+
+    /// The cache, up to date with what the store has acknowledged.
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        let mut cache = self.cache.lock();
+        for (ticket, keys) in std::mem::take(&mut *self.landed.lock()) {
+            cache.acknowledged(keys.iter(), ticket);
+        }
+        cache
+    }
+
+    /// Does not wait for the cache: whoever reads holds it, and waits for this thread.
+    fn acknowledge(&self, keys: Vec<Vec<u8>>, ticket: u64) {
+        self.landed.lock().push((ticket, keys));
+        self.state.lock().acknowledged = ticket;
+        self.tell();
+    }
+
+    fn fail(&self, e: StoreError) {
+        tracing::error!(error = %e, "this metaserver no longer owns the store");
+        let mut state = self.state.lock();
+        state.queue.clear();
+        state.failed = Some(match e {
+            StoreError::Fenced { current, .. } => Failure::Fenced { current },
+            StoreError::NoSpace { .. } => Failure::NoSpace,
+            other => Failure::Other(other.to_string()),
+        });
+        drop(state);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        self.progress.notify_all();
+        if let Some(notify) = &*self.notify.lock() {
+            notify();
+        }
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+}
+
+/// See the module.
+pub struct RemoteStore {
+    shared: Arc<Shared>,
+    requests: Option<tokio::sync::mpsc::UnboundedSender<Request>>,
+    thread: Option<JoinHandle<()>>,
+    place: String,
+    engine: &'static str,
+}
+
+impl RemoteStore {
+    /// Connects to the engine at `place`; it is not owned yet. `cache_bytes` bounds what is remembered of it.
+    ///
+    /// # Errors
+    /// When it is of no use: wrong credentials, an unknown database. One that cannot be reached is waited for later.
+    pub fn open(place: &Place, cache_bytes: u64) -> StoreResult<RemoteStore> {
+        let engine = match place {
+            Place::Postgres { .. } => "postgres",
+            _ => "etcd",
+        };
+        let to = place.clone();
+        RemoteStore::start(place.to_string(), engine, cache_bytes, move || Box::pin(connect(to)))
+    }
+
+    fn start(
+        place: String,
+        engine: &'static str,
+        cache_bytes: u64,
+        connect: impl FnOnce() -> BoxFuture<'static, StoreResult<Arc<dyn Link>>> + Send + 'static,
+    ) -> StoreResult<RemoteStore> {
+        let shared = Arc::new(Shared {
+            cache: Mutex::new(Cache::new(usize::try_from(cache_bytes).unwrap_or(usize::MAX))),
+            landed: Mutex::default(),
+            state: Mutex::default(),
+            progress: Condvar::new(),
+            notify: Mutex::default(),
+            closing: AtomicBool::new(false),
+        });
+        let (requests, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let (ready, opened) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name("meta-store".into()).spawn({
+            let shared = shared.clone();
+            let place = place.clone();
+            move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => {
+                    runtime.block_on(serve(connect(), shared, receiver, &ready));
+                    runtime.shutdown_background();
+                }
+                Err(e) => drop(ready.send(Err(io_error(&place, e)))),
+            }
+        });
+        let thread = thread.map_err(|e| io_error(&place, e))?;
+        let gone = || Err(io_error(&place, io::Error::other("its thread ended at once")));
+        opened.recv().unwrap_or_else(|_| gone())?;
+        Ok(RemoteStore { shared, requests: Some(requests), thread: Some(thread), place, engine })
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(mpsc::SyncSender<StoreResult<T>>) -> Request) -> StoreResult<T> {
+        let gone = || self.error(io::Error::other("its thread has ended"));
+        let (reply, answer) = mpsc::sync_channel(1);
+        let requests = self.requests.as_ref().ok_or_else(gone)?;
+        requests.send(request(reply)).map_err(|_| gone())?;
+        answer.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    fn error(&self, source: io::Error) -> StoreError {
+        io_error(&self.place, source)
+    }
+
+    fn failure(&self, state: &State) -> StoreResult<()> {
+        match &state.failed {
+            None => Ok(()),
+            Some(Failure::Fenced { current }) => {
+                Err(StoreError::Fenced { ours: state.fence.unwrap_or(Fence(0)), current: *current })
+            }
+            Some(Failure::NoSpace) => Err(StoreError::NoSpace { folder: self.place.clone().into() }),
+            Some(Failure::Other(why)) => Err(self.error(io::Error::other(why.clone()))),
+        }
+    }
+
+    fn fetch(&self, range: Range<Vec<u8>>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
+        self.ask(|reply| Request::Scan { range, order, limit, reply })
+    }
+}
+
+impl Drop for RemoteStore {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::Relaxed);
+        self.requests = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread of the metadata store panicked");
+        }
+    }
+}
+
+async fn serve(
+    connecting: BoxFuture<'static, StoreResult<Arc<dyn Link>>>,
+    shared: Arc<Shared>,
+    requests: tokio::sync::mpsc::UnboundedReceiver<Request>,
+    ready: &mpsc::SyncSender<StoreResult<()>>,
+) {
+    match connecting.await {
+        Ok(link) => {
+            // The opener waits for this.
+            let _ = ready.send(Ok(()));
+            let holder = uuid::Uuid::new_v4().as_u64_pair().0;
+            Worker { link, shared, requests, owner: None, holder, postponed: VecDeque::new() }.run().await;
+        }
+        Err(e) => drop(ready.send(Err(e))),
+    }
+}
+
+async fn connect(place: Place) -> StoreResult<Arc<dyn Link>> {
+    Ok(match &place {
+        Place::Etcd { hosts, prefix, writes_max } => {
+            Arc::new(etcd::Etcd::open(&place, hosts, prefix, *writes_max)?)
+        }
+        Place::Postgres { url } => Arc::new(postgres::Postgres::open(&place, url).await?),
+        Place::Fjall(_) => {
+            return Err(io_error(&place.to_string(), io::Error::other("it is a folder of this host")));
+        }
+    })
+}
+
+fn io_error(place: &str, source: io::Error) -> StoreError {
+    StoreError::Io { folder: place.into(), source }
+}
+
+impl MetaStore for RemoteStore {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        self.shared.cache().get(key, |range, order, limit| self.fetch(range, order, limit))
+    }
+
+    fn scan(&self, range: Range<&[u8]>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
+        self.shared
+            .cache
+            .lock()
+            .scan(range, order, limit, |range, order, limit| self.fetch(range, order, limit))
+    }
+
+    fn commit(&self, batch: Batch, fence: Fence) -> StoreResult<Ticket> {
+        let ticket = {
+            let state = self.shared.state.lock();
+            self.failure(&state)?;
+            let current = state.fence.unwrap_or(Fence(0));
+            if current != fence {
+                return Err(StoreError::Fenced { ours: fence, current });
+            }
+            state.issued + 1
+        };
+        {
+            let mut cache = self.shared.cache();
+            for (key, value) in &batch.writes {
+                cache.write(key.clone(), value.clone(), ticket);
+            }
+        }
+        let mut state = self.shared.state.lock();
+        self.failure(&state)?;
+        state.issued = ticket;
+        state.queue.push_back((ticket, batch.writes));
+        drop(state);
+        if let Some(requests) = &self.requests {
+            // A thread that has ended has left a failure.
+            let _ = requests.send(Request::Wake);
+        }
+        Ok(Ticket(ticket))
+    }
+
+    fn sync(&self) -> StoreResult<Ticket> {
+        let mut state = self.shared.state.lock();
+        let upto = state.issued;
+        while state.acknowledged < upto {
+            self.failure(&state)?;
+            self.shared.progress.wait(&mut state);
+        }
+        self.failure(&state)?;
+        Ok(Ticket(state.acknowledged))
+    }
+
+    fn take_over(&self) -> StoreResult<Fence> {
+        let fence = self.ask(|reply| Request::TakeOver { reply })?;
+        // Others may have written since.
+        self.shared.cache().clear();
+        Ok(fence)
+    }
+
+    fn name(&self) -> &'static str {
+        self.engine
+    }
+
+    fn late(&self) -> Option<&dyn Late> {
+        Some(self)
+    }
+}
+
+impl Late for RemoteStore {
+    fn watch(&self, notify: Notify) {
+        *self.shared.notify.lock() = Some(notify);
+    }
+
+    fn acknowledged(&self) -> StoreResult<Ticket> {
+        let state = self.shared.state.lock();
+        self.failure(&state)?;
+        Ok(Ticket(state.acknowledged))
+    }
+
+    fn is_owner(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.failed.is_none() && state.confirmed.is_some_and(|at| at.elapsed() < OWNERSHIP)
+    }
+
+    fn await_silence(&self, stop: Arc<AtomicBool>) -> StoreResult<bool> {
+        self.ask(|reply| Request::AwaitSilence { stop, reply })
+    }
+
+    fn release(&self) -> StoreResult<()> {
+        self.ask(|reply| Request::Release { reply })
+    }
+}

@@ -1,0 +1,226 @@
+//! An engine in memory whose network loses requests and answers and delivers some late, and whose owners die at any step.
+
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+
+use crate::store::{
+    Batch, Fence, MetaStore, Order, Pair, StoreError,
+    remote::{
+        Fault, Limits, Link, RemoteStore,
+        owner::{OWNER, Write},
+    },
+};
+
+type Pairs = Arc<Mutex<BTreeMap<Vec<u8>, Bytes>>>;
+
+/// One process's way to the engine.
+struct Faulty {
+    pairs: Pairs,
+    chance: Mutex<Chance>,
+    /// A transaction that will arrive after a later one.
+    late: Mutex<Option<(Vec<u8>, Vec<u8>, Vec<Write>)>>,
+    /// Calls until the process is cut off for good.
+    left: Mutex<u32>,
+}
+
+struct Chance {
+    seed: u64,
+    /// Of a hundred transactions, so many suffer.
+    faults: u64,
+}
+
+impl Chance {
+    fn below(&mut self, n: u64) -> u64 {
+        self.seed = fjordfs_proto::cluster::mix(self.seed);
+        self.seed % n
+    }
+}
+
+fn apply(pairs: &Pairs, expected: &[u8], next: &[u8], writes: &[Write]) -> bool {
+    let mut pairs = pairs.lock();
+    if pairs.get(OWNER).map_or(&[][..], |v| v) != expected {
+        return false;
+    }
+    pairs.insert(OWNER.to_vec(), Bytes::copy_from_slice(next));
+    for (key, value) in writes {
+        match value {
+            Some(value) => pairs.insert(key.clone(), value.clone()),
+            None => pairs.remove(key),
+        };
+    }
+    true
+}
+
+impl Link for Faulty {
+    fn apply<'a>(
+        &'a self,
+        expected: &'a [u8],
+        next: &'a [u8],
+        writes: &'a [Write],
+    ) -> BoxFuture<'a, Result<bool, Fault>> {
+        Box::pin(async move {
+            {
+                let mut left = self.left.lock();
+                if *left == 0 {
+                    let source = std::io::Error::other("killed");
+                    return Err(Fault::Fatal(StoreError::Io { folder: "test".into(), source }));
+                }
+                *left -= 1;
+            }
+            assert!(writes.len() <= self.limits().writes, "the engine would refuse it");
+            let lost = || Err(Fault::Unavailable("lost".into()));
+            let (hit, kind) = {
+                let mut chance = self.chance.lock();
+                (chance.below(100) < chance.faults, chance.below(3))
+            };
+            let before = self.late.lock().take();
+            let result = match (hit, kind) {
+                (false, _) => Ok(apply(&self.pairs, expected, next, writes)),
+                (true, 0) => lost(),
+                (true, 1) => {
+                    apply(&self.pairs, expected, next, writes);
+                    lost()
+                }
+                (true, _) => {
+                    *self.late.lock() = Some((expected.to_vec(), next.to_vec(), writes.to_vec()));
+                    lost()
+                }
+            };
+            if let Some((expected, next, writes)) = before {
+                apply(&self.pairs, &expected, &next, &writes);
+            }
+            result
+        })
+    }
+
+    fn scan(
+        &self,
+        range: Range<Vec<u8>>,
+        order: Order,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<Pair>, Fault>> {
+        Box::pin(async move {
+            let pairs = self.pairs.lock();
+            let found = pairs.range(range).map(|(k, v)| (k.clone(), v.clone()));
+            Ok(match order {
+                Order::Ascending => found.take(limit).collect(),
+                Order::Descending => found.rev().take(limit).collect(),
+            })
+        })
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { writes: 7, bytes: 400 }
+    }
+
+    fn place(&self) -> &str {
+        "test"
+    }
+}
+
+fn open(pairs: &Pairs, seed: u64, faults: u64, left: u32) -> RemoteStore {
+    let link = Faulty {
+        pairs: pairs.clone(),
+        chance: Mutex::new(Chance { seed, faults }),
+        late: Mutex::new(None),
+        left: Mutex::new(left),
+    };
+    let link: Arc<dyn Link> = Arc::new(link);
+    RemoteStore::start("test".into(), "test", 1 << 20, move || Box::pin(async { Ok(link) })).unwrap()
+}
+
+/// Batch `n` of some: sets as many keys as it has, to its number.
+fn batch(n: u64) -> Batch {
+    let width = if n.is_multiple_of(5) { 60 } else { n % 5 };
+    let mut writes: Vec<Write> = (0..width)
+        .map(|k| (format!("w{width:02}-{k:03}").into_bytes(), Some(Bytes::from(n.to_string()))))
+        .collect();
+    writes.push((b"count".to_vec(), Some(Bytes::from(n.to_string()))));
+    Batch { writes }
+}
+
+fn after(n: u64) -> BTreeMap<Vec<u8>, Bytes> {
+    let mut pairs = BTreeMap::new();
+    for n in 1..=n {
+        pairs.extend(batch(n).writes.into_iter().filter_map(|(k, v)| Some((k, v?))));
+    }
+    pairs
+}
+
+fn found(store: &RemoteStore) -> BTreeMap<Vec<u8>, Bytes> {
+    store.scan(&[1]..&[0xf0], Order::Ascending, usize::MAX).unwrap().into_iter().collect()
+}
+
+#[test]
+fn lost_and_late_messages_change_nothing() {
+    for seed in 1..6 {
+        let pairs = Pairs::default();
+        let store = open(&pairs, seed, 30, u32::MAX);
+        let fence = store.take_over().unwrap();
+        for n in 1..=40 {
+            store.commit(batch(n), fence).unwrap();
+            if n % 7 == 0 {
+                store.sync().unwrap();
+            }
+        }
+        store.sync().unwrap();
+        drop(store);
+        let next = open(&pairs, seed, 0, u32::MAX);
+        next.take_over().unwrap();
+        assert_eq!(found(&next), after(40), "seed {seed}");
+    }
+}
+
+/// Every number of transactions after which an owner can die, within batches that take several, too.
+#[test]
+fn an_owner_that_dies_at_any_step_leaves_whole_batches() {
+    for left in 1..70 {
+        let pairs = Pairs::default();
+        let dying = open(&pairs, left.into(), 0, left);
+        let mut acknowledged = 0;
+        if let Ok(fence) = dying.take_over() {
+            for n in 1..=12 {
+                if dying.commit(batch(n), fence).is_err() || dying.sync().is_err() {
+                    break;
+                }
+                acknowledged = n;
+            }
+        }
+        drop(dying);
+        // The one who takes over dies, too, perhaps while it rolls forward.
+        let _ = open(&pairs, 1, 0, left % 4).take_over();
+        let next = open(&pairs, 1, 0, u32::MAX);
+        next.take_over().unwrap();
+        let there = found(&next);
+        let upto: u64 =
+            there.get(b"count".as_slice()).map_or(0, |v| str::from_utf8(v).unwrap().parse().unwrap());
+        assert!(
+            upto == acknowledged || upto == acknowledged + 1,
+            "{left}: {upto}, {acknowledged} acknowledged"
+        );
+        assert_eq!(there, after(upto), "{left}");
+    }
+}
+
+#[test]
+fn two_that_take_over_at_once_do_not_both_own_the_store() {
+    for seed in 1..20 {
+        let pairs = Pairs::default();
+        let stores: Vec<RemoteStore> = (0..4).map(|n| open(&pairs, seed * 10 + n, 20, u32::MAX)).collect();
+        let fences: Vec<Fence> = std::thread::scope(|scope| {
+            let threads: Vec<_> = stores.iter().map(|s| scope.spawn(|| s.take_over().unwrap())).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let newest = *fences.iter().max().unwrap();
+        let mut owners = 0;
+        for (store, fence) in stores.iter().zip(&fences) {
+            let held = store.commit(batch(1), *fence).is_ok() && store.sync().is_ok();
+            assert_eq!(held, *fence == newest, "seed {seed}: {fences:?}");
+            owners += u32::from(held);
+        }
+        assert_eq!(owners, 1, "seed {seed}: {fences:?}");
+    }
+}
