@@ -90,12 +90,13 @@ impl Config {
                 "a data server needs at least one target: name a folder to store shards in".into(),
             );
         }
-        if !self
-            .meta
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        {
-            return invalid(format!("metaserver address '{}' is not host:port", self.meta));
+        for meta in self.meta.split(',') {
+            if !meta
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+            {
+                return invalid(format!("metaserver address '{meta}' is not host:port"));
+            }
         }
         if let Some(advertise) = &self.advertise
             && !advertise

@@ -166,8 +166,9 @@ async fn run(
     stopping: watch::Receiver<bool>,
 ) {
     let meta = identity.meta.clone();
-    let client = match connect(&meta) {
-        Ok(client) => client,
+    let clients: Result<Vec<_>, _> = meta.split(',').map(connect).collect();
+    let clients = match clients {
+        Ok(clients) => clients,
         Err(e) => {
             let what = format!("metaserver address '{meta}': {e}");
             // The starter is waiting for exactly this.
@@ -175,7 +176,7 @@ async fn run(
             return;
         }
     };
-    let mut member = Member { identity, client };
+    let mut member = Member { identity, clients, at: 0 };
     let known = member.identity.server != 0 && member.identity.candidates.iter().all(|c| c.target.0 != 0);
     let (mut first, mut pause) = (Some(first), Pause::default());
     let mut beat_ms = None;
@@ -199,6 +200,7 @@ async fn run(
             }
             Err(Failure::Unreachable(e)) => {
                 pause.complain(&format!("metaserver {meta} cannot be reached: {e}; trying again"));
+                member.try_another();
                 if known && let Some(first) = first.take() {
                     let _ = first.send(First::Later);
                 }
@@ -248,10 +250,22 @@ impl Pause {
 
 struct Member {
     identity: Identity,
-    client: ClusterClient<Channel>,
+    /// One for each address of a metaserver. Only the owner of the metadata listens.
+    clients: Vec<ClusterClient<Channel>>,
+    /// The one in use.
+    at: usize,
 }
 
 impl Member {
+    fn client(&mut self) -> &mut ClusterClient<Channel> {
+        &mut self.clients[self.at]
+    }
+
+    /// The metaserver of this address is gone, or only stands by.
+    fn try_another(&mut self) {
+        self.at = (self.at + 1) % self.clients.len();
+    }
+
     async fn register(&mut self) -> Result<RegisterReply, Failure> {
         let id = &self.identity;
         let targets: Vec<TargetReport> =
@@ -264,7 +278,7 @@ impl Member {
             name: id.name.clone(),
             targets,
         };
-        let reply = self.client.register(request).await?.into_inner();
+        let reply = self.client().register(request).await?.into_inner();
         self.adopt(&reply)?;
         Ok(reply)
     }
@@ -311,7 +325,7 @@ impl Member {
                 deleted: deleted.clone(),
                 checks: node.checks.reports(),
             };
-            let failure = match self.client.heartbeat(request).await.map_err(Failure::from) {
+            let failure = match self.client().heartbeat(request).await.map_err(Failure::from) {
                 Ok(reply) => {
                     let reply: HeartbeatReply = reply.into_inner();
                     if !pause.said.is_empty() {
@@ -346,7 +360,8 @@ impl Member {
             };
             match failure {
                 Failure::Unreachable(e) => {
-                    pause.complain(&format!("metaserver {meta} cannot be reached: {e}"))
+                    pause.complain(&format!("metaserver {meta} cannot be reached: {e}"));
+                    self.try_another();
                 }
                 Failure::Refused(e) => {
                     pause.complain(&format!("metaserver {meta} refuses this data server: {e}"))
@@ -370,7 +385,7 @@ impl Identity {
         let any = if self.listen.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let local = UdpSocket::bind(any)
             .and_then(|socket| {
-                socket.connect(&self.meta)?;
+                socket.connect(self.meta.split(',').next().unwrap_or_default())?;
                 socket.local_addr()
             })
             .map_err(|e| {

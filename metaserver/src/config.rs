@@ -9,7 +9,7 @@ use std::{
 
 use fjordfs_proto::Policy;
 
-use crate::store::FjallOptions;
+use crate::store::{FjallOptions, Place};
 
 /// Port of a metaserver when nothing else is said.
 pub const PORT_DEFAULT: u16 = 7440;
@@ -19,6 +19,8 @@ pub const PORT_DEFAULT: u16 = 7440;
 pub struct Config {
     /// Folder of the metadata; made when it does not exist.
     pub data: PathBuf,
+    /// Where the metadata is when it is not in the folder; then the folder is not used.
+    pub store: Option<Place>,
     /// Address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
     /// Policy of the root directory of a new filesystem. An existing one keeps its own.
@@ -44,6 +46,7 @@ impl Config {
     pub fn new(data: impl Into<PathBuf>) -> Config {
         Config {
             data: data.into(),
+            store: None,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, PORT_DEFAULT)),
             default_policy: Policy::Replica(const { NonZeroU8::new(2).expect("2 is not 0") }),
             pg_count: 64,

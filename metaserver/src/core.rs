@@ -21,16 +21,20 @@ use std::{
 
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
-    pb::meta::{
-        ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
-        RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply, Time,
-        WantedReply, WantedRequest,
+    pb::{
+        self,
+        meta::{
+            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
+            RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply,
+            Time, WantedReply, WantedRequest,
+        },
     },
 };
 
 use crate::{
     Config,
     healing::Healing,
+    keys,
     leases::{Leases, Order, RecallId},
     liveness,
     locks::Locks,
@@ -135,6 +139,13 @@ pub(crate) struct Core {
     grace_until: Instant,
     /// Orphans beyond this inode are still to be looked at.
     reap: Option<u64>,
+}
+
+/// The cluster that a store belongs to; none for a new one.
+pub(crate) fn cluster_of(store: &dyn MetaStore) -> Result<Option<String>, FsError> {
+    let Some(value) = store.get(&[keys::MAP]).map_err(|e| FsError::from(&e))? else { return Ok(None) };
+    let map: pb::common::ClusterMap = records::decode(value, || "cluster map".into())?;
+    Ok(Some(map.cluster_id))
 }
 
 impl Core {

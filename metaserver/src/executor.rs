@@ -5,11 +5,16 @@
 //! the [`Core`], commits the burst as one batch, and only then answers. Under load a batch carries
 //! many operations; idle, a single one waits for nobody. Answers that need the log on stable storage go through the
 //! [`Syncer`], so this thread never waits for the device to be flushed.
+//!
+//! Over an engine across a network a commit only begins, and this thread goes on with the next burst. What a burst tells
+//! anybody (answers, recalls, maps, ends of sessions, signs of life) is kept, in order, until the engine has the burst and
+//! this process is known to own the store at that moment. So nobody hears of what may be lost, or of what another
+//! owner may have changed. When the ownership is lost nothing more is said: clients ask the new owner again.
 
 mod held;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -17,6 +22,7 @@ use std::{
 
 use fjordfs_proto::{
     Epoch, FsError, FsResult, SessionId,
+    pb::common::ClusterMap,
     pb::meta::{
         ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello,
         RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest, Request, Response,
@@ -30,7 +36,7 @@ use crate::{
     leases::{Order, RecallId},
     refusal::Refusal,
     service::outbox::{Outbox, Permit, Ready},
-    store::Ticket,
+    store::{Late, MetaStore, Ticket},
     syncer::Syncer,
 };
 use held::Held;
@@ -86,6 +92,10 @@ pub(crate) enum Job {
     Scrub(Caller<ScrubReply>),
     Rebalance(RebalanceRequest, Caller<RebalanceReply>),
     Status(Caller<StatusReply>),
+    /// Let go of the store and stop; a standby goes on.
+    HandOver(Caller<()>),
+    /// The store got further, or lost its owner.
+    Progress,
     Stop,
 }
 
@@ -128,16 +138,34 @@ struct Call {
     answer: Box<dyn FnOnce(FsResult<()>) + Send>,
 }
 
+/// What a committed burst tells, in this order.
+struct Told {
+    committed: Ticket,
+    map: Option<Arc<ClusterMap>>,
+    answers: Vec<(Pending, Ticket)>,
+    calls: Vec<Call>,
+    recalls: Vec<Order>,
+    ended: Vec<Event>,
+    beats: Vec<(Arc<Outbox>, u64)>,
+}
+
 /// See the module.
 pub(crate) struct Executor {
     core: Core,
+    store: Arc<dyn MetaStore>,
     syncer: Syncer,
     jobs: mpsc::UnboundedReceiver<Job>,
     /// The stream of each attached session.
     streams: HashMap<SessionId, Arc<Outbox>>,
-    folder: PathBuf,
+    /// Where the store's disk is watched, if it is here.
+    folder: Option<PathBuf>,
     answers: Vec<Pending>,
     calls: Vec<Call>,
+    beats: Vec<(Arc<Outbox>, u64)>,
+    /// Bursts that the store has yet to acknowledge.
+    untold: VecDeque<Told>,
+    /// Why this process must not say anything more.
+    lost: Option<FsError>,
     /// Answers of earlier bursts that wait for recalls.
     held: Held<(Pending, Ticket)>,
     /// Requests that wait for delegations.
@@ -150,18 +178,31 @@ pub(crate) struct Executor {
 }
 
 impl Executor {
-    /// `folder` is where the store's disk is watched.
-    pub(crate) fn new(core: Core, syncer: Syncer, folder: PathBuf) -> (Jobs, Executor) {
+    /// `folder` is where the store's disk is watched, if it is here.
+    pub(crate) fn new(
+        core: Core,
+        store: Arc<dyn MetaStore>,
+        syncer: Syncer,
+        folder: Option<PathBuf>,
+    ) -> (Jobs, Executor) {
         let (submit, jobs) = Jobs::channel();
+        if let Some(late) = store.late() {
+            let jobs = submit.clone();
+            late.watch(Box::new(move || jobs.submit(Job::Progress)));
+        }
         let executor = Executor {
             epoch: core.members().map().epoch,
             core,
+            store,
             syncer,
             jobs,
             streams: HashMap::new(),
             folder,
             answers: Vec::new(),
             calls: Vec::new(),
+            beats: Vec::new(),
+            untold: VecDeque::new(),
+            lost: None,
             held: Held::default(),
             postponed: Held::default(),
             ready: Vec::new(),
@@ -174,7 +215,7 @@ impl Executor {
     pub(crate) async fn run(mut self) -> FsResult<()> {
         let mut more = true;
         let mut running = true;
-        while running {
+        while running && self.lost.is_none() {
             let first = self.next(more).await;
             let now = moment();
             running = self.burst(first, now);
@@ -183,19 +224,33 @@ impl Executor {
             }
             if now.mono >= self.next_tick {
                 self.next_tick = now.mono + TICK;
-                self.core.set_low_space(low_space(&self.folder));
+                self.core.set_low_space(self.folder.as_deref().and_then(low_space));
                 self.core.tick(now);
             }
             more = self.core.background(now);
             self.finish();
             more |= !self.ready.is_empty();
         }
+        let stopped = self.stop_store();
         for outbox in self.streams.values() {
             outbox.close(Some(Refusal::Unavailable(
                 "the metaserver is stopping; it can be tried again".into(),
             )));
         }
-        self.syncer.stop()
+        let synced = self.syncer.stop();
+        stopped.and(synced)
+    }
+
+    /// Tells what is still to be told, and lets go of the store.
+    fn stop_store(&mut self) -> FsResult<()> {
+        if let Some(e) = self.lost.take() {
+            return Err(e);
+        }
+        let store = self.store.clone();
+        let Some(late) = store.late() else { return Ok(()) };
+        store.sync().map_err(|e| FsError::from(&e))?;
+        self.tell();
+        late.release().map_err(|e| FsError::from(&e))
     }
 
     /// The next job; none when it is time for other work.
@@ -227,6 +282,10 @@ impl Executor {
         while let Some(job) = next {
             requests += match &job {
                 Job::Stop => return false,
+                Job::HandOver(_) if self.store.late().is_some() => {
+                    self.execute(job, now);
+                    return false;
+                }
                 Job::Requests { requests, .. } => requests.len().max(1),
                 _ => 1,
             };
@@ -247,7 +306,7 @@ impl Executor {
                     self.core.let_go(session, &recalled, given_back.as_ref(), demoted.as_ref());
                     if beat != 0 {
                         self.core.settled(session);
-                        outbox.push_beat(beat);
+                        self.beats.push((outbox, beat));
                     }
                 }
             }
@@ -303,7 +362,16 @@ impl Executor {
                 let status = self.core.status(now);
                 self.reply(false, caller, Ok(status));
             }
-            Job::Stop => {}
+            Job::HandOver(caller) => match self.store.late() {
+                Some(_) => self.reply(false, caller, Ok(())),
+                None => {
+                    let alone = Refusal::Precondition(
+                        "the metadata is in a folder of this host: nobody else can take it over".into(),
+                    );
+                    self.reply(false, caller, Err(alone));
+                }
+            },
+            Job::Progress | Job::Stop => {}
         }
     }
 
@@ -380,23 +448,76 @@ impl Executor {
         self.answer_locks();
         let wrote = self.core.writes() > 0;
         let committed = self.core.commit();
-        if wrote && committed.is_ok() {
+        if wrote && committed.is_ok() && self.store.late().is_none() {
             self.syncer.note();
         }
         let committed = match committed {
             Ok(ticket) => ticket,
+            Err(e) if self.store.late().is_some() => {
+                self.lost = Some(e);
+                return;
+            }
             Err(e) => return self.refuse_burst(&e),
         };
-        self.push_map(committed);
-        self.answer(committed);
-        for call in std::mem::take(&mut self.calls) {
-            if call.sync { self.syncer.after(committed, call.answer) } else { (call.answer)(Ok(())) }
+        let told = Told {
+            committed,
+            map: self.new_map(),
+            answers: self.free_answers(committed),
+            calls: std::mem::take(&mut self.calls),
+            recalls: self.core.take_recalls(),
+            ended: self.core.take_events(),
+            beats: std::mem::take(&mut self.beats),
+        };
+        self.untold.push_back(told);
+        self.tell();
+    }
+
+    /// Says what may be said by now.
+    fn tell(&mut self) {
+        let store = self.store.clone();
+        let upto = match store.late().map(Late::acknowledged) {
+            None => Ticket(u64::MAX),
+            Some(Ok(upto)) => upto,
+            Some(Err(e)) => {
+                self.lost = Some(FsError::from(&e));
+                return;
+            }
+        };
+        if self.untold.front().is_none_or(|told| told.committed > upto)
+            || store.late().is_some_and(|l| !l.is_owner())
+        {
+            return;
         }
-        self.recall();
-        for Event::SessionEnded(session, why) in self.core.take_events() {
+        while let Some(told) = self.untold.pop_front_if(|told| told.committed <= upto) {
+            self.tell_one(told);
+        }
+    }
+
+    fn tell_one(&mut self, told: Told) {
+        let Told { committed, map, answers, calls, recalls, ended, beats } = told;
+        if let Some(map) = map {
+            self.push_map(&map, committed);
+        }
+        for (outbox, beat) in beats {
+            outbox.push_beat(beat);
+        }
+        self.answer(answers);
+        for call in calls {
+            if call.sync { self.after(committed, call.answer) } else { (call.answer)(Ok(())) }
+        }
+        self.recall(recalls);
+        for Event::SessionEnded(session, why) in ended {
             if let Some(outbox) = self.streams.remove(&session) {
                 outbox.close(Some(why));
             }
+        }
+    }
+
+    /// Calls `then` when a committed burst survives power failure. An engine across a network has told so already.
+    fn after(&self, committed: Ticket, then: impl FnOnce(FsResult<()>) + Send + 'static) {
+        match self.store.late() {
+            Some(_) => then(Ok(())),
+            None => self.syncer.after(committed, then),
         }
     }
 
@@ -415,7 +536,8 @@ impl Executor {
         }
     }
 
-    fn answer(&mut self, committed: Ticket) {
+    /// Answers of this burst that wait for no recall, and earlier ones that do not any more.
+    fn free_answers(&mut self, committed: Ticket) -> Vec<(Pending, Ticket)> {
         let mut free = Vec::with_capacity(self.answers.len());
         for mut pending in std::mem::take(&mut self.answers) {
             match std::mem::take(&mut pending.recalls) {
@@ -432,13 +554,17 @@ impl Executor {
         let ended = self.core.take_ended_recalls();
         free.extend(self.held.release(&ended));
         self.ready = self.postponed.release(&ended);
+        free
+    }
+
+    fn answer(&self, free: Vec<(Pending, Ticket)>) {
         // Answers of one stream stand together mostly: each run of them is one push, so one message and one wake-up.
         let mut run: Vec<Ready> = Vec::new();
         let mut owner: Option<Arc<Outbox>> = None;
         for (Pending { outbox, response, permit, sync, .. }, committed) in free {
             let ready = Ready { response, permit };
             if sync {
-                self.syncer.after(committed, move |synced| outbox.push([ready.unless(synced)]));
+                self.after(committed, move |synced| outbox.push([ready.unless(synced)]));
                 continue;
             }
             if let Some(before) = owner.take_if(|owner| !Arc::ptr_eq(owner, &outbox)) {
@@ -453,8 +579,8 @@ impl Executor {
     }
 
     /// Sends recalls, behind the answers that granted what they take back.
-    fn recall(&mut self) {
-        for Order { session, id, ino, delegated } in self.core.take_recalls() {
+    fn recall(&self, recalls: Vec<Order>) {
+        for Order { session, id, ino, delegated } in recalls {
             // Without a stream the holder cannot be told; its silence ends the recall.
             if let Some(outbox) = self.streams.get(&session) {
                 outbox.push_recall(Recall { id: id.0, ino: ino.0, delegated });
@@ -462,16 +588,21 @@ impl Executor {
         }
     }
 
-    /// A new map goes to every stream, once a power failure cannot take it back: clients place blocks by it.
-    fn push_map(&mut self, committed: Ticket) {
+    /// The map, when the burst changed it.
+    fn new_map(&mut self) -> Option<Arc<ClusterMap>> {
         let map = self.core.members().map();
         if map.epoch == self.epoch {
-            return;
+            return None;
         }
         self.epoch = map.epoch;
-        let map = Arc::new(map.to_pb());
+        Some(Arc::new(map.to_pb()))
+    }
+
+    /// A new map goes to every stream, once a power failure cannot take it back: clients place blocks by it.
+    fn push_map(&self, map: &Arc<ClusterMap>, committed: Ticket) {
+        let map = map.clone();
         let streams: Vec<Arc<Outbox>> = self.streams.values().cloned().collect();
-        self.syncer.after(committed, move |synced| {
+        self.after(committed, move |synced| {
             if synced.is_ok() {
                 streams.iter().for_each(|outbox| outbox.push_map(map.clone()));
             }

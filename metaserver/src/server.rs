@@ -3,22 +3,24 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
-    sync::{Arc, mpsc},
+    sync::{Arc, atomic::AtomicBool, mpsc},
     thread::JoinHandle,
     time::{Duration, Instant, SystemTime},
 };
 
 use fjordfs_proto::{FsError, FsResult, pb::meta::Time};
-use tokio::{runtime::Runtime, sync::oneshot};
+use tokio::{
+    runtime::Runtime,
+    sync::{Notify, oneshot},
+};
 
 use crate::{
     Config,
-    core::{Core, Moment},
+    core::{Core, Moment, cluster_of},
     executor::{Executor, Job, Jobs},
     label::{Folder, FolderError},
     service,
-    store::{FjallStore, MetaStore, StoreError},
+    store::{FjallStore, Late, MetaStore, Place, RemoteStore, StoreError},
     syncer::Syncer,
 };
 
@@ -46,13 +48,16 @@ pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The records in it make no sense, or could not be written.
-    #[error("metadata in {}: {source}", folder.display())]
+    #[error("metadata in {store}: {source}")]
     Metadata {
-        /// The data folder.
-        folder: PathBuf,
+        /// The data folder, or the store's address.
+        store: String,
         /// What is wrong.
         source: FsError,
     },
+    /// It was told to stop while another metaserver owned the store.
+    #[error("stopped while standing by")]
+    Stopped,
     /// No threads.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
@@ -70,6 +75,7 @@ pub enum StopError {
 pub struct MetaServer {
     address: SocketAddr,
     cluster_id: String,
+    ended: Arc<Notify>,
     running: Option<Running>,
 }
 
@@ -77,7 +83,7 @@ struct Running {
     jobs: Jobs,
     serving: JoinHandle<FsResult<()>>,
     /// Held until everything else has ended.
-    folder: Folder,
+    folder: Option<Folder>,
 }
 
 impl MetaServer {
@@ -86,24 +92,37 @@ impl MetaServer {
     /// # Errors
     /// See [`StartError`]; nothing is left running.
     pub fn start(config: Config) -> Result<MetaServer, StartError> {
-        let folder = Folder::claim(&config.data)?;
-        // Before the store is opened: its journal may take a while, and a wrong address should show at once.
-        let listener = TcpListener::bind(config.listen).map_err(|e| listen_error(&config, e))?;
-        listener.set_nonblocking(true).map_err(|e| listen_error(&config, e))?;
-        let address = listener.local_addr().map_err(|e| listen_error(&config, e))?;
+        MetaServer::start_unless(config, &Arc::default())
+    }
 
-        let store: Arc<dyn MetaStore> = Arc::new(FjallStore::open(&folder.store, config.engine)?);
+    /// Like [`MetaServer::start`]; waits while another metaserver owns the store, until `stop` is set.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing is left running.
+    pub fn start_unless(config: Config, stop: &Arc<AtomicBool>) -> Result<MetaServer, StartError> {
+        let Opened { folder, store, cluster_id, listener } = match &config.store {
+            None => open_folder(&config)?,
+            Some(place) => open_place(&config, place, stop)?,
+        };
+        let address = listener.local_addr().map_err(|e| listen_error(&config, e))?;
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
         let now = Moment { wall, mono: Instant::now() };
-        let core = Core::open(store.clone(), &folder.cluster_id, &config, now)
-            .map_err(|source| StartError::Metadata { folder: config.data.clone(), source })?;
-        let syncer = Syncer::start(store, config.log_sync).map_err(StartError::Thread)?;
-        let (jobs, executor) = Executor::new(core, syncer, config.data.clone());
-        let serving = start_serving(listener, executor, jobs.clone()).map_err(StartError::Thread)?;
-        tracing::info!(%address, cluster = folder.cluster_id, folder = %config.data.display(), "metaserver started");
-        let cluster_id = folder.cluster_id.clone();
-        Ok(MetaServer { address, cluster_id, running: Some(Running { jobs, serving, folder }) })
+        let core = Core::open(store.clone(), &cluster_id, &config, now)
+            .map_err(|source| metadata_error(&config, source))?;
+        let syncer = Syncer::start(store.clone(), config.log_sync).map_err(StartError::Thread)?;
+        let watched = folder.is_some().then(|| config.data.clone());
+        let (jobs, executor) = Executor::new(core, store, syncer, watched);
+        let ended = Arc::new(Notify::new());
+        let serving =
+            start_serving(listener, executor, jobs.clone(), ended.clone()).map_err(StartError::Thread)?;
+        tracing::info!(%address, cluster = cluster_id, store = %named(&config), "metaserver started");
+        Ok(MetaServer { address, cluster_id, ended, running: Some(Running { jobs, serving, folder }) })
+    }
+
+    /// Resolves when it has ended by itself: another metaserver took the store over, or it was handed over.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
     }
 
     /// Where it listens.
@@ -144,11 +163,55 @@ impl Drop for MetaServer {
     }
 }
 
+struct Opened {
+    folder: Option<Folder>,
+    store: Arc<dyn MetaStore>,
+    cluster_id: String,
+    listener: TcpListener,
+}
+
+fn open_folder(config: &Config) -> Result<Opened, StartError> {
+    let folder = Folder::claim(&config.data)?;
+    // Before the store is opened: its journal may take a while, and a wrong address should show at once.
+    let listener = listen(config)?;
+    let store = Arc::new(FjallStore::open(&folder.store, config.engine)?);
+    Ok(Opened { cluster_id: folder.cluster_id.clone(), folder: Some(folder), store, listener })
+}
+
+/// Waits for the ownership. Listens only then: clients try the next address when nobody listens.
+fn open_place(config: &Config, place: &Place, stop: &Arc<AtomicBool>) -> Result<Opened, StartError> {
+    drop(listen(config)?);
+    let store = RemoteStore::open(place, config.engine.cache_bytes)?;
+    if !store.await_silence(stop.clone())? {
+        return Err(StartError::Stopped);
+    }
+    let known = cluster_of(&store).map_err(|source| metadata_error(config, source))?;
+    let cluster_id = known.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+    let listener = listen(config)?;
+    Ok(Opened { folder: None, store: Arc::new(store), cluster_id, listener })
+}
+
+fn listen(config: &Config) -> Result<TcpListener, StartError> {
+    let listener = TcpListener::bind(config.listen).map_err(|e| listen_error(config, e))?;
+    listener.set_nonblocking(true).map_err(|e| listen_error(config, e))?;
+    Ok(listener)
+}
+
+fn metadata_error(config: &Config, source: FsError) -> StartError {
+    StartError::Metadata { store: named(config), source }
+}
+
+/// The store as the user named it.
+fn named(config: &Config) -> String {
+    config.store.as_ref().map_or_else(|| config.data.display().to_string(), Place::to_string)
+}
+
 /// Serves on a thread of its own. The runtime is made and dropped there, so that a caller may itself be asynchronous.
 fn start_serving(
     listener: TcpListener,
     executor: Executor,
     jobs: Jobs,
+    ended: Arc<Notify>,
 ) -> io::Result<JoinHandle<FsResult<()>>> {
     let (ready, started) = mpsc::channel();
     let thread = std::thread::Builder::new().name("meta-serve".into());
@@ -163,7 +226,10 @@ fn start_serving(
             Ok((runtime, listener)) => {
                 // The starter waits for this.
                 let _ = ready.send(Ok(()));
-                serve(runtime, listener, executor, jobs)
+                let result = serve(runtime, listener, executor, jobs);
+                // For one who waits, now or later.
+                ended.notify_one();
+                result
             }
             Err(e) => {
                 let _ = ready.send(Err(e));

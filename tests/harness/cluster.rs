@@ -39,6 +39,10 @@ pub struct Setup {
     pub out_after: Duration,
     /// Silence after which a session ends.
     pub session_timeout: Duration,
+    /// Where the metadata is; default: in the scratch folder.
+    pub store: Option<String>,
+    /// Metaservers that stand by at first; needs a store that they can reach.
+    pub standbys: usize,
 }
 
 impl Default for Setup {
@@ -54,6 +58,8 @@ impl Default for Setup {
             down_after: Duration::from_secs(3),
             out_after: Duration::from_secs(600),
             session_timeout: Duration::from_secs(10),
+            store: None,
+            standbys: 0,
         }
     }
 }
@@ -71,6 +77,8 @@ pub struct Cluster {
     setup: Setup,
     meta_port: u16,
     meta: Option<Process>,
+    standby_ports: Vec<u16>,
+    standbys: Vec<Option<Process>>,
     data_ports: Vec<u16>,
     data: Vec<Option<Process>>,
     mounts: std::cell::Cell<usize>,
@@ -86,6 +94,8 @@ impl Cluster {
         let mut cluster = Cluster {
             meta_port: free_port(),
             meta: None,
+            standby_ports: (0..setup.standbys).map(|_| free_port()).collect(),
+            standbys: (0..setup.standbys).map(|_| None).collect(),
             data_ports: (0..setup.servers).map(|_| free_port()).collect(),
             data: (0..setup.servers).map(|_| None).collect(),
             mounts: 0.into(),
@@ -93,6 +103,13 @@ impl Cluster {
             setup,
         };
         cluster.start_meta();
+        // The first is the owner, whoever starts how fast.
+        if cluster.setup.standbys > 0 {
+            wait_for("the first owner", SOON, || cluster.owner().ok_or("nobody listens".to_owned()));
+        }
+        for standby in 1..=cluster.setup.standbys {
+            cluster.start_metaserver(standby);
+        }
         for server in 0..cluster.setup.servers {
             cluster.start_data(server);
         }
@@ -105,9 +122,32 @@ impl Cluster {
         self.scratch.dir(name)
     }
 
-    /// `host:port` of the metaserver.
+    /// `host:port` of the metaserver, or of all of them.
     pub fn meta_address(&self) -> String {
-        format!("127.0.0.1:{}", self.meta_port)
+        let ports = [self.meta_port].into_iter().chain(self.standby_ports.iter().copied());
+        ports.map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>().join(",")
+    }
+
+    fn metaserver_port(&self, n: usize) -> u16 {
+        if n == 0 { self.meta_port } else { self.standby_ports[n - 1] }
+    }
+
+    /// Number of the metaserver that serves: 0 for the first, others stand by.
+    pub fn owner(&self) -> Option<usize> {
+        (0..=self.setup.standbys)
+            .find(|n| std::net::TcpStream::connect(("127.0.0.1", self.metaserver_port(*n))).is_ok())
+    }
+
+    /// Starts metaserver `n` (again).
+    pub fn start_metaserver(&mut self, n: usize) {
+        let log = self.scratch.path().join(format!("meta{n}.log"));
+        let process = Process::start(&format!("metaserver {n}"), self.metaserver_command(n), &log);
+        *self.metaserver(n) = Some(process);
+    }
+
+    /// Metaserver `n`, if it has not been killed. Taken out and dropped, it gets kill -9.
+    pub fn metaserver(&mut self, n: usize) -> &mut Option<Process> {
+        if n == 0 { &mut self.meta } else { &mut self.standbys[n - 1] }
     }
 
     /// `host:port` of a data server.
@@ -129,8 +169,16 @@ impl Cluster {
 
     /// The command that starts the metaserver.
     pub fn meta_command(&self) -> Command {
-        let mut command = fjord(["meta", "--data"]);
-        command.arg(self.meta_folder()).args(["--listen", &self.meta_address()]);
+        self.metaserver_command(0)
+    }
+
+    fn metaserver_command(&self, n: usize) -> Command {
+        let mut command = fjord(["meta"]);
+        match &self.setup.store {
+            Some(store) => command.args(["--store", store]),
+            None => command.arg("--data").arg(self.meta_folder()),
+        };
+        command.args(["--listen", &format!("127.0.0.1:{}", self.metaserver_port(n))]);
         command.args(["--policy", &self.setup.policy]);
         command.args(["--down-after", &seconds(self.setup.down_after)]);
         command.args(["--out-after", &seconds(self.setup.out_after)]);

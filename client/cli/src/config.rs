@@ -13,6 +13,7 @@ use crate::units::{ByteSize, Span};
 #[serde(deny_unknown_fields)]
 pub(crate) struct MetaFile {
     pub(crate) data: Option<PathBuf>,
+    pub(crate) store: Option<String>,
     pub(crate) listen: Option<String>,
     #[serde(default, deserialize_with = "policy")]
     pub(crate) policy: Option<Policy>,

@@ -1,15 +1,24 @@
 //! `fjord meta`: the metaserver.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer};
+use fjordfs_metaserver::{Config, MetaServer, store::Place};
 use fjordfs_proto::Policy;
 
 use crate::{
     config::{self, MetaFile},
     daemon::{self, Signals, Stop},
-    locate::DEFAULT_META,
+    locate::{self, DEFAULT_META, MetaArg},
+    rpc,
     units::Span,
 };
 
@@ -17,18 +26,31 @@ use crate::{
 ///
 /// Runs in the foreground, logs to standard error and says "listening on ADDRESS" on standard output once it serves.
 /// SIGTERM or Ctrl-C stops it cleanly.
+///
+/// With --store on etcd or PostgreSQL any number of metaservers can run: one owns the store and serves, the others say
+/// "standing by" and one of them takes over when it falls silent. Clients and data servers are given all addresses,
+/// with commas between.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 #[command(after_help = "\
 Examples:
   fjord meta --data /var/lib/fjord/meta --listen 0.0.0.0:7440
+  fjord meta --store etcd://a:2379,b:2379,c:2379/fjord --listen 0.0.0.0:7440
+  fjord meta --store postgres://fjord@a,b/fjord --listen 0.0.0.0:7440
+  fjord meta handover --meta a:7440,b:7440
   fjord meta --config /etc/fjord/meta.toml")]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     /// Read settings from a TOML file (keys as the flags below, with _ for -); flags win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Folder of the namespace; made when missing
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Where the namespace is kept instead: fjall:DIR, etcd://HOST:PORT,.../PREFIX, postgres://USER@HOST,.../DATABASE
+    #[arg(long, value_name = "URL", conflicts_with = "data")]
+    store: Option<String>,
     /// Address for clients and data servers [default: 127.0.0.1:7440]
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
@@ -55,42 +77,103 @@ pub(crate) struct Args {
     log_sync: Option<Span>,
 }
 
+#[derive(clap::Subcommand)]
+enum Verb {
+    /// Have the metaserver that owns the store let go of it: a standby goes on at once
+    Handover {
+        #[command(flatten)]
+        meta: MetaArg,
+    },
+}
+
+/// After it was the owner, a metaserver leaves the store to others for so long.
+const YIELD: Duration = Duration::from_secs(2);
+
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if let Some(Verb::Handover { meta }) = &args.verb {
+        let address = locate::cluster(meta, None)?;
+        daemon::runtime()?.block_on(rpc::hand_over(&address))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let config = settings(args)?;
-    let data = config.data.clone();
     daemon::control_runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
-        // Starting and stopping block.
-        let server = tokio::task::spawn_blocking(move || MetaServer::start(config))
-            .await?
-            .context("the metaserver did not start")?;
-        tracing::info!(
-            cluster = server.cluster_id(),
-            "metaserver on {}, data in {}",
-            server.address(),
-            data.display()
-        );
-        daemon::announce(&format!("listening on {}", server.address()));
-        if signals.next().await == Stop::Orphaned {
-            tokio::time::sleep(daemon::ORPHAN_GRACE).await;
+        while let Some(server) = own(&config, &mut signals).await? {
+            daemon::announce(&format!("listening on {}", server.address()));
+            let stop = tokio::select! {
+                stop = signals.next() => Some(stop),
+                () = server.ended() => None,
+            };
+            if stop == Some(Stop::Orphaned) {
+                tokio::time::sleep(daemon::ORPHAN_GRACE).await;
+            }
+            if stop.is_some() {
+                tracing::info!("stopping");
+            }
+            let stopped = tokio::task::spawn_blocking(move || server.stop()).await?;
+            match (stop, stopped) {
+                (Some(_), stopped) => {
+                    stopped.context("the metaserver did not stop cleanly")?;
+                    break;
+                }
+                (None, Ok(())) => tracing::info!("handed over"),
+                (None, Err(e)) if config.store.is_none() => return Err(e).context("the metaserver ended"),
+                (None, Err(e)) => tracing::error!("not the owner any more: {:#}", anyhow::Error::from(e)),
+            }
+            tokio::time::sleep(YIELD).await;
         }
-        tracing::info!("stopping");
-        tokio::task::spawn_blocking(move || server.stop())
-            .await?
-            .context("the metaserver did not stop cleanly")?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Starts the server, when nobody else owns the store; `None` when it was told to stop before.
+async fn own(config: &Config, signals: &mut Signals) -> anyhow::Result<Option<MetaServer>> {
+    if let Some(store) = &config.store {
+        daemon::announce(&format!("standing by for {store}"));
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    // Starting and stopping block.
+    let mut starting = tokio::task::spawn_blocking({
+        let (config, stop) = (config.clone(), stop.clone());
+        move || MetaServer::start_unless(config, &stop)
+    });
+    let started = tokio::select! {
+        started = &mut starting => started?,
+        _ = signals.next() => {
+            stop.store(true, Ordering::Relaxed);
+            // It may have become the owner just now.
+            if let Ok(server) = starting.await? {
+                tokio::task::spawn_blocking(move || server.stop()).await??;
+            }
+            return Ok(None);
+        }
+    };
+    started.map(Some).context("the metaserver did not start")
 }
 
 /// Flags over file over defaults.
 fn settings(args: Args) -> anyhow::Result<Config> {
     let file: MetaFile = config::load(args.config.as_deref())?;
-    let data = args
-        .data
-        .or(file.data)
-        .context("where is the namespace to be kept? Give --data DIR, or `data` in the configuration")?;
+    // A flag wins over either key of the file.
+    let (data, store) = if args.data.is_some() || args.store.is_some() {
+        (args.data, args.store)
+    } else {
+        (file.data, file.store)
+    };
+    let (data, store) = match store.map(|store| store.parse()).transpose()? {
+        Some(Place::Fjall(data)) => (data, None),
+        Some(place) => (PathBuf::new(), Some(place)),
+        None => {
+            let data = data.context(
+                "where is the namespace to be kept? Give --data DIR or --store URL, or `data` or `store` in the \
+                 configuration",
+            )?;
+            (data, None)
+        }
+    };
     let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_META.to_owned());
     let mut config = Config::new(data);
+    config.store = store;
     config.listen = daemon::listen_address(&listen)?;
     let set = |to: &mut std::time::Duration, flag: Option<Span>, key: Option<Span>| {
         if let Some(Span(time)) = flag.or(key) {

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    ChangeTargetRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
+    ChangeTargetRequest, HandOverRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
     cluster_client::ClusterClient,
 };
 use tonic::{
-    Code,
+    Code, Response, Status,
     transport::{Channel, Endpoint},
 };
 
@@ -23,10 +23,8 @@ const STATUS_SIZE_MAX: usize = 256 << 20;
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
-    match connect(meta).await?.status(StatusRequest {}).await {
-        Ok(reply) => Ok(reply.into_inner()),
-        Err(e) => Err(unanswered(meta, &e)),
-    }
+    let mut client = connect(meta).await?;
+    client.status(StatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
 }
 
 /// Takes a target out of service, or brings it back; what came of it, as a sentence.
@@ -38,7 +36,7 @@ pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> a
         Ok(reply) => Ok(reply.into_inner().message),
         Err(e) => match e.code() {
             Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
-            _ => Err(unanswered(meta, &e)),
+            _ => Err(unlike(meta, &e)),
         },
     }
 }
@@ -50,7 +48,7 @@ pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> a
 pub(crate) async fn rebalance(meta: &str, stop: bool) -> anyhow::Result<String> {
     match connect(meta).await?.rebalance(RebalanceRequest { stop }).await {
         Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) => Err(unanswered(meta, &e)),
+        Err(e) => Err(unlike(meta, &e)),
     }
 }
 
@@ -61,43 +59,62 @@ pub(crate) async fn rebalance(meta: &str, stop: bool) -> anyhow::Result<String> 
 pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
     match connect(meta).await?.scrub(ScrubRequest {}).await {
         Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) => Err(unanswered(meta, &e)),
+        Err(e) => Err(unlike(meta, &e)),
     }
 }
 
-fn unanswered(meta: &str, e: &tonic::Status) -> anyhow::Error {
+/// Has the metaserver let go of its store.
+///
+/// # Errors
+/// Names the address and what to try.
+pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
+    let mut client = connect(meta).await?;
+    match client.hand_over(HandOverRequest {}).await {
+        Ok(_) => Ok(()),
+        Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
+        Err(e) => Err(unlike(meta, &e)),
+    }
+}
+
+fn unlike(meta: &str, e: &Status) -> anyhow::Error {
     anyhow::anyhow!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
 }
 
+/// The first of the addresses at which somebody listens: standbys do not.
 async fn connect(meta: &str) -> anyhow::Result<ClusterClient<Channel>> {
     check_address(meta)?;
-    let endpoint = Endpoint::from_shared(format!("http://{meta}"))
-        .with_context(|| format!("'{meta}' is not an address: write HOST:PORT"))?
-        .connect_timeout(CONNECT_PATIENCE)
-        .timeout(ANSWER_PATIENCE)
-        .tcp_nodelay(true);
-    let channel = endpoint.connect().await.map_err(|e| {
-        anyhow::anyhow!(
-            "no metaserver answers at {meta} ({}). Is `fjord meta` or `fjord up` running? Another address is given \
-             with --meta HOST:PORT",
-            innermost(&e)
-        )
-    })?;
-    Ok(ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX))
-}
-
-/// `HOST:PORT`, so that a typing error is not reported as a network failure.
-pub(crate) fn check_address(meta: &str) -> anyhow::Result<()> {
-    let port = meta
-        .rsplit_once(':')
-        .filter(|(host, _)| !host.is_empty())
-        .and_then(|(_, port)| port.parse::<u16>().ok());
-    match port {
-        Some(port) if port > 0 => Ok(()),
-        _ => {
-            bail!("'{meta}' is not the address of a metaserver: write HOST:PORT, for example 127.0.0.1:7440")
+    let mut why = String::new();
+    for address in meta.split(',') {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .with_context(|| format!("'{address}' is not an address: write HOST:PORT"))?
+            .connect_timeout(CONNECT_PATIENCE)
+            .timeout(ANSWER_PATIENCE)
+            .tcp_nodelay(true);
+        match endpoint.connect().await {
+            Ok(channel) => return Ok(ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX)),
+            Err(e) => why = innermost(&e),
         }
     }
+    bail!(
+        "no metaserver answers at {meta} ({why}). Is `fjord meta` or `fjord up` running? Another address is given \
+         with --meta HOST:PORT"
+    )
+}
+
+/// `HOST:PORT`, or several with commas between, so that a typing error is not reported as a network failure.
+pub(crate) fn check_address(meta: &str) -> anyhow::Result<()> {
+    for address in meta.split(',') {
+        let port = address
+            .rsplit_once(':')
+            .filter(|(host, _)| !host.is_empty())
+            .and_then(|(_, port)| port.parse::<u16>().ok());
+        if port.is_none_or(|port| port == 0) {
+            bail!(
+                "'{address}' is not the address of a metaserver: write HOST:PORT, for example 127.0.0.1:7440"
+            )
+        }
+    }
+    Ok(())
 }
 
 fn innermost(error: &dyn std::error::Error) -> String {
@@ -114,10 +131,10 @@ mod tests {
 
     #[test]
     fn addresses_are_checked() {
-        for good in ["127.0.0.1:7440", "[::1]:7440", "meta.example:1"] {
+        for good in ["127.0.0.1:7440", "[::1]:7440", "meta.example:1", "a:1,b:2"] {
             assert!(check_address(good).is_ok(), "{good}");
         }
-        for bad in ["", "7440", "host", "host:", ":7440", "host:0", "host:99999", "host:abc"] {
+        for bad in ["", "7440", "host", "host:", ":7440", "host:0", "host:99999", "host:abc", "a:1,"] {
             assert!(check_address(bad).is_err(), "{bad}");
         }
     }

@@ -1,6 +1,13 @@
 //! Attaching to the metaserver: connecting, greeting, and what a refusal means.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, META_MESSAGE_MAX, PROTOCOL_VERSION, SessionId,
@@ -16,7 +23,10 @@ use crate::{Options, locks::Locks};
 
 /// How to reach the server, and who we are.
 pub(super) struct Peer {
+    /// As the user wrote them: one address, or several with commas between.
     pub(super) address: String,
+    /// Position of the address that answered last.
+    at: AtomicUsize,
     description: String,
     delegations: bool,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
@@ -64,22 +74,65 @@ impl From<Status> for AttachError {
     }
 }
 
+/// How long an address may stay silent: to a connection, to a ping, to the greeting. Shorter when there is another one
+/// to try: a standby may have taken over from a server that stands still.
+struct Patience {
+    connect: Duration,
+    ping: Duration,
+    greeting: Duration,
+}
+
+impl Patience {
+    fn with(addresses: usize) -> Patience {
+        let secs = Duration::from_secs;
+        match addresses {
+            1 => Patience { connect: secs(5), ping: secs(10), greeting: secs(10) },
+            _ => Patience { connect: secs(1), ping: secs(1), greeting: secs(5) },
+        }
+    }
+}
+
 impl Peer {
+    /// Tries the address that answered last, then the others, once each: only the owner among the metaservers listens.
     pub(super) async fn attach(
         self: &Arc<Self>,
         session: u64,
         cluster_id: &str,
     ) -> Result<Attached, AttachError> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
+        let addresses: Vec<&str> = self.address.split(',').collect();
+        let mut why = String::new();
+        let first = self.at.load(Ordering::Relaxed);
+        for at in first..first + addresses.len() {
+            let address = addresses[at % addresses.len()];
+            match self.attach_at(address, &Patience::with(addresses.len()), session, cluster_id).await {
+                Err(AttachError::Unreachable(e)) if why.is_empty() => why = e,
+                Err(AttachError::Unreachable(e)) => why = format!("{why}; {address}: {e}"),
+                other => {
+                    self.at.store(at % addresses.len(), Ordering::Relaxed);
+                    return other;
+                }
+            }
+        }
+        Err(AttachError::Unreachable(why))
+    }
+
+    async fn attach_at(
+        self: &Arc<Self>,
+        address: &str,
+        patience: &Patience,
+        session: u64,
+        cluster_id: &str,
+    ) -> Result<Attached, AttachError> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|e| {
-                AttachError::Refused(format!("'{}' is not an address: {e}; write HOST:PORT", self.address))
+                AttachError::Refused(format!("'{address}' is not an address: {e}; write HOST:PORT"))
             })?
             .tcp_nodelay(true)
-            .connect_timeout(Duration::from_secs(5))
+            .connect_timeout(patience.connect)
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(8 << 20)
-            .http2_keep_alive_interval(Duration::from_secs(10))
-            .keep_alive_timeout(Duration::from_secs(10));
+            .http2_keep_alive_interval(patience.ping)
+            .keep_alive_timeout(patience.ping);
         let channel = endpoint.connect().await.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
         let mut client = meta_client::MetaClient::new(channel)
             .max_decoding_message_size(META_MESSAGE_MAX)
@@ -104,9 +157,11 @@ impl Peer {
             let message = incoming.message().await?;
             Ok::<_, Status>((incoming, message.and_then(|m| m.welcome)))
         };
-        let (incoming, welcome) = tokio::time::timeout(Duration::from_secs(10), greeting)
-            .await
-            .map_err(|_| AttachError::Unreachable("no answer to the greeting within 10 s".into()))??;
+        let (incoming, welcome) =
+            tokio::time::timeout(patience.greeting, greeting).await.map_err(|_| {
+                let seconds = patience.greeting.as_secs();
+                AttachError::Unreachable(format!("no answer to the greeting within {seconds} s"))
+            })??;
         let welcome = welcome.ok_or_else(|| AttachError::Unreachable("closed without a welcome".into()))?;
         let map = welcome
             .map
@@ -138,6 +193,7 @@ pub(super) async fn attach_first(
 ) -> FsResult<Attached> {
     let peer = Arc::new(Peer {
         address: address.to_owned(),
+        at: AtomicUsize::new(0),
         description: options.description.clone(),
         delegations: options.defer,
         handles,

@@ -1,9 +1,9 @@
 //! Unary calls of data servers and administrators.
 
 use fjordfs_proto::pb::meta::{
-    ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
-    RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest,
-    WantedReply, WantedRequest, cluster_server::Cluster,
+    ChangeTargetReply, ChangeTargetRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest,
+    RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply,
+    StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -69,5 +69,10 @@ impl Cluster for ClusterService {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         self.call(Job::Status).await
+    }
+
+    async fn hand_over(&self, _: Request<HandOverRequest>) -> Result<Response<HandOverReply>, Status> {
+        self.call(Job::HandOver).await?;
+        Ok(Response::new(HandOverReply {}))
     }
 }

@@ -2,11 +2,15 @@
 //!
 //! All keys stand below one prefix, so that a cluster can be shared. Reads are linearizable.
 
-use std::{ops::Range, time::Duration};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use tonic::{
-    Code, Request, Status,
+    Code, Response, Status,
     transport::{Channel, Endpoint},
 };
 
@@ -16,6 +20,7 @@ use super::{
 };
 use crate::store::{Order, Pair, StoreError, StoreResult, url::Place};
 
+#[allow(unreachable_pub, missing_docs, reason = "generated")]
 mod pb {
     tonic::include_proto!("etcdserverpb");
 }
@@ -27,11 +32,15 @@ use pb::{
 
 /// etcd takes 1.5 MiB.
 const TRANSACTION_BYTES: usize = 1 << 20;
+/// Below the time-out of the worker, so that it is this member that is left.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
 /// What a page of pairs may take.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
 
 pub(super) struct Etcd {
-    kv: KvClient<Channel>,
+    members: Vec<KvClient<Channel>>,
+    /// The member that answered last.
+    at: AtomicUsize,
     prefix: Vec<u8>,
     /// Of one transaction, the owner's record included.
     writes_max: usize,
@@ -52,23 +61,41 @@ impl Etcd {
                 text: place.to_string(),
                 why: format!("'{host}' is not an address: {e}"),
             })?;
-            members.push(
-                member
-                    .tcp_nodelay(true)
-                    .connect_timeout(Duration::from_secs(1))
-                    .http2_keep_alive_interval(Duration::from_secs(1))
-                    .keep_alive_timeout(Duration::from_secs(1))
-                    .keep_alive_while_idle(true),
-            );
+            let channel = member
+                .tcp_nodelay(true)
+                .connect_timeout(Duration::from_secs(1))
+                .http2_keep_alive_interval(Duration::from_secs(1))
+                .keep_alive_timeout(Duration::from_secs(1))
+                .keep_alive_while_idle(true)
+                .timeout(ANSWER_TIMEOUT)
+                .connect_lazy();
+            members.push(KvClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX));
         }
-        let kv = KvClient::new(Channel::balance_list(members.into_iter()))
-            .max_decoding_message_size(ANSWER_BYTES_MAX);
         let prefix = format!("{}/", prefix.trim_matches('/')).into_bytes();
-        Ok(Etcd { kv, prefix, writes_max, place: place.to_string() })
+        Ok(Etcd { members, at: AtomicUsize::new(0), prefix, writes_max, place: place.to_string() })
     }
 
     fn key(&self, key: &[u8]) -> Vec<u8> {
         [&self.prefix, key].concat()
+    }
+
+    /// Calls the member that answered last; when it does not, the next call goes to another.
+    async fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(KvClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Fault> {
+        let at = self.at.load(Ordering::Relaxed);
+        match call(self.members[at % self.members.len()].clone()).await {
+            Ok(answer) => Ok(answer.into_inner()),
+            Err(status) => {
+                let fault = self.fault(&status);
+                if matches!(fault, Fault::Unavailable(_)) {
+                    // Unless another call has noticed, too.
+                    let _ = self.at.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
+                }
+                Err(fault)
+            }
+        }
     }
 
     fn fault(&self, status: &Status) -> Fault {
@@ -124,8 +151,7 @@ impl Link for Etcd {
                 },
             }));
             let request = TxnRequest { compare: vec![condition], success };
-            let done = self.kv.clone().txn(Request::new(request)).await.map_err(|s| self.fault(&s))?;
-            Ok(done.into_inner().succeeded)
+            Ok(self.call(async |mut kv| kv.txn(request).await).await?.succeeded)
         })
     }
 
@@ -146,8 +172,7 @@ impl Link for Etcd {
                 limit: i64::try_from(limit).unwrap_or(i64::MAX),
                 sort_order: sort.into(),
             };
-            let found = self.kv.clone().range(Request::new(request)).await.map_err(|s| self.fault(&s))?;
-            let pairs = found.into_inner().kvs.into_iter();
+            let pairs = self.call(async |mut kv| kv.range(request).await).await?.kvs.into_iter();
             Ok(pairs
                 .map(|kv| (kv.key.get(self.prefix.len()..).unwrap_or_default().to_vec(), kv.value))
                 .collect())
