@@ -1,4 +1,5 @@
 //! Metaservers on engines across a network: any of them can die at any moment, and mounts only pause.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{
     collections::BTreeSet,
@@ -55,9 +56,7 @@ fn work(folder: &Path, stop: &AtomicBool) -> BTreeSet<(String, String)> {
 
 fn found(folder: &Path) -> BTreeSet<(String, String)> {
     let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
-    entries
-        .map(|e| (e.file_name().into_string().unwrap(), fs::read_to_string(e.path()).unwrap()))
-        .collect()
+    entries.map(|e| (e.file_name().into_string().unwrap(), fs::read_to_string(e.path()).unwrap())).collect()
 }
 
 /// Waits until another than `before` serves, and returns its number.
@@ -133,13 +132,14 @@ fn an_owner_that_stands_still_is_fenced_and_stands_by() {
     let mut cluster = cluster("takeover-stopped", etcd.url("fjord"));
     let pause = |cluster: &mut Cluster, owner: usize| {
         // The kernel goes on accepting connections for a stopped process: ask its log instead.
-        cluster.metaserver(owner).as_ref().unwrap().signal(Signal::STOP);
+        cluster.metaserver(owner).as_mut().unwrap().signal(Signal::STOP);
         wait_for("another owner", TAKE_OVER_MAX, || {
             let others = (0..3).filter(|n| *n != owner);
-            let mut serving = others.filter(|n| cluster.metaserver(*n).as_ref().unwrap().log().contains("listening on"));
+            let mut serving =
+                others.filter(|n| cluster.metaserver(*n).as_ref().unwrap().log().contains("listening on"));
             serving.next().ok_or("nobody took over".to_owned())
         });
-        let old = cluster.metaserver(owner).as_ref().unwrap();
+        let old = cluster.metaserver(owner).as_mut().unwrap();
         old.signal(Signal::CONT);
         wait_for("the old owner to notice", TAKE_OVER_MAX, || {
             let said = old.log().contains("another metaserver took over the store");

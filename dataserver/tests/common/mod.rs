@@ -132,6 +132,13 @@ impl Cluster for Fake {
     async fn status(&self, _: Request<meta::StatusRequest>) -> Result<Response<meta::StatusReply>, Status> {
         Err(Status::unimplemented("not in this fake"))
     }
+
+    async fn hand_over(
+        &self,
+        _: Request<meta::HandOverRequest>,
+    ) -> Result<Response<meta::HandOverReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
 }
 
 /// A running fake metaserver.
