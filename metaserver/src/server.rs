@@ -58,6 +58,9 @@ pub enum StartError {
     /// It was told to stop while another metaserver owned the store.
     #[error("stopped while standing by")]
     Stopped,
+    /// Of several metaservers that stood by, another was faster.
+    #[error("another metaserver took the store over first")]
+    Overtaken,
     /// No threads.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
@@ -108,8 +111,12 @@ impl MetaServer {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
         let now = Moment { wall, mono: Instant::now() };
-        let core = Core::open(store.clone(), &cluster_id, &config, now)
-            .map_err(|source| metadata_error(&config, source))?;
+        let core = Core::open(store.clone(), &cluster_id, &config, now).map_err(|source| {
+            match store.late().map(Late::acknowledged) {
+                Some(Err(StoreError::Fenced { .. })) => StartError::Overtaken,
+                _ => metadata_error(&config, source),
+            }
+        })?;
         let syncer = Syncer::start(store.clone(), config.log_sync).map_err(StartError::Thread)?;
         let watched = folder.is_some().then(|| config.data.clone());
         let (jobs, executor) = Executor::new(core, store, syncer, watched);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer, store::Place};
+use fjordfs_metaserver::{Config, MetaServer, StartError, store::Place};
 use fjordfs_proto::Policy;
 
 use crate::{
@@ -132,23 +132,28 @@ async fn own(config: &Config, signals: &mut Signals) -> anyhow::Result<Option<Me
         daemon::announce(&format!("standing by for {store}"));
     }
     let stop = Arc::new(AtomicBool::new(false));
-    // Starting and stopping block.
-    let mut starting = tokio::task::spawn_blocking({
-        let (config, stop) = (config.clone(), stop.clone());
-        move || MetaServer::start_unless(config, &stop)
-    });
-    let started = tokio::select! {
-        started = &mut starting => started?,
-        _ = signals.next() => {
-            stop.store(true, Ordering::Relaxed);
-            // It may have become the owner just now.
-            if let Ok(server) = starting.await? {
-                tokio::task::spawn_blocking(move || server.stop()).await??;
+    loop {
+        // Starting and stopping block.
+        let mut starting = tokio::task::spawn_blocking({
+            let (config, stop) = (config.clone(), stop.clone());
+            move || MetaServer::start_unless(config, &stop)
+        });
+        let started = tokio::select! {
+            started = &mut starting => started?,
+            _ = signals.next() => {
+                stop.store(true, Ordering::Relaxed);
+                // It may have become the owner just now.
+                if let Ok(server) = starting.await? {
+                    tokio::task::spawn_blocking(move || server.stop()).await??;
+                }
+                return Ok(None);
             }
-            return Ok(None);
+        };
+        match started {
+            Err(StartError::Overtaken) => tracing::info!("another metaserver took over, standing by"),
+            other => return other.map(Some).context("the metaserver did not start"),
         }
-    };
-    started.map(Some).context("the metaserver did not start")
+    }
 }
 
 /// Flags over file over defaults.

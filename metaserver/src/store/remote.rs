@@ -131,6 +131,9 @@ struct Shared {
     state: Mutex<State>,
     progress: Condvar,
     notify: Mutex<Option<Notify>>,
+    /// The record of the owner that was found silent: only from that one may the store be taken. Of several standbys
+    /// one succeeds, and the others do not take it from the new owner.
+    silent: Mutex<Option<Option<Owner>>>,
     closing: AtomicBool,
 }
 
@@ -232,6 +235,7 @@ impl RemoteStore {
             state: Mutex::default(),
             progress: Condvar::new(),
             notify: Mutex::default(),
+            silent: Mutex::default(),
             closing: AtomicBool::new(false),
         });
         let (requests, receiver) = tokio::sync::mpsc::unbounded_channel();

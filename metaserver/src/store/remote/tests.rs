@@ -116,7 +116,18 @@ fn a_standby_waits_for_silence_or_release(url: &str) {
     drop(owner);
     assert!(standby.await_silence(go_on()).unwrap());
     assert!(begun.elapsed() + super::HEARTBEAT >= TAKE_OVER_SILENCE, "the owner was not given its time");
-    assert!(standby.take_over().unwrap() > fence);
+    let second = open(url);
+    assert!(second.await_silence(go_on()).unwrap());
+    let before = fence;
+    let fence = standby.take_over().unwrap();
+    assert!(fence > before);
+    let late = second.take_over().unwrap_err();
+    assert!(
+        matches!(late, StoreError::Fenced { current, .. } if current == fence),
+        "one of two standbys: {late}"
+    );
+    standby.commit(put(&[("k", "v")]), fence).unwrap();
+    standby.sync().unwrap();
 }
 
 #[test]

@@ -98,12 +98,20 @@ impl Worker {
             Request::TakeOver { reply } => {
                 let flushed = self.flush().await;
                 self.end_on(flushed);
-                let _ = reply.send(self.take_over().await);
+                let taken = self.take_over().await;
+                if let Err(StoreError::Fenced { ours, current }) = taken {
+                    self.end_on(Err(StoreError::Fenced { ours, current }));
+                }
+                let _ = reply.send(taken);
             }
             Request::AwaitSilence { stop, reply } => {
-                let link = self.link.clone();
+                let (link, shared) = (self.link.clone(), self.shared.clone());
                 tokio::spawn(async move {
-                    let _ = reply.send(await_silence(&*link, &stop).await);
+                    let silent = await_silence(&*link, &stop).await.map(|found| {
+                        *shared.silent.lock() = found;
+                        found.is_some()
+                    });
+                    let _ = reply.send(silent);
                 });
             }
             Request::Release { reply } => {
@@ -286,8 +294,15 @@ impl Worker {
 
     async fn take_over(&mut self) -> StoreResult<Fence> {
         let link = self.link.clone();
+        let silent = self.shared.silent.lock().take();
         loop {
             let found = patiently(&*link, || link.read_owner()).await?;
+            if silent.is_some_and(|silent| silent != found) {
+                return Err(StoreError::Fenced {
+                    ours: Fence(0),
+                    current: found.map_or(Fence(0), |o| o.fence()),
+                });
+            }
             let before = found.unwrap_or_default();
             let next =
                 Owner { fence: before.fence + 1, holder: self.holder, released: false, ..before.next() };
@@ -337,15 +352,15 @@ impl Worker {
 }
 
 /// Waits until the record has not changed for [`TAKE_OVER_SILENCE`], or was released. By this host's clock only: nobody
-/// need agree on the time.
-async fn await_silence(link: &dyn Link, stop: &AtomicBool) -> StoreResult<bool> {
+/// need agree on the time. The record found; none when it was stopped.
+async fn await_silence(link: &dyn Link, stop: &AtomicBool) -> StoreResult<Option<Option<Owner>>> {
     let mut seen = None;
     let mut since = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         match timed(link.read_owner()).await {
-            Ok(None | Some(Owner { released: true, .. })) => return Ok(true),
+            Ok(found @ (None | Some(Owner { released: true, .. }))) => return Ok(Some(found)),
             Ok(found) if found != seen => (seen, since) = (found, Instant::now()),
-            Ok(_) if since.elapsed() >= TAKE_OVER_SILENCE => return Ok(true),
+            Ok(found) if since.elapsed() >= TAKE_OVER_SILENCE => return Ok(Some(found)),
             Ok(_) => {}
             Err(Fault::Fatal(e)) => return Err(e),
             // The owner's silence is not to be told from the store's.
@@ -356,7 +371,7 @@ async fn await_silence(link: &dyn Link, stop: &AtomicBool) -> StoreResult<bool> 
         }
         tokio::time::sleep(LOOK).await;
     }
-    Ok(false)
+    Ok(None)
 }
 
 async fn timed<T>(call: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
