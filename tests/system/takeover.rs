@@ -88,7 +88,7 @@ fn owners_come_and_go(
             let begun = Instant::now();
             how(cluster, owner);
             let next = wait_owner(cluster, owner);
-            println!("round {round}: {next} took over from {owner} after {:?}", begun.elapsed());
+            eprintln!("round {round}: {next} took over from {owner} after {:?}", begun.elapsed());
             back(cluster, owner);
         }
         std::thread::sleep(Duration::from_secs(1));

@@ -1,5 +1,6 @@
 //! The contract on real servers, and what is peculiar to engines across a network.
 
+#[allow(unreachable_pub, reason = "shared with the tests of the whole system")]
 #[path = "../../../../tests/harness/engines.rs"]
 mod engines;
 mod faulty;

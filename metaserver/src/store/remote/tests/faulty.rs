@@ -16,12 +16,15 @@ use crate::store::{
 
 type Pairs = Arc<Mutex<BTreeMap<Vec<u8>, Bytes>>>;
 
+/// The owner record that it expects, the one that it writes, and its writes.
+type Transaction = (Vec<u8>, Vec<u8>, Vec<Write>);
+
 /// One process's way to the engine.
 struct Faulty {
     pairs: Pairs,
     chance: Mutex<Chance>,
     /// A transaction that will arrive after a later one.
-    late: Mutex<Option<(Vec<u8>, Vec<u8>, Vec<Write>)>>,
+    late: Mutex<Option<Transaction>>,
     /// Calls until the process is cut off for good.
     left: Mutex<u32>,
 }
