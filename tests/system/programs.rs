@@ -195,3 +195,25 @@ fn dbench_finds_nothing_wrong() {
     assert!(run.ok().stdout.contains("healthy"));
     mount.unmount();
 }
+
+#[test]
+fn a_program_that_runs_cannot_be_emptied() {
+    let mut cluster = Cluster::start("busy", Setup::default());
+    let mount = cluster.mount();
+    for round in 0..20 {
+        let program = mount.path().join(format!("sleep-{round}"));
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut running = std::process::Command::new(&program).arg("60").spawn().unwrap();
+        let refused = rustix::fs::open(
+            &program,
+            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::TRUNC,
+            rustix::fs::Mode::empty(),
+        );
+        assert_eq!(refused.err(), Some(rustix::io::Errno::TXTBSY));
+        assert_eq!(running.try_wait().unwrap(), None, "it goes on");
+        running.kill().unwrap();
+        running.wait().unwrap();
+        let written = std::fs::metadata(&program).unwrap().len();
+        assert_eq!(written, std::fs::metadata("/bin/sleep").unwrap().len());
+    }
+}

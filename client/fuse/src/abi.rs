@@ -170,8 +170,6 @@ pub(crate) mod fopen {
     pub(crate) const NOFLUSH: u32 = 1 << 5;
 }
 
-/// `OpenIn::open_flags` and `CreateIn::open_flags`: truncated by a process without CAP_FSETID.
-pub(crate) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 /// `SetxattrIn::setxattr_flags`: an access control list set by a process outside the group and without CAP_FSETID.
 pub(crate) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 /// `WriteIn::write_flags`: written by a process without CAP_FSETID.

@@ -129,10 +129,10 @@ impl<F: Filesystem> Dispatcher<F> {
     ) -> FsResult<Answer> {
         let reply = match operation {
             // Those that give out handles.
-            Operation::Open { flags, open_flags } => return self.open(node, flags, open_flags).await,
-            Operation::Create { name, flags, mode, umask, open_flags } => {
+            Operation::Open { flags } => return self.open(node, flags).await,
+            Operation::Create { name, flags, mode, umask } => {
                 let new = file::new_file(caller, mode, umask, flags);
-                return self.create(node, &name, new, flags, open_flags).await;
+                return self.create(node, &name, new, flags).await;
             }
             Operation::Tmpfile { flags, mode, umask } => {
                 let new = file::new_file(caller, mode, umask, flags);

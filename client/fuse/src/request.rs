@@ -95,14 +95,12 @@ pub(crate) enum Operation {
     },
     Open {
         flags: u32,
-        open_flags: u32,
     },
     Create {
         name: Bytes,
         flags: u32,
         mode: u32,
         umask: u32,
-        open_flags: u32,
     },
     /// `O_TMPFILE` in the directory.
     Tmpfile {
@@ -329,12 +327,12 @@ impl Arguments<'_> {
             opcode::REMOVEXATTR => Operation::Removexattr { name: self.string()? },
             opcode::OPEN => {
                 let input: abi::OpenIn = self.fixed()?;
-                Operation::Open { flags: input.flags, open_flags: input.open_flags }
+                Operation::Open { flags: input.flags }
             }
             opcode::CREATE => {
                 let input: abi::CreateIn = self.fixed()?;
-                let abi::CreateIn { flags, mode, umask, open_flags } = input;
-                Operation::Create { name: self.name()?, flags, mode, umask, open_flags }
+                let abi::CreateIn { flags, mode, umask, .. } = input;
+                Operation::Create { name: self.name()?, flags, mode, umask }
             }
             // The name that follows is a place-holder.
             opcode::TMPFILE => {

@@ -15,8 +15,8 @@ use fjordfs_proto::pb::meta::Attr;
 use fjordfs_proto::{FsResult, InodeId};
 
 use super::{Answer, Dispatcher, Opened, unknown_handle};
-use crate::abi::{OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
-use crate::filesystem::{AttrChange, Filesystem, NewFile};
+use crate::abi::{OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
+use crate::filesystem::{Filesystem, NewFile};
 use crate::reply::{self, Reply, Validity};
 use crate::request::Caller;
 
@@ -38,10 +38,6 @@ fn has(flags: u32, flag: libc::c_int) -> bool {
     flags & flag.cast_unsigned() == flag.cast_unsigned()
 }
 
-pub(super) fn truncates(flags: u32) -> bool {
-    has(flags, libc::O_TRUNC)
-}
-
 fn is_read_only(flags: u32) -> bool {
     flags & libc::O_ACCMODE.cast_unsigned() == libc::O_RDONLY.cast_unsigned()
 }
@@ -60,17 +56,8 @@ pub(super) fn new_file(caller: Caller, mode: u32, umask: u32, flags: u32) -> New
 }
 
 impl<F: Filesystem> Dispatcher<F> {
-    pub(super) async fn open(&self, ino: InodeId, flags: u32, open_flags: u32) -> FsResult<Answer> {
-        let (mut attr, file) = self.fs.open(ino).await?;
-        if truncates(flags) {
-            attr = match self.truncate(ino, attr.mode, open_flags).await {
-                Ok(attr) => attr,
-                Err(e) => {
-                    self.release(&OpenFile::new(file, ino)).await;
-                    return Err(e);
-                }
-            };
-        }
+    pub(super) async fn open(&self, ino: InodeId, flags: u32) -> FsResult<Answer> {
+        let (attr, file) = self.fs.open(ino).await?;
         let (fh, out) = self.opened(file, ino, attr.data_version, flags);
         Ok(Answer { opened: Some(Opened::File(fh)), ..Reply::of(&out).into() })
     }
@@ -81,20 +68,8 @@ impl<F: Filesystem> Dispatcher<F> {
         name: &[u8],
         new: NewFile,
         flags: u32,
-        open_flags: u32,
     ) -> FsResult<Answer> {
-        let (mut attr, file) = self.fs.create(parent, name, new).await?;
-        let ino = InodeId(attr.ino);
-        // Somebody else made the file first, and wrote to it.
-        if truncates(flags) && attr.size > 0 {
-            attr = match self.truncate(ino, attr.mode, open_flags).await {
-                Ok(attr) => attr,
-                Err(e) => {
-                    self.release(&OpenFile::new(file, ino)).await;
-                    return Err(e);
-                }
-            };
-        }
+        let (attr, file) = self.fs.create(parent, name, new).await?;
         let attr_left = self.creation_left(&attr);
         let validity = self.validity_of_entry(parent, name, &attr, attr_left);
         Ok(self.created(&attr, validity, file, flags))
@@ -122,18 +97,6 @@ impl<F: Filesystem> Dispatcher<F> {
         let (fh, out) = self.opened(file, InodeId(attr.ino), attr.data_version, flags);
         let reply = Reply::created(&reply::entry_out(attr, validity), &out);
         Answer { opened: Some(Opened::File(fh)), brings: Some(InodeId(attr.ino)), ..reply.into() }
-    }
-
-    /// `O_TRUNC`, which is ours because of `ATOMIC_O_TRUNC`. `mode` is the file's before.
-    async fn truncate(&self, ino: InodeId, mode: u32, open_flags: u32) -> FsResult<Attr> {
-        let clear_suid = open_flags & OPEN_KILL_SUIDGID != 0;
-        let change = AttrChange { size: Some(0), clear_suid, ..AttrChange::default() };
-        let attr = self.fs.setattr(ino, change).await?;
-        if attr.mode != mode {
-            // The kernel leaves suid and sgid to us, and keeps the mode it has cached.
-            self.pages_are_stale(ino);
-        }
-        Ok(attr)
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `ASYNC_READ`, `ASYNC_DIO`, `PARALLEL_DIROPS` | many requests at once; the filesystem orders nothing by arrival |
 //! | `BIG_WRITES`, `MAX_PAGES` | requests of up to 1 MiB |
-//! | `ATOMIC_O_TRUNC` | `open(O_TRUNC)` is one request, and the truncation cannot be lost between two |
+//! | no `ATOMIC_O_TRUNC` | the kernel truncates after it has looked whether it may: with it, `open(O_TRUNC)` empties a program that is being executed before it fails with ETXTBSY |
 //! | `POSIX_ACL`, `DONT_MASK` | the kernel enforces access control lists, and sends the umask along instead of applying it: a directory's default list takes its place |
 //! | `SETXATTR_EXT` | the longer form of SETXATTR, which the parser expects |
 //! | `HANDLE_KILLPRIV_V2` | suid and sgid are dropped here, on the word of the kernel which caller may not keep them. Without it the kernel asks for `security.capability` before every single write |
@@ -131,7 +131,6 @@ fn wait_readable(device: &OwnedFd, deadline: Instant) -> Result<(), SessionError
 /// The answer to INIT.
 fn negotiate(init: &InitIn, size_max: usize, uring: bool) -> InitOut {
     let mut wanted = init_flag::ASYNC_READ
-        | init_flag::ATOMIC_O_TRUNC
         | init_flag::BIG_WRITES
         | init_flag::ASYNC_DIO
         | init_flag::PARALLEL_DIROPS
