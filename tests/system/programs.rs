@@ -198,7 +198,7 @@ fn dbench_finds_nothing_wrong() {
 
 #[test]
 fn a_program_that_runs_cannot_be_emptied() {
-    let mut cluster = Cluster::start("busy", Setup::default());
+    let cluster = Cluster::start("busy", Setup::default());
     let mount = cluster.mount();
     for round in 0..20 {
         let program = mount.path().join(format!("sleep-{round}"));
