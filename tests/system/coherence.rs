@@ -196,6 +196,24 @@ fn a_dead_client_holds_others_up_for_a_while_only() {
 
 /// A client that stands still, and does not know it, shows nothing old when it goes on.
 #[test]
+fn what_goes_while_its_client_stands_still_is_never_read_as_something_else() {
+    let cluster = Cluster::start("coherence-gone", Setup::default());
+    let (a, mut b) = (cluster.mount(), cluster.mount());
+    let bytes: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
+    fs::write(a.join("f"), &bytes).unwrap();
+    fs::metadata(b.join("f")).unwrap();
+    // Under the lease that came with the name.
+    let file = File::open(b.join("f")).unwrap();
+    b.process().signal(Signal::STOP);
+    // Takes as long as that lease.
+    fs::remove_file(a.join("f")).unwrap();
+    fs::write(a.join("other"), vec![7; bytes.len()]).unwrap();
+    b.process().signal(Signal::CONT);
+    let mut read = vec![0; bytes.len()];
+    assert!(file.read_exact_at(&mut read, 0).is_err() || read == bytes);
+}
+
+#[test]
 fn a_client_that_stood_still_forgets_what_it_cached() {
     let cluster = Cluster::start("coherence-frozen", Setup::default());
     let (a, mut b) = (cluster.mount(), cluster.mount());
