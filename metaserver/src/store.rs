@@ -36,6 +36,13 @@ pub use memory::MemoryStore;
 pub use remote::RemoteStore;
 pub use url::Place;
 
+/// The smallest key above `key`.
+pub(crate) fn successor(key: &[u8]) -> Vec<u8> {
+    let mut next = key.to_vec();
+    next.push(0);
+    next
+}
+
 /// Proof of ownership: a batch applies only while this is the newest one given out.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Fence(pub u64);

@@ -20,7 +20,7 @@ use crate::{
     hot_extents::HotExtents,
     keys::{self, Key},
     records::{self, Counters, Dirent, Inode},
-    store::{Batch, MetaStore, Order, Pair, StoreError},
+    store::{Batch, MetaStore, Order, Pair, StoreError, successor},
 };
 
 /// Rows fetched beyond what was asked for, in case the overlay hides some.
@@ -328,13 +328,6 @@ impl Txn {
 
 fn bounds<'a>(start: &'a [u8], end: &'a [u8]) -> (Bound<&'a [u8]>, Bound<&'a [u8]>) {
     (Bound::Included(start), Bound::Excluded(end))
-}
-
-/// The smallest key above `key`.
-fn successor(key: &[u8]) -> Key {
-    let mut next = key.to_vec();
-    next.push(0);
-    next
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::store::{Order, Pair, StoreResult};
+use crate::store::{Order, Pair, StoreResult, successor};
 
 type Key = Vec<u8>;
 
@@ -294,13 +294,6 @@ impl Cache {
             }
         }
     }
-}
-
-/// The smallest key above `key`.
-fn successor(key: &[u8]) -> Key {
-    let mut next = key.to_vec();
-    next.push(0);
-    next
 }
 
 #[cfg(test)]
