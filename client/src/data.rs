@@ -5,11 +5,11 @@
 //! not match is a miss: the next copy is asked, or the range decoded from other shards, each of them verified. Bytes
 //! that did not verify are never handed out.
 
-mod buffers;
 mod connection;
 mod gather;
 mod health;
 mod local;
+mod memory;
 mod parity;
 mod pool;
 mod read;
@@ -52,9 +52,10 @@ impl DataClient {
         options: &Options,
     ) -> DataClient {
         let cluster_id = map.borrow().cluster_id.clone();
+        let memory = memory::Pool::new(options.arena_max(), options.memory_max);
         DataClient {
-            local: LocalReads::new(engine.clone(), options),
-            pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
+            local: LocalReads::new(engine.clone(), memory.clone(), options),
+            pool: Pool::new(engine, memory, cluster_id, options.description.clone(), options.local_sockets),
             map,
             parity: ParityBuffers::new(options.parity_max()),
             health: Health::new(options.hedge_delay),

@@ -65,7 +65,7 @@ impl Options {
     pub(crate) fn cache_max(&self) -> u64 {
         self.memory_max.max(Self::MEMORY_MIN) * 7 / 8
             - self.tables_max()
-            - self.arena_max()
+            - 2 * self.arena_max()
             - 2 * self.parity_max()
     }
 
@@ -81,7 +81,7 @@ impl Options {
         self.memory_max.max(Self::MEMORY_MIN) / 64
     }
 
-    /// Share of the memory that reads of shards on this host are done in: what a few streams have under way.
+    /// Share of the memory that reads of shards on this host are done in: what a few streams have under way. As much is kept idle.
     pub(crate) fn arena_max(&self) -> u64 {
         (self.memory_max.max(Self::MEMORY_MIN) / 64).min(32 << 20)
     }

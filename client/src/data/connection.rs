@@ -48,7 +48,7 @@ use self::{
     waiters::Waiters,
 };
 use super::{
-    buffers::Buffers,
+    memory::Pool,
     socket::{Room, Socket, Way},
 };
 use crate::engine::Engine;
@@ -115,15 +115,11 @@ impl Source for Arriving<'_> {
 impl Connection {
     /// Connects and greets, over the Unix socket of a server on this host, else over TCP. The socket belongs to the calling
     /// thread's lane.
-    pub(super) async fn open(
-        engine: &Engine,
-        peer: &Peer,
-        buffers: &Arc<Buffers>,
-    ) -> FsResult<Arc<Connection>> {
+    pub(super) async fn open(engine: &Engine, peer: &Peer, memory: &Pool) -> FsResult<Arc<Connection>> {
         let why = if peer.local {
             let (cluster_id, server) = (peer.cluster_id.clone(), peer.server);
             let connecting = async move { Socket::local(&cluster_id, server) };
-            match Connection::make(engine, peer, buffers, Way::Local, connecting).await {
+            match Connection::make(engine, peer, memory, Way::Local, connecting).await {
                 Ok(connection) => return Ok(connection),
                 Err(why) => why,
             }
@@ -132,7 +128,7 @@ impl Connection {
         };
         let address = peer.address.clone();
         let connecting = async move { Socket::tcp(&address).await.map_err(|e| e.to_string()) };
-        Connection::make(engine, peer, buffers, Way::Tcp(why), connecting).await.map_err(|why| {
+        Connection::make(engine, peer, memory, Way::Tcp(why), connecting).await.map_err(|why| {
             FsError::new(Errno::EIO, format!("data server {} at {}: {why}", peer.server, peer.address))
         })
     }
@@ -140,16 +136,16 @@ impl Connection {
     async fn make(
         engine: &Engine,
         peer: &Peer,
-        buffers: &Arc<Buffers>,
+        memory: &Pool,
         way: Way,
         connecting: impl Future<Output = Result<Socket, String>> + Send + 'static,
     ) -> Result<Arc<Connection>, String> {
-        let (address, buffers) = (peer.address.clone(), buffers.clone());
+        let (address, memory) = (peer.address.clone(), memory.clone());
         let opening = engine.spawn_here(async move {
             let socket = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
                 .await
                 .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))??;
-            let shared = Shared::new(address, socket, buffers);
+            let shared = Shared::new(address, socket, memory);
             tokio::spawn(pump(Arc::downgrade(&shared)));
             Ok::<_, String>(Arc::new(Connection { shared, way }))
         });
@@ -216,12 +212,12 @@ impl Connection {
 }
 
 impl Shared {
-    fn new(address: String, socket: Socket, buffers: Arc<Buffers>) -> Arc<Shared> {
+    fn new(address: String, socket: Socket, memory: Pool) -> Arc<Shared> {
         Arc::new_cyclic(|shared| Shared {
             address,
             socket,
             sender: Sender::default(),
-            receiver: Mutex::new(Receiver::new(buffers)),
+            receiver: Mutex::new(Receiver::new(memory)),
             again: AtomicBool::new(false),
             turn: AtomicU64::new(0),
             waiters: Waiters::default(),

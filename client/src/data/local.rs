@@ -15,7 +15,6 @@
 //!
 //! [`Opcode::LocateShard`]: fjordfs_proto::frame::Opcode::LocateShard
 
-mod pages;
 mod ring;
 
 use std::{
@@ -43,7 +42,8 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use quick_cache::{Weighter, sync::Cache};
 
-use self::{pages::Pool, ring::Ring};
+use self::ring::Ring;
+use super::memory::Pool;
 use crate::{
     Options,
     engine::{Engine, LaneId, lane},
@@ -114,7 +114,7 @@ impl Drop for LocalReads {
 }
 
 impl LocalReads {
-    pub(super) fn new(engine: Arc<Engine>, options: &Options) -> LocalReads {
+    pub(super) fn new(engine: Arc<Engine>, memory: Pool, options: &Options) -> LocalReads {
         let tables_max = options.tables_max();
         LocalReads {
             is_on: options.local_reads && options.local_sockets,
@@ -124,7 +124,7 @@ impl LocalReads {
             places: Cache::with_weighter((tables_max >> 14) as usize, tables_max, ByTable),
             files: Mutex::new(LruCache::new(FILES_MAX)),
             remote: Mutex::default(),
-            memory: Pool::new(options.arena_max()),
+            memory,
         }
     }
 

@@ -10,8 +10,8 @@ use fjordfs_proto::{FsError, FsResult, ServerId};
 use parking_lot::Mutex;
 
 use super::{
-    buffers::Buffers,
     connection::{Connection, Peer},
+    memory,
     socket::Way,
 };
 use crate::engine::{Engine, LaneId, lane};
@@ -26,7 +26,7 @@ pub(super) struct Pool {
     client: String,
     /// Whether servers on this host are reached through their Unix sockets.
     local: bool,
-    buffers: Arc<Buffers>,
+    memory: memory::Pool,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
     /// How servers are reached, as far as that was said.
     said: Mutex<HashMap<ServerId, Way>>,
@@ -46,16 +46,14 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(engine: Arc<Engine>, cluster_id: String, client: String, local: bool) -> Pool {
-        Pool {
-            engine,
-            cluster_id,
-            client,
-            local,
-            buffers: Arc::default(),
-            slots: Mutex::default(),
-            said: Mutex::default(),
-        }
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        memory: memory::Pool,
+        cluster_id: String,
+        client: String,
+        local: bool,
+    ) -> Pool {
+        Pool { engine, cluster_id, client, local, memory, slots: Mutex::default(), said: Mutex::default() }
     }
 
     /// A usable connection of this thread's lane to `server`, which the map says is at `address`.
@@ -80,7 +78,7 @@ impl Pool {
             client: self.client.clone(),
             local: self.local,
         };
-        match Connection::open(&self.engine, &peer, &self.buffers).await {
+        match Connection::open(&self.engine, &peer, &self.memory).await {
             Ok(connection) => {
                 self.say(server, address, connection.way());
                 state.failed = None;

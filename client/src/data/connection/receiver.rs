@@ -5,7 +5,7 @@
 //! only then is its memory at hand. Where it is another one's turn, or the caller does not come, it goes into a buffer
 //! (`Kept`), from any byte on.
 
-use std::{io, mem::MaybeUninit, sync::Arc, task::Poll};
+use std::{io, mem::MaybeUninit, task::Poll};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -14,7 +14,7 @@ use fjordfs_proto::{
 };
 
 use super::waiters::Answer;
-use crate::data::buffers::{Buffers, Filling};
+use crate::data::memory::{Filling, Pool};
 
 /// Bytes of the buffer that answers come through: several answers to small reads.
 const BUFFER_LEN: usize = 16 << 10;
@@ -57,7 +57,7 @@ enum Stage {
 }
 
 pub(super) struct Receiver {
-    buffers: Arc<Buffers>,
+    memory: Pool,
     /// Filled from `start` to `end`.
     buffer: Box<[u8]>,
     start: usize,
@@ -66,8 +66,8 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(buffers: Arc<Buffers>) -> Receiver {
-        Receiver { buffers, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, stage: Stage::Head }
+    pub(super) fn new(memory: Pool) -> Receiver {
+        Receiver { memory, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, stage: Stage::Head }
     }
 
     /// Whose caller is to drive next, if that matters.
@@ -81,7 +81,7 @@ impl Receiver {
     /// The caller whose turn it is does not come: its payload goes into a buffer.
     pub(super) fn keep(&mut self) {
         if let Stage::Direct { header, body, done } = &mut self.stage {
-            let rest = self.buffers.take(header.payload_len as usize - *done);
+            let rest = Filling::new(&self.memory, header.payload_len as usize - *done);
             self.stage = Stage::Kept { header: *header, body: std::mem::take(body), direct: *done, rest };
         }
     }
@@ -102,9 +102,8 @@ impl Receiver {
                     Some(event) => return Ok(event),
                     None => continue,
                 },
-                Stage::Body { header, body } => {
-                    let len = header.body_len as usize;
-                    if !fill(body, len, &self.buffer[..self.end], &mut self.start, source)? {
+                Stage::Body { body, .. } => {
+                    if !fill(body, &self.buffer[..self.end], &mut self.start, source)? {
                         return Ok(Event::Idle);
                     }
                     let Stage::Body { header, body } = std::mem::replace(&mut self.stage, Stage::Head) else {
@@ -117,7 +116,9 @@ impl Receiver {
                         Some(Some(room)) if header.status == 0 && len > 0 && len <= room => {
                             Stage::Direct { header, body, done: 0 }
                         }
-                        Some(_) => Stage::Kept { header, body, direct: 0, rest: self.buffers.take(len) },
+                        Some(_) => {
+                            Stage::Kept { header, body, direct: 0, rest: Filling::new(&self.memory, len) }
+                        }
                     };
                 }
                 Stage::Direct { header, body, done } => {
@@ -144,9 +145,8 @@ impl Receiver {
                         None => return Ok(Event::Turn(request)),
                     }
                 }
-                Stage::Kept { header, direct, rest, .. } => {
-                    let len = header.payload_len as usize - *direct;
-                    if !fill(rest, len, &self.buffer[..self.end], &mut self.start, source)? {
+                Stage::Kept { rest, .. } => {
+                    if !fill(rest, &self.buffer[..self.end], &mut self.start, source)? {
                         return Ok(Event::Idle);
                     }
                     let Stage::Kept { header, body, direct, rest } =
@@ -202,7 +202,7 @@ impl Receiver {
             return Err("it sent a request".to_owned());
         }
         self.start += HEADER_LEN;
-        self.stage = Stage::Body { header, body: self.buffers.take(header.body_len as usize) };
+        self.stage = Stage::Body { header, body: Filling::new(&self.memory, header.body_len as usize) };
         Ok(None)
     }
 }
@@ -227,25 +227,18 @@ fn copy(into: &mut [u8], from: &[u8], start: &mut usize) -> usize {
     n
 }
 
-/// Fills up to `len` bytes, first with what is in the buffer. Whether they are all there.
+/// Fills the room, first with what is in the buffer. Whether it is full.
 fn fill(
     filling: &mut Filling,
-    len: usize,
     buffer: &[u8],
     start: &mut usize,
     source: &mut impl Source,
 ) -> Result<bool, String> {
-    let bytes = &mut filling.bytes;
-    let n = (len - bytes.len()).min(buffer.len() - *start);
-    bytes.extend_from_slice(&buffer[*start..*start + n]);
-    *start += n;
-    while bytes.len() < len {
-        let missing = len - bytes.len();
-        let room = bytes.spare_capacity_mut();
-        let most = missing.min(room.len());
-        match receive(source, &mut room[..most])? {
-            // SAFETY: the source has filled `n` bytes of the spare capacity.
-            Some(n) => unsafe { bytes.set_len(bytes.len() + n) },
+    let n = copy(filling.room(), buffer, start);
+    filling.advance(n);
+    while !filling.room().is_empty() {
+        match receive(source, as_uninit(filling.room()))? {
+            Some(n) => filling.advance(n),
             None => return Ok(false),
         }
     }

@@ -95,7 +95,7 @@ proptest! {
     ) {
         let stream: Vec<u8> = all.iter().enumerate().flat_map(|(i, sent)| encoded(i as u64, sent)).collect();
         let mut source = cut(&stream, &sizes);
-        let mut receiver = Receiver::new(Arc::default());
+        let mut receiver = Receiver::new(crate::data::memory::Pool::new(0, 64 << 20));
         let of = |request: u64| &all[request as usize];
         let room = |request: u64| of(request).waits.then(|| of(request).room);
         let mut memories: BTreeMap<u64, Vec<u8>> =
@@ -144,7 +144,7 @@ proptest! {
     fn a_cut_stream_is_an_error(sent in sent(), at in any::<prop::sample::Index>()) {
         let stream = encoded(0, &Sent { waits: true, ..sent.clone() });
         let at = 1 + at.index(stream.len() - 1);
-        let mut receiver = Receiver::new(Arc::default());
+        let mut receiver = Receiver::new(crate::data::memory::Pool::new(0, 64 << 20));
         let mut source = cut(&stream[..at], &[7777]);
         let outcome = loop {
             match receiver.next(&mut source, None, |_| Some(None)) {
@@ -162,7 +162,7 @@ fn a_caller_that_leaves_in_the_middle_of_its_payload_leaves_the_stream_in_order(
     let two = Sent { payload: vec![2; 100], ..one.clone() };
     let stream = [encoded(0, &one), encoded(1, &two)].concat();
     let mut source = cut(&stream, &[30_000]);
-    let mut receiver = Receiver::new(Arc::default());
+    let mut receiver = Receiver::new(crate::data::memory::Pool::new(0, 64 << 20));
     let mut memory = vec![0; 60_000];
     let caller = Caller { request: 0, memory: &mut memory };
     let both = |request| Some((request == 0).then_some(60_000));

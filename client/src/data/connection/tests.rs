@@ -82,7 +82,7 @@ fn servers(cluster: &str, local: Option<HelloReply>) -> Peer {
 }
 
 async fn open(engine: &Engine, peer: &Peer) -> Arc<Connection> {
-    Connection::open(engine, peer, &Arc::default()).await.unwrap()
+    Connection::open(engine, peer, &Pool::new(0, 64 << 20)).await.unwrap()
 }
 
 fn genuine() -> Option<HelloReply> {

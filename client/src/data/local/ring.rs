@@ -29,7 +29,7 @@ use tokio::{
     sync::Notify,
 };
 
-use super::pages::{Arena, Pages};
+use crate::data::memory::{Arena, Pages};
 
 /// Submission entries. What does not fit is submitted in several calls.
 const ENTRIES: u32 = 256;

@@ -1,7 +1,7 @@
 use std::io::Write;
 
 use super::*;
-use crate::data::local::pages::Pool;
+use crate::data::memory::Pool;
 
 fn file_of(bytes: &[u8]) -> Arc<File> {
     let mut file = tempfile::tempfile().unwrap();
@@ -11,7 +11,7 @@ fn file_of(bytes: &[u8]) -> Arc<File> {
 
 #[tokio::test]
 async fn what_is_read_is_what_the_file_has() {
-    let pool = Pool::new(4 << 20);
+    let pool = Pool::new(4 << 20, 0);
     let ring = Ring::new(true, pool.arena()).unwrap();
     assert!(ring.arena.is_some());
     let driver = tokio::spawn(Arc::clone(&ring).drive());
@@ -40,7 +40,7 @@ async fn what_is_read_is_what_the_file_has() {
 
 #[tokio::test]
 async fn abandoned_reads_keep_their_memory_until_they_are_done() {
-    let pool = Pool::new(4 << 20);
+    let pool = Pool::new(4 << 20, 0);
     let ring = Ring::new(true, pool.arena()).unwrap();
     let file = file_of(&[7; 1 << 20]);
     for _ in 0..8 {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! headers of entry 0, 1, …   512 bytes each: in_out, op_in, ring_in_out (abi::uring)
-//! ── page ──
+//! ── huge page, as far as there are any ──
 //! payload of entry 0, 1, …   whole pages each
 //! ```
 //!
@@ -11,16 +11,18 @@
 //! call. Between a completion and the commit that answers it the entry is its [`super::UringSlot`]'s, and nobody else's.
 //!
 //! Pages are resident only once touched, and the kernel takes the entry that was used last, so a mount that never has
-//! many requests in flight never pays for the others.
+//! many requests in flight never pays for the others. Large payloads lie in huge pages: the kernel finds and pins 256 pages of an
+//! entry for each copy.
 
 use std::io;
 use std::ptr::NonNull;
 
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut};
 
 use crate::abi::{InHeader, OutHeader, Pod, UringInOut, uring};
 
 const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 const HEADERS_STRIDE: usize = 512;
 const _: () = assert!(HEADERS_STRIDE >= uring::HEADERS_SIZE);
 
@@ -36,9 +38,16 @@ pub(crate) fn entry_len(size_max: usize) -> usize {
 
 /// Maps the buffers of `entries` entries for requests of up to `size_max` bytes; they are valid as long as the map.
 pub(super) fn map(entries: usize, size_max: usize) -> io::Result<(MmapMut, Vec<EntryBuffers>)> {
-    let payloads_offset = (entries * HEADERS_STRIDE).next_multiple_of(PAGE);
+    let headers_len = (entries * HEADERS_STRIDE).next_multiple_of(PAGE);
     let payload_len = payload_len(size_max);
-    let mut map = MmapMut::map_anon(payloads_offset + entries * payload_len)?;
+    let is_large = payload_len >= HUGE_PAGE / 2;
+    let align = if is_large { HUGE_PAGE } else { PAGE };
+    let mut map = MmapMut::map_anon(headers_len + align + entries * payload_len)?;
+    let payloads_offset = headers_len + map[headers_len..].as_ptr().align_offset(align);
+    if is_large {
+        // Without huge pages it works too.
+        let _ = map.advise_range(Advice::HugePage, payloads_offset, entries * payload_len);
+    }
     let start = NonNull::from(&mut map[..]).cast::<u8>();
     // SAFETY: both offsets are within the map, whose length is computed from them above.
     let at = |offset: usize| unsafe { start.add(offset) };
