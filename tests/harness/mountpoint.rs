@@ -40,12 +40,17 @@ impl MountPoint {
     /// # Panics
     /// When it is not mounted in time.
     pub fn start(meta: &str, dir: &Path, options: &str, logs: &Path) -> MountPoint {
+        MountPoint::of(MountPoint::command(meta, dir, options), dir, logs)
+    }
+
+    /// `fjord mount META DIR -f`, to be run.
+    pub fn command(meta: &str, dir: &Path, options: &str) -> Command {
         let mut command = fjord(["mount", meta]);
         command.arg(dir).arg("-f");
         if !options.is_empty() {
             command.args(["-o", options]);
         }
-        MountPoint::of(command, dir, logs)
+        command
     }
 
     /// Runs a command that stays in the foreground and mounts on `dir`.
