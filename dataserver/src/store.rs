@@ -34,8 +34,10 @@ pub(crate) mod index;
 pub(crate) mod label;
 mod put;
 pub(crate) mod record;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod recovery;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod sim;
 mod snapshot;
 mod sync;

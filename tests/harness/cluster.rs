@@ -219,7 +219,10 @@ impl Cluster {
             Some(store) => command.args(["--store", store]),
             None => command.arg("--data").arg(self.meta_folder()),
         };
-        command.args(["--listen", &format!("{}:{}", self.address_of(Setup::META_HOST), self.metaserver_port(n))]);
+        command.args([
+            "--listen",
+            &format!("{}:{}", self.address_of(Setup::META_HOST), self.metaserver_port(n)),
+        ]);
         command.args(["--policy", &self.setup.policy]);
         command.args(["--down-after", &seconds(self.setup.down_after)]);
         command.args(["--out-after", &seconds(self.setup.out_after)]);

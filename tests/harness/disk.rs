@@ -147,11 +147,7 @@ impl Drop for FaultyDisk {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        fs::File,
-        os::unix::fs::FileExt,
-        time::Instant,
-    };
+    use std::{fs::File, os::unix::fs::FileExt, time::Instant};
 
     use super::*;
     use crate::{Scratch, process::sh};

@@ -27,7 +27,8 @@ impl Id {
         for word in [MAGIC ^ self.seed, self.file, version, offset] {
             page.extend_from_slice(&word.to_le_bytes());
         }
-        let mut state = self.seed ^ self.file.rotate_left(17) ^ version.rotate_left(34) ^ offset.rotate_left(51);
+        let mut state =
+            self.seed ^ self.file.rotate_left(17) ^ version.rotate_left(34) ^ offset.rotate_left(51);
         while page.len() < PAGE {
             page.extend_from_slice(&next(&mut state).to_le_bytes());
         }

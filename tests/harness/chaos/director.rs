@@ -78,7 +78,7 @@ impl Director {
     pub(super) fn unmount_clients(&mut self) {
         for client in &mut self.clients {
             if let Some(mount) = client.mount.take() {
-                mount.unmount();
+                mount.unmount_after_trouble();
             }
         }
     }

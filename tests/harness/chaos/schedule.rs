@@ -201,8 +201,7 @@ fn admits(steps: &[Step], step: &Step, shape: Shape) -> bool {
     let subjects = step.fault.subjects(shape);
     // Some time to come back is part of the trouble.
     let meanwhile = || steps.iter().filter(|other| other.end() + Duration::from_millis(1500) > step.at);
-    let in_trouble: BTreeSet<Subject> =
-        meanwhile().flat_map(|other| other.fault.subjects(shape)).collect();
+    let in_trouble: BTreeSet<Subject> = meanwhile().flat_map(|other| other.fault.subjects(shape)).collect();
     if !subjects.is_disjoint(&in_trouble) {
         return false;
     }

@@ -321,7 +321,8 @@ fn look_at_whole(
         Some(version) if data != id.bytes(version, 0, id.len(version)) => {
             let right = id.bytes(version, 0, id.len(version));
             let wrong = data.chunks(PAGE).zip(right.chunks(PAGE)).position(|(a, b)| a != b);
-            let seen = wrong.map(|page| content::describe(&data[page * PAGE..data.len().min((page + 1) * PAGE)]));
+            let seen =
+                wrong.map(|page| content::describe(&data[page * PAGE..data.len().min((page + 1) * PAGE)]));
             ledger.broke(format_args!(
                 "{when}: {} of writer {worker}, version {version}: {} bytes of {}, page {wrong:?} is {seen:?}",
                 file_name(item),
@@ -383,7 +384,10 @@ fn look_at_log(
     let allowed = ledger.allowed(worker, Item::Log, before);
     let right = ledger.id(worker, Item::Log).bytes(0, 0, data.len());
     if !allowed.contains(&(data.len() as u64)) {
-        ledger.broke(format_args!("{when}: log of writer {worker} has {} bytes, allowed are {allowed:?}", data.len()));
+        ledger.broke(format_args!(
+            "{when}: log of writer {worker} has {} bytes, allowed are {allowed:?}",
+            data.len()
+        ));
     }
     if let Some(wrong) = data.iter().zip(&right).position(|(a, b)| a != b) {
         let page = wrong / PAGE * PAGE;

@@ -7,9 +7,7 @@ use std::{
     io,
     os::{
         fd::AsRawFd,
-        unix::{
-            fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
-        },
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -18,8 +16,8 @@ use std::{
 };
 
 use fuser::{
-    FileAttr, FileType, Filesystem, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow,
+    FileAttr, FileType, Filesystem, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow,
 };
 use rand::Rng;
 
@@ -465,11 +463,13 @@ impl Filesystem for Passthrough {
 
     fn readdir(&mut self, _: &Request<'_>, number: u64, _: u64, offset: i64, mut reply: ReplyDirectory) {
         let list = self.below(number).and_then(|path| {
-            let mut list = vec![(number, FileType::Directory, ".".into()), (number, FileType::Directory, "..".into())];
+            let mut list =
+                vec![(number, FileType::Directory, ".".into()), (number, FileType::Directory, "..".into())];
             let mut entries: Vec<fs::DirEntry> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
             entries.sort_by_key(fs::DirEntry::file_name);
             for entry in entries {
-                let kind = if entry.file_type()?.is_dir() { FileType::Directory } else { FileType::RegularFile };
+                let kind =
+                    if entry.file_type()?.is_dir() { FileType::Directory } else { FileType::RegularFile };
                 let name = self.child(number, &entry.file_name())?;
                 list.push((self.number_of(&name), kind, entry.file_name()));
             }
@@ -477,7 +477,9 @@ impl Filesystem for Passthrough {
         });
         match list {
             Ok(list) => {
-                for (i, (number, kind, name)) in list.into_iter().enumerate().skip(offset.unsigned_abs() as usize) {
+                for (i, (number, kind, name)) in
+                    list.into_iter().enumerate().skip(offset.unsigned_abs() as usize)
+                {
                     if reply.add(number, i as i64 + 1, kind, name) {
                         break;
                     }

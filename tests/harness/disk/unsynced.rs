@@ -27,8 +27,11 @@ impl Unsynced {
     /// To be called before a write.
     pub(super) fn note(&mut self, ino: u64, file: &Arc<File>, offset: u64, len: usize) -> io::Result<()> {
         let size = file.metadata()?.len();
-        let pending = (self.0.entry(ino))
-            .or_insert_with(|| Pending { file: Arc::clone(file), size, writes: Vec::new() });
+        let pending = (self.0.entry(ino)).or_insert_with(|| Pending {
+            file: Arc::clone(file),
+            size,
+            writes: Vec::new(),
+        });
         let mut before = vec![0; len];
         let mut have = 0;
         while have < len {
