@@ -44,7 +44,10 @@ fn a_server_registers_once_and_is_recognised_again() {
     assert_eq!((first.cluster_id.as_str(), first.server, first.address.clone()), ("", 0, address));
     assert_eq!((again.cluster_id.as_str(), again.server), ("c1", 1));
     assert_eq!(again.targets.iter().map(|t| t.target).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(again.targets.iter().map(|t| t.domain.as_str()).collect::<Vec<_>>(), ["host 1", "rack=2,host=host 1"]);
+    assert_eq!(
+        again.targets.iter().map(|t| t.domain.as_str()).collect::<Vec<_>>(),
+        ["host 1", "rack=2,host=host 1"]
+    );
     let beat = state.heartbeats.last().unwrap();
     assert!(
         beat.targets.len() == 2 && beat.targets.iter().all(|t| t.capacity > 0 && t.free > 0 && !t.failed)

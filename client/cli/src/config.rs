@@ -156,6 +156,7 @@ mod tests {
         assert!(meta.heartbeat.is_some() && meta.down_after.is_some() && meta.log_sync.is_some());
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
+        assert_eq!(data.domain.as_deref(), Some("rack=r7"));
         assert!(data.poll_us.is_some() && data.rebuild_rate.is_some() && meta.out_after.is_some());
         assert!(data.scrub_interval.is_some() && data.scrub_rate.is_some());
         assert!(
