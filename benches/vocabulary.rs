@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, hint::black_box};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use fjordfs_benches::lone_extent;
 use fjordfs_proto::{
-    ExtentMap, TargetId,
+    Domain, ExtentMap, TargetId,
     block::{first_bad_page, page_crcs},
     frame::{Header, Opcode},
     placement::place,
@@ -57,8 +57,8 @@ fn extents(c: &mut Criterion) {
 }
 
 fn placement(c: &mut Criterion) {
-    let targets: BTreeMap<TargetId, String> =
-        (1..=48).map(|i| (TargetId(i), format!("rack-{}", i % 12))).collect();
+    let targets: BTreeMap<TargetId, Domain> =
+        (1..=48).map(|i| (TargetId(i), Domain::of_map(&format!("rack-{}", i % 12)))).collect();
     let mut group = c.benchmark_group("placement");
     group.sample_size(10);
     group.bench_function("fill 1,024 groups of 3 over 48 targets", |b| {

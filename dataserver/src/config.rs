@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use fjordfs_proto::Domain;
+
 use crate::error::StartError;
 
 /// A folder to store shards in, best one per flash device.
@@ -14,8 +16,8 @@ use crate::error::StartError;
 pub struct TargetConfig {
     /// Created if missing.
     pub path: PathBuf,
-    /// Failure domain: copies of a block go to different ones. `None` is the server's name.
-    pub domain: Option<String>,
+    /// Failure domain: copies of a block go to different ones. `None` is the server's.
+    pub domain: Option<Domain>,
 }
 
 /// How a data server runs.
@@ -28,7 +30,9 @@ pub struct Config {
     /// `host:port` that clients are told, if not `listen`. Needed when `listen` is a wildcard and this host reaches
     /// the metaserver by another address than clients reach this host.
     pub advertise: Option<String>,
-    /// For people, and the failure domain of targets that name none.
+    /// Failure domain of targets that name none; `None` is a host of the server's name that shares nothing with others.
+    pub domain: Option<Domain>,
+    /// For people, and the failure domain when none is named.
     pub name: String,
     /// At least one.
     pub targets: Vec<TargetConfig>,
@@ -69,6 +73,7 @@ impl Config {
             meta: meta.into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
+            domain: None,
             name: "data".to_owned(),
             targets: targets.into_iter().map(|path| TargetConfig { path, domain: None }).collect(),
             cores: 0,

@@ -41,3 +41,9 @@ pub use config::{Config, TargetConfig};
 pub use error::{StartError, StopError};
 pub use server::DataServer;
 pub use store::label::LabelError;
+
+/// What the fuzzer of `tests/fuzz` reaches.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use crate::store::fuzzing::run as recover;
+}

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use fjordfs_proto::{ServerId, TargetId};
+use fjordfs_proto::{Domain, ServerId, TargetId};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -241,7 +241,11 @@ fn candidate(config: &Config, label: &Label, target: &TargetConfig, store: &Arc<
     Candidate {
         target: TargetId(label.target),
         uuid: label.uuid.to_string(),
-        domain: target.domain.clone().unwrap_or_else(|| config.name.clone()),
+        domain: target
+            .domain
+            .as_ref()
+            .or(config.domain.as_ref())
+            .map_or_else(|| config.name.clone(), Domain::to_string),
         store: store.clone(),
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use common::{Client, FakeMeta, bytes_of, config, start};
 use fjordfs_dataserver::{Config, DataServer, StartError, TargetConfig};
-use fjordfs_proto::{error::Errno, pb::meta::DeletedBlocks};
+use fjordfs_proto::{Domain, error::Errno, pb::meta::DeletedBlocks};
 
 fn refusal(config: Config) -> String {
     match DataServer::start(config) {
@@ -27,7 +27,7 @@ fn a_server_registers_once_and_is_recognised_again() {
     let (meta, dir) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
     let two = |name: &str| TargetConfig {
         path: dir.path().join(name),
-        domain: (name == "b").then(|| "rack 2".into()),
+        domain: (name == "b").then(|| Domain::of_server("rack=2", "host 1").unwrap()),
     };
     let both =
         || Config { targets: vec![two("a"), two("b")], name: "host 1".into(), ..config(&meta, dir.path()) };
@@ -44,7 +44,10 @@ fn a_server_registers_once_and_is_recognised_again() {
     assert_eq!((first.cluster_id.as_str(), first.server, first.address.clone()), ("", 0, address));
     assert_eq!((again.cluster_id.as_str(), again.server), ("c1", 1));
     assert_eq!(again.targets.iter().map(|t| t.target).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(again.targets.iter().map(|t| t.domain.as_str()).collect::<Vec<_>>(), ["host 1", "rack 2"]);
+    assert_eq!(
+        again.targets.iter().map(|t| t.domain.as_str()).collect::<Vec<_>>(),
+        ["host 1", "rack=2,host=host 1"]
+    );
     let beat = state.heartbeats.last().unwrap();
     assert!(
         beat.targets.len() == 2 && beat.targets.iter().all(|t| t.capacity > 0 && t.free > 0 && !t.failed)

@@ -14,6 +14,7 @@
 //! | [`extent`] | file bytes → block bytes |
 //! | [`mode`] | suid and sgid |
 //! | [`cluster`] | the cluster map: who holds which block |
+//! | [`domain`] | failure domains: racks and hosts |
 //! | [`placement`] | the function that fills placement groups |
 //! | [`frame`] | the framed data protocol |
 //! | [`error`] | errno and message, as they travel |
@@ -23,6 +24,7 @@ pub mod block;
 pub mod cluster;
 pub mod coding;
 pub mod crc32c;
+pub mod domain;
 pub mod error;
 pub mod extent;
 pub mod frame;
@@ -36,6 +38,7 @@ pub mod policy;
 
 pub use block::{BLOCK_SIZE_MAX, PAGE_SIZE};
 pub use cluster::ClusterMap;
+pub use domain::Domain;
 pub use error::{FsError, FsResult};
 pub use extent::{Extent, ExtentMap, Source};
 pub use ids::{BlockAddr, BlockId, Epoch, HandleId, InodeId, PgId, ServerId, SessionId, ShardNo, TargetId};

@@ -4,14 +4,16 @@
 //! of a new era; [`repair`] says who takes the place of members that are gone, and touches nothing else. What they aim
 //! at, in this order:
 //!
-//! 1. the members of a group are different targets, as far apart as the failure domains allow;
+//! 1. the members of a group are different targets, in as many racks as the group has members, or as few in one rack as there are
+//!    racks for; within that the same for hosts;
 //! 2. a member that may stay stays;
 //! 3. every target serves about equally many groups;
 //! 4. targets share groups with as many different others as possible, so that all of them rebuild a lost one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::{
+    Domain,
     cluster::{PgTable, mix},
     ids::TargetId,
 };
@@ -21,7 +23,7 @@ use crate::{
 /// `None` when there are fewer targets than `width`. `pg_count` of an old table is kept.
 pub fn place(
     old: Option<&PgTable>,
-    targets: &BTreeMap<TargetId, String>,
+    targets: &BTreeMap<TargetId, Domain>,
     width: usize,
     pg_count: usize,
 ) -> Option<PgTable> {
@@ -45,7 +47,7 @@ pub fn place(
 /// target has gone meanwhile. A member for which there is nobody (fewer targets than the table is wide) stays where it is.
 pub fn repair(
     table: &PgTable,
-    targets: &BTreeMap<TargetId, String>,
+    targets: &BTreeMap<TargetId, Domain>,
     takes: impl Fn(TargetId) -> bool,
 ) -> BTreeMap<usize, TargetId> {
     let in_order = table.members.iter().chain(table.moves.values()).all(|t| targets.contains_key(t));
@@ -62,12 +64,18 @@ pub fn repair(
             plan.set(pg, slot, i);
         }
     }
+    // A host restores what all its targets are to get, over one network link: so its share counts, too.
+    let mut incoming = vec![0usize; plan.ids.len()];
+    for i in moves.values().filter_map(|target| plan.ids.binary_search(target).ok()) {
+        incoming[plan.host[i]] += 1;
+    }
     for (pg, now) in table.members.chunks(table.width).enumerate() {
         for slot in 0..table.width {
             if plan.groups[pg][slot].is_none()
-                && let Some(best) = plan.substitute(pg, now, &takes)
+                && let Some(best) = plan.substitute(pg, now, &takes, &incoming)
             {
                 plan.set(pg, slot, best);
+                incoming[plan.host[best]] += 1;
                 moves.insert(pg * table.width + slot, plan.ids[best]);
             }
         }
@@ -78,28 +86,36 @@ pub fn repair(
 /// Work in progress; targets are indices into `ids`.
 struct Plan {
     ids: Vec<TargetId>,
-    domain: Vec<usize>,
-    domain_max: usize,
+    rack: Vec<usize>,
+    host: Vec<usize>,
+    most: Most,
     groups: Vec<Vec<Option<usize>>>,
-    load: Vec<usize>,
-    shared: HashMap<(usize, usize), usize>,
+    /// Groups of each target.
+    held: Vec<BTreeSet<usize>>,
+    /// In how many groups two targets are together: a square, symmetric. 400 KB for 320 targets.
+    shared: Vec<u32>,
+}
+
+/// How many members of a group may be in one rack, and on one host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Most {
+    in_rack: usize,
+    on_host: usize,
 }
 
 impl Plan {
-    fn new(targets: &BTreeMap<TargetId, String>, width: usize, pg_count: usize) -> Plan {
-        let mut domains = BTreeMap::new();
-        for name in targets.values() {
-            let next = domains.len();
-            domains.entry(name).or_insert(next);
-        }
-        let domain: Vec<usize> = targets.values().map(|name| domains[name]).collect();
+    fn new(targets: &BTreeMap<TargetId, Domain>, width: usize, pg_count: usize) -> Plan {
+        let rack = numbered(targets.values().map(|domain| &domain.rack));
+        // Hosts of one name in two racks are two.
+        let host = numbered(targets.values());
         Plan {
             ids: targets.keys().copied().collect(),
-            domain_max: domain_max(&domain, domains.len(), width),
-            domain,
+            most: Most::of(&rack, &host, width),
+            rack,
+            host,
             groups: vec![vec![None; width]; pg_count],
-            load: vec![0; targets.len()],
-            shared: HashMap::new(),
+            held: vec![BTreeSet::new(); targets.len()],
+            shared: vec![0; targets.len() * targets.len()],
         }
     }
 
@@ -116,15 +132,22 @@ impl Plan {
         }
     }
 
+    /// Fills what is empty. It never gets stuck: with bounds for racks and for the hosts in them, whatever fits so far can be
+    /// extended to every size that any choice reaches (such sets are the independent ones of a laminar matroid).
     fn fill(&mut self) {
         for pg in 0..self.groups.len() {
+            let mut so_far = Members::new(self.ids.len());
+            for member in self.groups[pg].iter().flatten() {
+                so_far.add(self, *member);
+            }
             for slot in 0..self.groups[pg].len() {
                 if self.groups[pg][slot].is_none()
                     && let Some(best) = (0..self.ids.len())
-                        .filter(|&i| self.fits(pg, slot, i))
-                        .min_by_key(|&i| (self.load[i], self.company(pg, i), self.lot(pg, i)))
+                        .filter(|&i| so_far.admit(self, i))
+                        .min_by_key(|&i| (self.held[i].len(), so_far.company[i], self.lot(pg, i)))
                 {
                     self.set(pg, slot, best);
+                    so_far.add(self, best);
                 }
             }
         }
@@ -132,15 +155,23 @@ impl Plan {
 
     /// The best target that is in `pg` neither now nor later. Apart from failure domains as in `fill`: they are kept apart as well
     /// as they can be beside the members that stay, which may share one already.
-    fn substitute(&self, pg: usize, now: &[TargetId], takes: &impl Fn(TargetId) -> bool) -> Option<usize> {
+    fn substitute(
+        &self,
+        pg: usize,
+        now: &[TargetId],
+        takes: &impl Fn(TargetId) -> bool,
+        incoming: &[usize],
+    ) -> Option<usize> {
         let members = || self.groups[pg].iter().flatten();
         let fits = |i: &usize| {
             let id = self.ids[*i];
             takes(id) && !now.contains(&id) && members().all(|m| m != i)
         };
         (0..self.ids.len()).filter(fits).min_by_key(|&i| {
-            let near = members().filter(|m| self.domain[**m] == self.domain[i]).count() + 1;
-            (near.max(self.domain_max), self.load[i], self.company(pg, i), self.lot(pg, i))
+            let in_rack = members().filter(|m| self.rack[**m] == self.rack[i]).count() + 1;
+            let on_host = members().filter(|m| self.host[**m] == self.host[i]).count() + 1;
+            let near = (in_rack.max(self.most.in_rack), on_host.max(self.most.on_host));
+            (near, self.held[i].len(), incoming[self.host[i]], self.company(pg, i), self.lot(pg, i))
         })
     }
 
@@ -149,19 +180,18 @@ impl Plan {
     fn balance(&mut self) {
         let mut order: Vec<usize> = (0..self.ids.len()).collect();
         loop {
-            order.sort_by_key(|&i| (self.load[i], i));
+            let load = |i: usize| self.held[i].len();
+            order.sort_by_key(|&i| (load(i), i));
             let step = order.iter().find_map(|&idle| {
-                order.iter().rev().take_while(|&&busy| self.load[busy] > self.load[idle] + 1).find_map(
-                    |&busy| {
-                        (0..self.groups.len())
-                            .filter_map(|pg| {
-                                let slot = self.groups[pg].iter().position(|m| *m == Some(busy))?;
-                                self.fits(pg, slot, idle).then_some((pg, slot))
-                            })
-                            .min_by_key(|&(pg, _)| (self.company(pg, idle), self.lot(pg, idle)))
-                            .map(|(pg, slot)| (pg, slot, idle))
-                    },
-                )
+                order.iter().rev().take_while(|&&busy| load(busy) > load(idle) + 1).find_map(|&busy| {
+                    (self.held[busy].iter())
+                        .filter_map(|&pg| {
+                            let slot = self.groups[pg].iter().position(|m| *m == Some(busy))?;
+                            self.fits(pg, slot, idle).then_some((pg, slot))
+                        })
+                        .min_by_key(|&(pg, _)| (self.company(pg, idle), self.lot(pg, idle)))
+                        .map(|(pg, slot)| (pg, slot, idle))
+                })
             });
             let Some((pg, slot, idle)) = step else { return };
             self.clear(pg, slot);
@@ -174,12 +204,13 @@ impl Plan {
         let others =
             || self.groups[pg].iter().enumerate().filter(|(s, _)| *s != slot).filter_map(|(_, m)| *m);
         others().all(|m| m != i)
-            && others().filter(|&m| self.domain[m] == self.domain[i]).count() < self.domain_max
+            && others().filter(|&m| self.rack[m] == self.rack[i]).count() < self.most.in_rack
+            && others().filter(|&m| self.host[m] == self.host[i]).count() < self.most.on_host
     }
 
     /// How many groups `i` already shares with the members of `pg`.
-    fn company(&self, pg: usize, i: usize) -> usize {
-        self.groups[pg].iter().flatten().map(|&m| self.shared.get(&pair(m, i)).copied().unwrap_or(0)).sum()
+    fn company(&self, pg: usize, i: usize) -> u32 {
+        self.groups[pg].iter().flatten().map(|&m| self.shared[m * self.ids.len() + i]).sum()
     }
 
     /// A tie-breaker that differs from group to group.
@@ -188,36 +219,92 @@ impl Plan {
     }
 
     fn set(&mut self, pg: usize, slot: usize, i: usize) {
-        for m in self.groups[pg].iter().flatten() {
-            *self.shared.entry(pair(*m, i)).or_default() += 1;
-        }
+        self.change_shared(pg, i, |together| *together += 1);
         self.groups[pg][slot] = Some(i);
-        self.load[i] += 1;
+        self.held[i].insert(pg);
     }
 
     fn clear(&mut self, pg: usize, slot: usize) {
         if let Some(i) = self.groups[pg][slot].take() {
-            self.load[i] -= 1;
-            for m in self.groups[pg].iter().flatten() {
-                if let Some(n) = self.shared.get_mut(&pair(*m, i)) {
-                    *n -= 1;
-                }
-            }
+            self.held[i].remove(&pg);
+            self.change_shared(pg, i, |together| *together -= 1);
+        }
+    }
+
+    fn change_shared(&mut self, pg: usize, i: usize, change: impl Fn(&mut u32)) {
+        let count = self.ids.len();
+        for m in self.groups[pg].iter().flatten() {
+            change(&mut self.shared[m * count + i]);
+            change(&mut self.shared[i * count + m]);
         }
     }
 }
 
-fn pair(a: usize, b: usize) -> (usize, usize) {
-    (a.min(b), a.max(b))
+/// What the members of a group mean for the next one; kept up, because counting anew for each candidate is most of the work.
+struct Members {
+    /// With how many groups each target shares them, summed.
+    company: Vec<u32>,
+    is_member: Vec<bool>,
+    in_rack: Vec<usize>,
+    on_host: Vec<usize>,
 }
 
-/// Fewest members per domain and group with which `width` targets can still be found.
-fn domain_max(domain: &[usize], domains: usize, width: usize) -> usize {
-    let mut sizes = vec![0usize; domains];
-    for &d in domain {
-        sizes[d] += 1;
+impl Members {
+    fn new(targets: usize) -> Members {
+        Members {
+            company: vec![0; targets],
+            is_member: vec![false; targets],
+            in_rack: vec![0; targets],
+            on_host: vec![0; targets],
+        }
     }
-    (1..=width).find(|&max| sizes.iter().map(|&size| size.min(max)).sum::<usize>() >= width).unwrap_or(width)
+
+    fn add(&mut self, plan: &Plan, i: usize) {
+        let row = &plan.shared[i * plan.ids.len()..][..plan.ids.len()];
+        self.company.iter_mut().zip(row).for_each(|(sum, together)| *sum += together);
+        self.is_member[i] = true;
+        self.in_rack[plan.rack[i]] += 1;
+        self.on_host[plan.host[i]] += 1;
+    }
+
+    /// As [`Plan::fits`].
+    fn admit(&self, plan: &Plan, i: usize) -> bool {
+        !self.is_member[i]
+            && self.in_rack[plan.rack[i]] < plan.most.in_rack
+            && self.on_host[plan.host[i]] < plan.most.on_host
+    }
+}
+
+/// Numbers for names: equal ones for equal names.
+fn numbered<T: Ord>(names: impl Iterator<Item = T>) -> Vec<usize> {
+    let mut numbers = BTreeMap::new();
+    names
+        .map(|name| {
+            let next = numbers.len();
+            *numbers.entry(name).or_insert(next)
+        })
+        .collect()
+}
+
+impl Most {
+    /// The least bounds with which `width` targets can still be found: for racks first, then for hosts.
+    fn of(rack: &[usize], host: &[usize], width: usize) -> Most {
+        let mut sizes: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        for place in rack.iter().copied().zip(host.iter().copied()) {
+            *sizes.entry(place).or_default() += 1;
+        }
+        let reaches = |most: Most| {
+            let mut racks: BTreeMap<usize, usize> = BTreeMap::new();
+            for ((rack, _), size) in &sizes {
+                *racks.entry(*rack).or_default() += (*size).min(most.on_host);
+            }
+            racks.values().map(|size| (*size).min(most.in_rack)).sum::<usize>() >= width
+        };
+        let least = |reaches: &dyn Fn(usize) -> bool| (1..width).find(|most| reaches(*most)).unwrap_or(width);
+        let in_rack = least(&|in_rack| reaches(Most { in_rack, on_host: width }));
+        let on_host = least(&|on_host| reaches(Most { in_rack, on_host }));
+        Most { in_rack, on_host }
+    }
 }
 
 #[cfg(test)]
@@ -225,8 +312,18 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn targets(domains: usize, each: usize) -> BTreeMap<TargetId, String> {
-        (0..domains * each).map(|i| (TargetId(i as u64 + 1), format!("d{}", i % domains))).collect()
+    /// Hosts that share nothing.
+    fn targets(domains: usize, each: usize) -> BTreeMap<TargetId, Domain> {
+        (0..domains * each)
+            .map(|i| (TargetId(i as u64 + 1), Domain::of_map(&format!("d{}", i % domains))))
+            .collect()
+    }
+
+    /// Racks of hosts of targets.
+    fn racked(racks: usize, hosts: usize, each: usize) -> BTreeMap<TargetId, Domain> {
+        let domain =
+            |i: usize| Domain { rack: format!("r{}", i % racks), host: format!("h{}", i / racks % hosts) };
+        (0..racks * hosts * each).map(|i| (TargetId(i as u64 + 1), domain(i))).collect()
     }
 
     fn load(table: &PgTable) -> BTreeMap<TargetId, usize> {
@@ -239,11 +336,11 @@ mod tests {
 
     fn check(
         table: &PgTable,
-        targets: &BTreeMap<TargetId, String>,
+        targets: &BTreeMap<TargetId, Domain>,
         domains: usize,
     ) -> Result<(), TestCaseError> {
         for group in table.members.chunks(table.width) {
-            let mut per_domain: BTreeMap<&String, usize> = BTreeMap::new();
+            let mut per_domain: BTreeMap<&Domain, usize> = BTreeMap::new();
             for (i, t) in group.iter().enumerate() {
                 prop_assert!(!group[..i].contains(t), "{:?} twice in {:?}", t, group);
                 *per_domain.entry(&targets[t]).or_default() += 1;
@@ -287,7 +384,7 @@ mod tests {
             let before = targets(domains, 1);
             let old = place(None, &before, 2, pgs).unwrap();
             let mut after = before.clone();
-            after.insert(TargetId(100), "new".into());
+            after.insert(TargetId(100), Domain::of_map("new"));
             let new = place(Some(&old), &after, 2, pgs).unwrap();
             let share = (2 * pgs).div_ceil(after.len());
             let moved = old.members.iter().zip(&new.members).filter(|(a, b)| a != b).count();
@@ -297,7 +394,7 @@ mod tests {
     }
 
     /// What a repair promises, checked cell by cell.
-    fn check_repair(table: &PgTable, targets: &BTreeMap<TargetId, String>) -> Result<PgTable, TestCaseError> {
+    fn check_repair(table: &PgTable, targets: &BTreeMap<TargetId, Domain>) -> Result<PgTable, TestCaseError> {
         let moves = repair(table, targets, |_| true);
         for (cell, target) in &moves {
             let needless =
@@ -328,7 +425,7 @@ mod tests {
                 let new = repaired.moves.contains_key(&(pg * table.width + slot))
                     && !table.moves.contains_key(&(pg * table.width + slot));
                 // More of a domain than any group needs: then every free target would have been as near.
-                if new && near(t, slot) + 1 > Plan::new(targets, table.width, 1).domain_max {
+                if new && near(t, slot) + 1 > Plan::new(targets, table.width, 1).most.in_rack {
                     prop_assert!(
                         free().all(|f| near(f, slot) >= near(t, slot)),
                         "{t} is too near in {group:?}"
@@ -377,23 +474,123 @@ mod tests {
         }
     }
 
+    /// How many members of a group are in its fullest rack, and on its fullest host.
+    fn nearness(group: &[TargetId], targets: &BTreeMap<TargetId, Domain>) -> Most {
+        let fullest = |place: &dyn Fn(&Domain) -> String| {
+            let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+            for target in group {
+                *counts.entry(place(&targets[target])).or_default() += 1;
+            }
+            counts.into_values().max().unwrap_or(0)
+        };
+        Most {
+            in_rack: fullest(&|d| d.rack.clone()),
+            on_host: fullest(&|d| format!("{}/{}", d.rack, d.host)),
+        }
+    }
+
+    /// The nearest that members of the best group have to be, by trying every group.
+    fn unavoidable(targets: &BTreeMap<TargetId, Domain>, width: usize) -> (usize, usize) {
+        let ids: Vec<TargetId> = targets.keys().copied().collect();
+        let groups = (0u32..1 << ids.len()).filter(|set| set.count_ones() as usize == width);
+        let nearness = groups.map(|set| {
+            let group: Vec<TargetId> = (0..ids.len()).filter(|i| set >> i & 1 == 1).map(|i| ids[i]).collect();
+            let Most { in_rack, on_host } = nearness(&group, targets);
+            (in_rack, on_host)
+        });
+        nearness.min().unwrap_or((0, 0))
+    }
+
+    proptest! {
+        #[test]
+        fn racks_and_hosts_are_shared_only_when_there_are_too_few(
+            places in proptest::collection::vec((0..4u8, 0..3u8), 1..10), width in 1..6usize, pgs in 1..30usize,
+        ) {
+            let domain = |(rack, host): (u8, u8)| Domain { rack: format!("r{rack}"), host: format!("h{host}") };
+            let targets: BTreeMap<TargetId, Domain> =
+                places.iter().enumerate().map(|(i, place)| (TargetId(i as u64 + 1), domain(*place))).collect();
+            let Some(table) = place(None, &targets, width, pgs) else {
+                prop_assert!(targets.len() < width);
+                return Ok(());
+            };
+            let (in_rack, on_host) = unavoidable(&targets, width);
+            for group in table.members.chunks(width) {
+                let near = nearness(group, &targets);
+                prop_assert!(near.in_rack <= in_rack && near.on_host <= on_host, "{near:?}, not {in_rack}, {on_host}");
+            }
+        }
+
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn load_is_within_a_tenth_of_the_ideal_and_moves_are_few(
+            // More racks than members: then no rack must have one of every group, whatever its size.
+            racks in 4..7usize, hosts in 2..5usize, each in 1..4usize, width in 2..4usize, added in 1..4usize,
+        ) {
+            let before = racked(racks, hosts, each);
+            let pgs = 40 * before.len();
+            let old = place(None, &before, width, pgs).unwrap();
+            let within = |table: &PgTable, targets: &BTreeMap<TargetId, Domain>| {
+                let (load, ideal) = (load(table), (width * pgs) as f64 / targets.len() as f64);
+                targets.keys().all(|t| (load.get(t).copied().unwrap_or(0) as f64 - ideal).abs() <= 0.1 * ideal)
+            };
+            prop_assert!(within(&old, &before), "{:?}", load(&old));
+            // More targets, on hosts there are: each takes its share, and nothing else moves.
+            let mut after = before.clone();
+            for n in 0..added {
+                after.insert(TargetId(10_000 + n as u64), before.values().nth(n).unwrap().clone());
+            }
+            let new = place(Some(&old), &after, width, pgs).unwrap();
+            prop_assert!(within(&new, &after), "{:?}", load(&new));
+            let moved = old.members.iter().zip(&new.members).filter(|(a, b)| a != b).count();
+            let least = (width * pgs * added) as f64 / after.len() as f64;
+            prop_assert!(moved as f64 <= 1.2 * least, "{moved} moved, at least {least} must");
+            // One less: only what it had moves.
+            let gone = *before.keys().next().unwrap();
+            let mut left = before.clone();
+            left.remove(&gone);
+            let lost = old.members.iter().filter(|t| **t == gone).count();
+            prop_assert_eq!(repair(&old, &left, |_| true).len(), lost);
+        }
+    }
+
     #[test]
-    fn a_large_cluster_rebuilds_with_four_fifths_of_its_targets() {
-        let before = targets(10, 8);
-        let table = place(None, &before, 10, 512).unwrap();
+    fn a_cluster_of_2_pb_is_even_and_rebuilds_with_four_fifths_of_its_targets() {
+        // 40 servers of 8 targets in 8 racks, ec:8+2.
+        let before = racked(8, 5, 8);
+        let table = place(None, &before, 10, 4096).unwrap();
+        let ideal = 4096.0 * 10.0 / 320.0;
+        assert!(load(&table).values().all(|n| (*n as f64 - ideal).abs() <= 0.1 * ideal));
+        assert!(
+            table.members.chunks(10).all(|group| nearness(group, &before) == Most { in_rack: 2, on_host: 1 })
+        );
+        let gone = TargetId(7);
         let mut left = before.clone();
-        left.remove(&TargetId(7));
+        left.remove(&gone);
         let moves = repair(&table, &left, |_| true);
+        assert_eq!(moves.len(), load(&table)[&gone]);
         let mut busy: std::collections::BTreeSet<TargetId> = moves.values().copied().collect();
-        busy.extend(table.members.chunks(10).filter(|g| g.contains(&TargetId(7))).flatten());
-        assert!(busy.len() > 80 * 4 / 5, "{} take part", busy.len());
+        busy.extend(table.members.chunks(10).filter(|g| g.contains(&gone)).flatten());
+        busy.remove(&gone);
+        assert!(busy.len() >= 319 * 4 / 5, "{} take part", busy.len());
+        // A ninth rack: what moves is its share.
+        let mut after = before.clone();
+        after.extend(
+            (0..40).map(|i| (TargetId(1000 + i), Domain { rack: "new".into(), host: format!("h{}", i % 5) })),
+        );
+        let new = place(Some(&table), &after, 10, 4096).unwrap();
+        let moved = table.members.iter().zip(&new.members).filter(|(a, b)| a != b).count();
+        assert!(moved as f64 <= 1.2 * 40960.0 * 40.0 / 360.0, "{moved} moved");
     }
 
     #[test]
     fn where_nobody_is_left_nothing_moves() {
         let before = targets(3, 1);
         let table = place(None, &before, 3, 8).unwrap();
-        let left = BTreeMap::from([(TargetId(1), "d0".to_owned()), (TargetId(2), "d1".to_owned())]);
+        let left = BTreeMap::from([(TargetId(1), Domain::of_map("d0")), (TargetId(2), Domain::of_map("d1"))]);
         assert_eq!(repair(&table, &left, |_| true), BTreeMap::new());
         let table = place(None, &before, 2, 8).unwrap();
         assert_eq!(repair(&table, &left, |_| false), BTreeMap::new());

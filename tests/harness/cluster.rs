@@ -3,13 +3,16 @@
 
 use std::{
     ffi::OsString,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::Duration,
 };
 
 use crate::{
-    MountPoint, Process, Run, Scratch, fjord,
+    MountPoint, Network, Process, Run, Scratch, fjord,
+    network::HostNo,
     process::run,
     scratch::free_port,
     status::Status,
@@ -43,6 +46,10 @@ pub struct Setup {
     pub store: Option<String>,
     /// Metaservers that stand by at first; needs a store that they can reach.
     pub standbys: usize,
+    /// Where the metadata folder lies; default: in the scratch folder.
+    pub meta_root: Option<PathBuf>,
+    /// Hosts to run on, one for each process ([`Setup::META_HOST`] and so on); default: this one. For no standbys.
+    pub network: Option<Arc<Network>>,
 }
 
 impl Default for Setup {
@@ -60,11 +67,33 @@ impl Default for Setup {
             session_timeout: Duration::from_secs(10),
             store: None,
             standbys: 0,
+            meta_root: None,
+            network: None,
         }
     }
 }
 
 impl Setup {
+    /// Host of the metaserver.
+    pub const META_HOST: HostNo = 0;
+    /// Host of admin verbs.
+    pub const ADMIN_HOST: HostNo = 1;
+
+    /// Host of a data server.
+    pub fn data_host(server: usize) -> HostNo {
+        2 + server
+    }
+
+    /// Host of the client with this number.
+    pub fn client_host(&self, client: usize) -> HostNo {
+        2 + self.servers + client
+    }
+
+    /// Hosts of a network for this many clients.
+    pub fn hosts(&self, clients: usize) -> usize {
+        2 + self.servers + clients
+    }
+
     /// The default with another policy.
     pub fn policy(policy: &str) -> Setup {
         Setup { policy: policy.into(), ..Setup::default() }
@@ -125,7 +154,19 @@ impl Cluster {
     /// `host:port` of the metaserver, or of all of them.
     pub fn meta_address(&self) -> String {
         let ports = [self.meta_port].into_iter().chain(self.standby_ports.iter().copied());
-        ports.map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>().join(",")
+        let host = self.address_of(Setup::META_HOST);
+        ports.map(|port| format!("{host}:{port}")).collect::<Vec<_>>().join(",")
+    }
+
+    fn address_of(&self, host: HostNo) -> Ipv4Addr {
+        if self.setup.network.is_some() { Network::address(host) } else { Ipv4Addr::LOCALHOST }
+    }
+
+    fn placed(&self, mut command: Command, host: HostNo) -> Command {
+        if let Some(network) = &self.setup.network {
+            network.enter(&mut command, host);
+        }
+        command
     }
 
     fn metaserver_port(&self, n: usize) -> u16 {
@@ -152,12 +193,12 @@ impl Cluster {
 
     /// `host:port` of a data server.
     pub fn data_address(&self, server: usize) -> String {
-        format!("127.0.0.1:{}", self.data_ports[server])
+        format!("{}:{}", self.address_of(Setup::data_host(server)), self.data_ports[server])
     }
 
     /// Folder of the metaserver.
     pub fn meta_folder(&self) -> PathBuf {
-        self.scratch.path().join("meta")
+        self.setup.meta_root.clone().unwrap_or_else(|| self.scratch.path().to_owned()).join("meta")
     }
 
     /// Folder of a target.
@@ -178,12 +219,15 @@ impl Cluster {
             Some(store) => command.args(["--store", store]),
             None => command.arg("--data").arg(self.meta_folder()),
         };
-        command.args(["--listen", &format!("127.0.0.1:{}", self.metaserver_port(n))]);
+        command.args([
+            "--listen",
+            &format!("{}:{}", self.address_of(Setup::META_HOST), self.metaserver_port(n)),
+        ]);
         command.args(["--policy", &self.setup.policy]);
         command.args(["--down-after", &seconds(self.setup.down_after)]);
         command.args(["--out-after", &seconds(self.setup.out_after)]);
         command.args(["--session-timeout", &seconds(self.setup.session_timeout)]);
-        command
+        self.placed(command, Setup::META_HOST)
     }
 
     /// The command that starts a data server.
@@ -203,7 +247,7 @@ impl Cluster {
             std::fs::create_dir_all(&folder).expect("target folder");
             command.arg("--target").arg(folder);
         }
-        command
+        self.placed(command, Setup::data_host(server))
     }
 
     /// Starts the metaserver (again).
@@ -290,7 +334,7 @@ impl Cluster {
     pub fn command<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = fjord(args.into_iter().map(Into::into));
         command.env("FJORD_META", self.meta_address());
-        command
+        self.placed(command, Setup::ADMIN_HOST)
     }
 
     /// Runs an admin verb of this cluster to its end.
@@ -356,6 +400,17 @@ impl Cluster {
         self.mounts.set(self.mounts.get() + 1);
         let dir = self.scratch.dir(&format!("mount{}", self.mounts.get()));
         MountPoint::start(&self.meta_address(), &dir, options, self.scratch.path())
+    }
+
+    /// Host of the client with this number.
+    pub fn client_host(&self, client: usize) -> HostNo {
+        self.setup.client_host(client)
+    }
+
+    /// The command that mounts the cluster on a folder, from the host of a client.
+    pub fn mount_command(&self, client: usize, dir: &Path, options: &str) -> Command {
+        let command = MountPoint::command(&self.meta_address(), dir, options);
+        self.placed(command, self.setup.client_host(client))
     }
 
     /// Folder of everything.

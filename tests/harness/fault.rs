@@ -44,6 +44,23 @@ pub fn find_pages(folder: &Path, needle: &[u8]) -> Vec<Place> {
     found
 }
 
+/// Offsets of all 4 KiB pages of a volume that are not empty.
+///
+/// # Panics
+/// When the file cannot be read.
+pub fn find_written(volume: &Path) -> Vec<u64> {
+    const PAGE: usize = 4096;
+    let open = File::open(volume).expect("volume");
+    let mut found = Vec::new();
+    for (start, end) in written_parts(&open) {
+        let mut data = vec![0; (end - start) as usize];
+        open.read_exact_at(&mut data, start).expect("volume data");
+        let written = data.chunks(PAGE).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0));
+        found.extend(written.map(|(i, _)| start + (i * PAGE) as u64));
+    }
+    found
+}
+
 /// All regular files below a folder.
 pub fn files(folder: &Path) -> Vec<PathBuf> {
     let mut todo = vec![folder.to_owned()];

@@ -4,6 +4,9 @@
 //! |---|---|
 //! | [`cluster`] | a metaserver and data servers as separate processes; kill, restart, status |
 //! | [`mountpoint`] | a mount in a process of its own; unmount, kill |
+//! | [`network`] | hosts of their own, and a network that cuts, delays and loses |
+//! | [`disk`] | disks that fail, lie, lag, or forget what was not synced |
+//! | [`chaos`] | schedules of faults, and a workload that knows what it was promised |
 //! | [`differential`] | random operations on a mount and on a local directory |
 //! | [`history`] | histories of a register, and whether an order explains them |
 //! | [`locks`] | `fcntl` and `flock` |
@@ -24,13 +27,16 @@
 //!
 //! The tests need root (mounts, loop devices) and `/dev/fuse`.
 
+pub mod chaos;
 pub mod cluster;
 pub mod differential;
+pub mod disk;
 pub mod engines;
 pub mod fault;
 pub mod history;
 pub mod locks;
 pub mod mountpoint;
+pub mod network;
 pub mod process;
 pub mod rng;
 pub mod scratch;
@@ -40,6 +46,7 @@ pub mod wait;
 
 pub use cluster::{Cluster, Setup};
 pub use mountpoint::MountPoint;
+pub use network::Network;
 pub use process::{Process, Run, fjord, fjord_bin, run};
 pub use scratch::Scratch;
 pub use wait::wait_for;

@@ -40,12 +40,17 @@ impl MountPoint {
     /// # Panics
     /// When it is not mounted in time.
     pub fn start(meta: &str, dir: &Path, options: &str, logs: &Path) -> MountPoint {
+        MountPoint::of(MountPoint::command(meta, dir, options), dir, logs)
+    }
+
+    /// `fjord mount META DIR -f`, to be run.
+    pub fn command(meta: &str, dir: &Path, options: &str) -> Command {
         let mut command = fjord(["mount", meta]);
         command.arg(dir).arg("-f");
         if !options.is_empty() {
             command.args(["-o", options]);
         }
-        MountPoint::of(command, dir, logs)
+        command
     }
 
     /// Runs a command that stays in the foreground and mounts on `dir`.
@@ -77,6 +82,21 @@ impl MountPoint {
     /// The process that serves it.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+
+    /// `fjord umount` of a client that may have lost what it had not synced: then its process says so.
+    ///
+    /// # Panics
+    /// When it does not end, or ends otherwise.
+    #[track_caller]
+    pub fn unmount_after_trouble(mut self) {
+        let mut command = fjord(["umount"]);
+        command.arg(&self.dir);
+        run_within(command, 3 * SOON);
+        let status = self.process.wait();
+        assert!(!is_mounted(&self.dir), "{} is still mounted after `fjord umount`", self.dir.display());
+        let honest = status.code() == Some(1) && self.process.log().contains("not everything written below");
+        assert!(status.success() || honest, "mount process ended with {status}:\n{}", self.process.log());
     }
 
     /// `fjord umount`; the process must end cleanly.

@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read, Seek},
+    io,
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -104,20 +104,20 @@ pub fn tail(text: &str, lines: usize) -> String {
 /// # Panics
 /// When it cannot be started, or has not ended after `bound` (it is killed then).
 #[track_caller]
-pub fn run_within(mut command: Command, bound: Duration) -> Run {
+pub fn run_within(command: Command, bound: Duration) -> Run {
     let described = describe(&command);
-    let mut stdout = tempfile::tempfile().expect("temporary file");
-    let mut stderr = tempfile::tempfile().expect("temporary file");
-    command.stdin(Stdio::null());
-    command.stdout(stdout.try_clone().expect("dup")).stderr(stderr.try_clone().expect("dup"));
-    let mut child = spawn(command, None).unwrap_or_else(|e| panic!("cannot run `{described}`: {e}"));
+    let output = || tempfile::NamedTempFile::new().expect("temporary file").into_temp_path();
+    let (stdout, stderr) = (output(), output());
+    let files = Output { stdout: stdout.to_path_buf(), stderr: stderr.to_path_buf() };
+    let mut child =
+        spawn(command, files, &COMMANDS).unwrap_or_else(|e| panic!("cannot run `{described}`: {e}"));
     let ended = wait_child(&mut child, bound);
     if ended.is_none() {
         let _ = child.kill();
         let _ = child.wait();
     }
     let status = ended.unwrap_or(ExitStatus::from_raw(9));
-    let run = Run { command: described, status, stdout: text(&mut stdout), stderr: text(&mut stderr) };
+    let run = Run { command: described, status, stdout: text(&stdout), stderr: text(&stderr) };
     assert!(ended.is_some(), "had not ended after {bound:?}: {run}");
     run
 }
@@ -158,10 +158,8 @@ pub fn fjords_with(word: &str) -> Vec<u32> {
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(about).collect()
 }
 
-fn text(file: &mut File) -> String {
-    let mut raw = Vec::new();
-    file.rewind().and_then(|()| file.read_to_end(&mut raw)).expect("output of a command");
-    String::from_utf8_lossy(&raw).into_owned()
+fn text(file: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(file).expect("output of a command")).into_owned()
 }
 
 fn describe(command: &Command) -> String {
@@ -182,43 +180,46 @@ fn wait_child(child: &mut Child, bound: Duration) -> Option<ExitStatus> {
     }
 }
 
-type Order = (Command, Option<PathBuf>, mpsc::Sender<io::Result<Child>>);
+/// Files that a child's output is appended to.
+struct Output {
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+type Order = (Command, Output, mpsc::Sender<io::Result<Child>>);
+
+/// Starts commands; one that hangs while it becomes another program holds up only others of its kind.
+static COMMANDS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+/// Starts daemons.
+static DAEMONS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
 
 /// Starts a child that the kernel kills when the test process ends, however that ends.
 ///
-/// The kernel ties a child to the *thread* that started it, so all are started by threads that never end. A daemon, whose
-/// output goes to `log`, is started by one that does not share the test's descriptors: its child would have them until it
-/// becomes another program, which closes them, and closing a file that was written to or locked waits for the metaserver,
-/// which may be the child.
-fn spawn(command: Command, log: Option<&Path>) -> io::Result<Child> {
-    static COMMANDS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
-    static DAEMONS: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
-    let (starter, alone) = if log.is_some() { (&DAEMONS, true) } else { (&COMMANDS, false) };
-    let starter = starter.get_or_init(|| {
+/// The kernel ties a child to the *thread* that started it, so all are started by threads that never end. They do not share
+/// the test's descriptors: a child would have them until it becomes another program, which closes them, and closing a file
+/// that was written to or locked waits for a mount, which may be the child or stand still.
+fn spawn(command: Command, output: Output, by: &OnceLock<mpsc::Sender<Order>>) -> io::Result<Child> {
+    let starter = by.get_or_init(|| {
         let (orders, inbox) = mpsc::channel::<Order>();
         std::thread::spawn(move || {
-            if alone {
-                let flags = libc::CLOSE_RANGE_UNSHARE.cast_signed();
-                // SAFETY: this thread has a table of its own then, and uses no descriptor of before.
-                let closed = unsafe { libc::close_range(3, libc::c_uint::MAX, flags) };
-                assert_eq!(closed, 0, "{}", io::Error::last_os_error());
-            }
-            for (command, log, answer) in inbox {
-                let _ = answer.send(start(command, log.as_deref()));
+            let flags = libc::CLOSE_RANGE_UNSHARE.cast_signed();
+            // SAFETY: this thread has a table of its own then, and uses no descriptor of before.
+            let closed = unsafe { libc::close_range(3, libc::c_uint::MAX, flags) };
+            assert_eq!(closed, 0, "{}", io::Error::last_os_error());
+            for (command, output, answer) in inbox {
+                let _ = answer.send(start(command, &output));
             }
         });
         orders
     });
     let (answer, child) = mpsc::channel();
-    starter.send((command, log.map(Path::to_owned), answer)).expect("the starter thread never ends");
+    starter.send((command, output, answer)).expect("the starter thread never ends");
     child.recv().expect("the starter thread answers")
 }
 
-fn start(mut command: Command, log: Option<&Path>) -> io::Result<Child> {
-    if let Some(log) = log {
-        let out = File::options().create(true).append(true).open(log)?;
-        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-    }
+fn start(mut command: Command, output: &Output) -> io::Result<Child> {
+    let open = |path: &Path| File::options().create(true).append(true).open(path);
+    command.stdin(Stdio::null()).stdout(open(&output.stdout)?).stderr(open(&output.stderr)?);
     // SAFETY: prctl is async-signal-safe and touches nothing but the new process.
     unsafe {
         command.pre_exec(|| {
@@ -246,7 +247,8 @@ impl Process {
     /// When it cannot be started.
     pub fn start(name: &str, command: Command, log: &Path) -> Process {
         let log_before = fs::metadata(log).map_or(0, |m| m.len() as usize);
-        let child = spawn(command, Some(log)).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
+        let output = Output { stdout: log.to_owned(), stderr: log.to_owned() };
+        let child = spawn(command, output, &DAEMONS).unwrap_or_else(|e| panic!("cannot start {name}: {e}"));
         Process { name: name.to_owned(), child, ended: None, log: log.to_owned(), log_before }
     }
 

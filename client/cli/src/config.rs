@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use fjordfs_proto::Policy;
+use fjordfs_proto::{Domain, Policy};
 use serde::{Deserialize, Deserializer, de};
 
 use crate::units::{ByteSize, Span};
@@ -33,6 +33,7 @@ pub(crate) struct DataFile {
     pub(crate) listen: Option<String>,
     pub(crate) advertise: Option<String>,
     pub(crate) name: Option<String>,
+    pub(crate) domain: Option<String>,
     #[serde(default)]
     pub(crate) targets: Vec<TargetEntry>,
     pub(crate) cores: Option<usize>,
@@ -45,7 +46,7 @@ pub(crate) struct DataFile {
     pub(crate) scrub_rate: Option<ByteSize>,
 }
 
-/// One target: `"/mnt/nvme0"`, `"/mnt/nvme0@rack7"` or `{ path = "/mnt/nvme0", domain = "rack7" }`.
+/// One target: `"/mnt/nvme0"`, `"/mnt/nvme0@rack=r7"` or `{ path = "/mnt/nvme0", domain = "rack=r7" }`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TargetEntry {
     pub(crate) path: PathBuf,
@@ -61,8 +62,12 @@ impl std::str::FromStr for TargetEntry {
             Some((path, domain)) => (path, Some(domain)),
             None => (text, None),
         };
-        if path.is_empty() || domain.is_some_and(|d| d.is_empty() || d.contains('/')) {
+        if path.is_empty() {
             return Err(format!("'{text}' is not a target: write PATH or PATH@DOMAIN"));
+        }
+        // What the server is called is known later; whether this is a domain does not depend on it.
+        if let Some(Err(e)) = domain.map(|domain| domain.parse::<Domain>()) {
+            return Err(format!("'{text}' is not a target: {e}"));
         }
         Ok(TargetEntry { path: path.into(), domain: domain.map(str::to_owned) })
     }
@@ -87,6 +92,9 @@ impl<'de> Deserialize<'de> for TargetEntry {
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<TargetEntry, A::Error> {
                 let table = Table::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                if let Some(domain) = &table.domain {
+                    domain.parse::<Domain>().map_err(de::Error::custom)?;
+                }
                 Ok(TargetEntry { path: table.path, domain: table.domain })
             }
         }
@@ -148,6 +156,7 @@ mod tests {
         assert!(meta.heartbeat.is_some() && meta.down_after.is_some() && meta.log_sync.is_some());
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
+        assert_eq!(data.domain.as_deref(), Some("rack=r7"));
         assert!(data.poll_us.is_some() && data.rebuild_rate.is_some() && meta.out_after.is_some());
         assert!(data.scrub_interval.is_some() && data.scrub_rate.is_some());
         assert!(
@@ -166,6 +175,10 @@ mod tests {
         assert_eq!(file.volume_size, Some(ByteSize(1 << 30)));
         assert!("@rack".parse::<TargetEntry>().is_err());
         assert!("/a@".parse::<TargetEntry>().is_err());
+        assert!("/a@rack=7,host=b".parse::<TargetEntry>().is_ok());
+        assert!("/a@row=7".parse::<TargetEntry>().unwrap_err().contains("'row=7' is not a failure domain"));
+        let error = parse::<DataFile>("targets = [{ path = \"/c\", domain = \"row=7\" }]\n").unwrap_err();
+        assert!(error.contains("row=7"), "{error}");
     }
 
     #[test]

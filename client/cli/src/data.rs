@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
 use fjordfs_dataserver::{Config, DataServer, TargetConfig};
+use fjordfs_proto::{Domain, domain::DomainError};
 
 use crate::{
     config::{self, DataFile, TargetEntry},
@@ -20,7 +21,7 @@ use crate::{
 #[command(after_help = "\
 Examples:
   fjord data --meta meta1:7440 --target /mnt/nvme0 --target /mnt/nvme1
-  fjord data --meta meta1:7440 --advertise storage1:7441 --target /mnt/nvme0@rack7
+  fjord data --meta meta1:7440 --advertise storage1:7441 --domain rack=r7 --target /mnt/nvme0
   fjord data --config /etc/fjord/data.toml")]
 pub(crate) struct Args {
     /// Read settings from a TOML file (keys as the flags below, with _ for -; `targets` is a list); flags win
@@ -35,10 +36,14 @@ pub(crate) struct Args {
     /// Address that clients are told, when it is not the one listened on
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Name in `fjord status`, and failure domain of targets that name none [default: the host name]
+    /// Name in `fjord status`, and host of the failure domain [default: the host name]
     #[arg(long)]
     name: Option<String>,
-    /// Folder on a flash device, with its failure domain if not the server; repeat for more; made when missing
+    /// What fails with others: shards of a block go to different racks where there are enough, else to different hosts.
+    /// [default: a rack of its own, and --name]
+    #[arg(long, value_name = "rack=R[,host=H]")]
+    domain: Option<String>,
+    /// Folder on a flash device, with its failure domain if not the server's; repeat for more; made when missing
     #[arg(long = "target", value_name = "PATH[@DOMAIN]")]
     targets: Vec<TargetEntry>,
     /// Threads, each with its own io_uring; 0 is one for each core [default: 0]
@@ -112,7 +117,13 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     config.listen = daemon::listen_address(&listen)?;
     config.advertise = args.advertise.or(file.advertise);
     config.name = args.name.or(file.name).unwrap_or_else(hostname);
-    config.targets = targets.into_iter().map(|t| TargetConfig { path: t.path, domain: t.domain }).collect();
+    let name = config.name.clone();
+    let in_full = |text: String| Domain::of_server(&text, &name);
+    config.domain = args.domain.or(file.domain).map(in_full).transpose()?;
+    let target =
+        |t: TargetEntry| Ok(TargetConfig { path: t.path, domain: t.domain.map(in_full).transpose()? });
+    let targets: Result<Vec<TargetConfig>, DomainError> = targets.into_iter().map(target).collect();
+    config.targets = targets?;
     config.capacity_max = args.capacity_max.or(file.capacity_max).map(|size| size.0);
     if let Some(cores) = args.cores.or(file.cores) {
         config.cores = cores;

@@ -1,8 +1,12 @@
 //! `fjord df`: how much fits, by policy.
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    process::ExitCode,
+};
 
-use fjordfs_proto::Policy;
+use fjordfs_proto::{Domain, Policy};
 use serde::Serialize;
 
 use crate::{
@@ -64,14 +68,17 @@ struct Row {
 impl Df {
     fn new(status: &Status) -> Df {
         let up: Vec<_> = status.targets.iter().filter(|t| t.state == "up").collect();
-        let domains = |bytes: fn(&crate::status::Target) -> u64| {
-            let mut sums: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
-            for t in &up {
-                sums.entry(&t.domain).or_default().push(bytes(t));
+        let domains: Vec<Domain> = up.iter().map(|t| Domain::of_map(&t.domain)).collect();
+        let racks: BTreeSet<&str> = domains.iter().map(|domain| domain.rack.as_str()).collect();
+        // What may have one shard of a block: a rack where there are enough, else a host.
+        let places = |width: usize, bytes: fn(&crate::status::Target) -> u64| {
+            let mut sums: BTreeMap<(&str, &str), Vec<u64>> = BTreeMap::new();
+            for (target, domain) in up.iter().zip(&domains) {
+                let host = if racks.len() >= width { "" } else { domain.host.as_str() };
+                sums.entry((&domain.rack, host)).or_default().push(bytes(target));
             }
             sums.into_values().collect::<Vec<_>>()
         };
-        let (capacity, free) = (domains(|t| t.capacity), domains(|t| if t.full { 0 } else { t.free }));
         let shown = (1..=3).filter_map(Policy::replica).map(|p| p.to_string());
         let mut policies: Vec<String> = shown.chain([status.default_policy.clone()]).collect();
         policies.sort();
@@ -82,8 +89,8 @@ impl Df {
                 default: name == status.default_policy,
                 policy: name,
                 losses_survived: policy.losses_survived(),
-                usable: usable(&capacity, policy),
-                free: usable(&free, policy),
+                usable: usable(&places(policy.width(), |t| t.capacity), policy),
+                free: usable(&places(policy.width(), |t| if t.full { 0 } else { t.free }), policy),
             })
         });
         Df {
@@ -209,5 +216,21 @@ mod tests {
         assert_eq!(names, ["replica:1", "replica:2"]);
         assert!(df.text().contains("1 target (default)"));
         assert_eq!(df.policies[1].free, 60 << 30);
+    }
+
+    #[test]
+    fn racks_count_where_there_are_enough() {
+        let reply = crate::status::tests::reply([TargetState::Up; 3]);
+        let mut status = Status::new("m:1".into(), reply).unwrap();
+        let free = |status: &Status, policy: &str| {
+            Df::new(status).policies.iter().find(|row| row.policy == policy).map(|row| row.free)
+        };
+        let apart = free(&status, "replica:2").unwrap();
+        // Two of the three share a rack now, so the third has a copy of everything.
+        for (target, domain) in status.targets.iter_mut().zip(["rack=a,host=1", "rack=a,host=2", "b"]) {
+            target.domain = domain.into();
+        }
+        assert!(free(&status, "replica:2").unwrap() < apart);
+        assert_eq!(free(&status, "replica:2").unwrap(), status.targets[2].free);
     }
 }

@@ -27,6 +27,8 @@ mod buffer;
 mod directory;
 mod dispatch;
 pub mod filesystem;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handles;
 mod held;
 mod interrupt;

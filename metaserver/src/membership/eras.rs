@@ -3,19 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, PgId, TargetId,
+    BlockId, ClusterMap, Domain, PgId, TargetId,
     cluster::{Era, PgTable, TargetState},
     placement::{place, repair},
 };
 
 use super::states::stays;
 
-fn targets_with(map: &ClusterMap, fit: impl Fn(TargetState) -> bool) -> BTreeMap<TargetId, String> {
-    map.targets.iter().filter(|(_, t)| fit(t.state)).map(|(id, t)| (*id, t.domain.clone())).collect()
+fn targets_with(map: &ClusterMap, fit: impl Fn(TargetState) -> bool) -> BTreeMap<TargetId, Domain> {
+    let fit = map.targets.iter().filter(|(_, t)| fit(t.state));
+    fit.map(|(id, t)| (*id, Domain::of_map(&t.domain))).collect()
 }
 
 /// Targets that groups may have as members. One that is down for now is: groups outlive an outage.
-pub(super) fn usable(map: &ClusterMap) -> BTreeMap<TargetId, String> {
+pub(super) fn usable(map: &ClusterMap) -> BTreeMap<TargetId, Domain> {
     targets_with(map, |state| matches!(state, TargetState::Up | TargetState::Down))
 }
 

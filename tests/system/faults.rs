@@ -1,0 +1,32 @@
+//! Everything goes wrong, and nothing that was promised is lost. See `tests/harness/chaos.rs`.
+//!
+//! `FJORD_SEED=N cargo nextest run --test faults` runs the schedule of one seed; `tests/run soak MINUTES` runs new
+//! ones for that long.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
+use std::time::{Duration, Instant};
+
+use fjordfs_tests::{
+    chaos::{self, Counts},
+    rng,
+};
+
+#[test]
+fn a_schedule_of_faults_breaks_no_promise() {
+    chaos::run(rng::seed("faults"));
+}
+
+#[test]
+#[ignore = "takes as long as FJORD_SOAK_MINUTES says: tests/run soak MINUTES"]
+fn soak() {
+    let minutes: u64 = std::env::var("FJORD_SOAK_MINUTES").unwrap().parse().unwrap();
+    let until = Instant::now() + Duration::from_secs(60 * minutes);
+    let first = rng::seed("soak");
+    let mut total = Counts::default();
+    let mut runs = 0;
+    while Instant::now() < until {
+        total.add(&chaos::run(first + runs));
+        runs += 1;
+        eprintln!("soak: {runs} schedules held, the last of seed {}: {total:#?}", first + runs - 1);
+    }
+}
