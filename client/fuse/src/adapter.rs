@@ -155,6 +155,10 @@ impl Filesystem for Adapter {
         file.read_into(offset, buffer).await
     }
 
+    fn size(&self, file: &File) -> u64 {
+        file.size()
+    }
+
     fn drop_suid(&self, file: &File) -> bool {
         file.drop_suid()
     }

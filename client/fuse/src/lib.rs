@@ -26,6 +26,7 @@ mod adapter;
 mod buffer;
 mod directory;
 mod dispatch;
+mod ends;
 pub mod filesystem;
 mod handles;
 mod held;
