@@ -100,7 +100,7 @@ const PROVEN: &[(&str, &[&str])] = &[
     ("`fallocate`", &["holes_and_copies_free_and_share_space", "random_operations_do_what_they_do_locally"]),
     ("`sync` and `syncfs`", &["sync_of_everything"]),
     ("`security.selinux`", &["a_label_that_was_never_set_is_refused_and_one_that_was_is_kept"]),
-    ("access times", &["reading_leaves_the_access_time"]),
+    ("access times", &["access_times_follow_the_rules_of_relatime"]),
     (
         "what is written while",
         &["any_server_may_go_and_reads_and_writes_go_on", "a_put_says_who_has_no_shard"],

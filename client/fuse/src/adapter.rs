@@ -155,6 +155,10 @@ impl Filesystem for Adapter {
         file.read_into(offset, buffer).await
     }
 
+    fn keep_access_time(&self, file: &File) {
+        file.keep_access_time();
+    }
+
     fn size(&self, file: &File) -> u64 {
         file.size()
     }

@@ -266,6 +266,10 @@ pub trait Filesystem: Send + Sync + 'static {
         let _ = file;
         false
     }
+    /// Reads through this handle leave the access time as it is.
+    fn keep_access_time(&self, file: &Self::File) {
+        let _ = file;
+    }
     /// Bytes in the file, as far as attributes or reads have told. What nobody else can extend may leave it at 0.
     fn size(&self, file: &Self::File) -> u64 {
         let _ = file;

@@ -44,7 +44,7 @@ mod worker;
 
 pub use adapter::mount;
 pub use filesystem::Filesystem;
-pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
+pub use mount::{Mount, MountError, Remount, Unmounter, mount_filesystem, unmount_path};
 pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::SessionError;
 pub use transport::selection::{TransportInfo, TransportKind, planned_transport};

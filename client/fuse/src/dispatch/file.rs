@@ -101,6 +101,9 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
+        if has(flags, libc::O_NOATIME) {
+            self.fs.keep_access_time(&file);
+        }
         let fh = self.files.number();
         let open = OpenFile::new(file, ino);
         let mut open_flags = 0;
