@@ -1,6 +1,6 @@
 //! Directories of very many entries: listed as a stream, in memory that does not grow with them, at offsets that stay.
 //!
-//! `FJORD_ENTRIES` says how many there are (100,000 unless it does): ten million is what a directory of images may have.
+//! `FJORD_ENTRIES` says how many there are (50,000 unless it does): ten million is what a directory of images may have.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::{fs, mem::MaybeUninit, os::fd::OwnedFd, path::Path, thread};
@@ -40,7 +40,7 @@ fn list(dir: &OwnedFd, mut each: impl FnMut(usize, u64) -> bool) {
 
 #[test]
 fn very_many_entries_are_streamed_in_bounded_memory_at_offsets_that_stay() {
-    let count: usize = std::env::var("FJORD_ENTRIES").ok().and_then(|n| n.parse().ok()).unwrap_or(100_000);
+    let count: usize = std::env::var("FJORD_ENTRIES").ok().and_then(|n| n.parse().ok()).unwrap_or(50_000);
     let mut cluster = Cluster::start("directories", Setup::default());
     let maker = cluster.mount();
     fs::create_dir(maker.join("d")).unwrap();
