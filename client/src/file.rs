@@ -2,6 +2,7 @@
 //!
 //! All handles of one inode in this client share one [`FileState`]: what one handle writes, every other reads at once.
 
+mod access;
 mod allocate;
 mod chunks;
 mod copy;
@@ -111,6 +112,7 @@ struct Handle {
     id: HandleId,
     /// Where a sequential reader would go on, and how far it has been read ahead.
     cursor: Mutex<read::Cursor>,
+    accesses: access::Accesses,
 }
 
 impl Drop for Handle {
@@ -164,7 +166,16 @@ impl File {
     /// Wraps a handle that the server has opened already (open, or create).
     pub(crate) fn of_handle(client: &Arc<Inner>, id: HandleId, attr: Attr) -> File {
         let state = client.file_state(attr);
-        File { handle: Arc::new(Handle { client: client.clone(), state, id, cursor: Mutex::default() }) }
+        let accesses = access::Accesses::new(client.options.access_times);
+        File {
+            handle: Arc::new(Handle {
+                client: client.clone(),
+                state,
+                id,
+                cursor: Mutex::default(),
+                accesses,
+            }),
+        }
     }
 
     /// The inode.
@@ -192,6 +203,11 @@ impl File {
     /// next commit, and are not shown from now on. Says whether there were any.
     pub fn drop_suid(&self) -> bool {
         self.handle.state.lock().view.drop_suid()
+    }
+
+    /// Reads through this handle leave the access time as it is: `O_NOATIME`.
+    pub fn keep_access_time(&self) {
+        self.handle.accesses.keep();
     }
 
     /// Reads up to `len` bytes at `offset`, without copying: the parts are in file order. Shorter only at the end of

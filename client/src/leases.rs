@@ -31,7 +31,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, HandleId, InodeId,
-    pb::meta::{Attr, Close, DirEntry, ExtentsReply, Recall, Time, request::Op, response::Result as Reply},
+    operation::access_is_due,
+    pb::meta::{
+        Accessed, Attr, Close, DirEntry, ExtentsReply, Recall, Time, request::Op, response::Result as Reply,
+    },
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -65,6 +68,15 @@ pub struct Recalled {
     pub done: oneshot::Sender<()>,
 }
 
+/// How long is waited for those who use what is recalled.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// For caches below.
+    pub(crate) caches: Duration,
+    /// For what was written.
+    pub(crate) written: Duration,
+}
+
 /// Ends when everybody who uses what is recalled has let go.
 #[derive(Debug, Default)]
 pub(crate) struct LetGo {
@@ -73,13 +85,14 @@ pub(crate) struct LetGo {
 }
 
 impl LetGo {
-    /// Waits for the end, `limit` at most: caches below run out by themselves, and what cannot be committed for so long must not
-    /// hold up the others. Answers with the inodes that the keeper was asked about and has nothing to write to.
-    pub(crate) async fn within(self, limit: Duration) -> Vec<InodeId> {
+    /// Waits for the end, for caches below as long as leases are good, since they run out by themselves, and for what was written
+    /// until it would hold up the others for too long. Answers with the inodes that the keeper was asked about and has nothing to
+    /// write to.
+    pub(crate) async fn within(self, Patience { caches: lease, written: limit }: Patience) -> Vec<InodeId> {
         let caches = async {
             if let Some(caches) = self.caches {
                 // Caches that are gone hold nothing.
-                let _ = caches.await;
+                let _ = tokio::time::timeout(lease, caches).await;
             }
         };
         let keeper = async {
@@ -233,6 +246,24 @@ impl Leases {
         if !state.openings.remove(ino, handle) {
             self.defer(&mut state, Op::Close(Close { handle: handle.0 }), false);
         }
+    }
+
+    /// An inode was read, whose attributes are known here.
+    pub(crate) fn accessed(&self, ino: InodeId) {
+        let attr = self.state.lock().table.attr(ino);
+        if let Some(attr) = attr {
+            let time = now();
+            if access_is_due(attr.atime, [attr.mtime, attr.ctime], Some(time)) {
+                self.note_access(ino, time, attr.atime);
+            }
+        }
+    }
+
+    /// An inode was read, and its access time has to follow: the server is told with what is sent next.
+    pub(crate) fn note_access(&self, ino: InodeId, time: Time, before: Option<Time>) {
+        let mut state = self.state.lock();
+        state.table.set_access_time(ino, time);
+        self.defer(&mut state, Op::Accessed(Accessed { ino: ino.0, time: Some(time), before }), false);
     }
 
     /// Where a symbolic link points.

@@ -286,6 +286,7 @@ impl Client {
 
     /// Target of a symbolic link.
     pub async fn readlink(&self, ino: InodeId) -> FsResult<Vec<u8>> {
+        self.inner.note_access(ino);
         if let Some(target) = self.inner.meta.leases().target(ino) {
             return Ok(target.into());
         }
@@ -303,6 +304,9 @@ impl Client {
         limit: u32,
         attributes: bool,
     ) -> FsResult<ReadDirReply> {
+        if cookie == 0 {
+            self.inner.note_access(ino);
+        }
         match self.inner.meta.call(Op::ReadDir(ReadDir { ino: ino.0, cookie, limit, attributes })).await? {
             response::Result::ReadDir(mut page) => {
                 for entry in &mut page.entries {
@@ -418,6 +422,13 @@ impl Inner {
         self.meta.remember_handle(handle, InodeId(attr.ino));
         let file = File::of_handle(self, handle, attr);
         Ok((file.attr(), file))
+    }
+
+    /// A directory or symbolic link is being read. One of which nothing is known here was not looked at either.
+    fn note_access(&self, ino: InodeId) {
+        if self.options.access_times {
+            self.meta.leases().accessed(ino);
+        }
     }
 
     pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {

@@ -24,6 +24,8 @@ pub struct Options {
     /// attributes, and what was written at `close`. Others see everything at once all the same; what is at stake
     /// is that second, when this client dies. Otherwise all that waits for the metaserver.
     pub defer: bool,
+    /// Whether reading is noted in access times, by the rules of `relatime`: the first after a change, and once a day.
+    pub access_times: bool,
     /// Whether data servers on this host are reached through their Unix sockets, which costs about half the CPU time.
     pub local_sockets: bool,
     /// Whether shards of data servers on this host are read from their files, where this process may open those. The data servers
@@ -44,6 +46,7 @@ impl Default for Options {
             readahead: 16 << 20,
             drop_behind: false,
             defer: true,
+            access_times: true,
             local_sockets: true,
             local_reads: true,
             threads: 2,

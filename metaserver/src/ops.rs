@@ -1,6 +1,7 @@
 //! The namespace operations, one file each. All are pure: they read and write a [`Txn`], are told the time, and do no
 //! I/O of their own. An operation that returns an error is undone by its caller.
 
+mod accessed;
 mod acl;
 mod allocate;
 mod close;
@@ -109,11 +110,17 @@ pub(crate) fn goes_on_in_grace(op: &Op, deferred: bool) -> bool {
             op,
             Op::Commit(_)
                 | Op::Close(_)
+                | Op::Accessed(_)
                 | Op::Sync(_)
                 | Op::StatFs(_)
                 | Op::LeaseBlocks(_)
                 | Op::LeaseInodes(_)
         )
+}
+
+/// What takes nothing from a client that holds a delegation, and is nobody's to wait for.
+pub(crate) fn never_conflicts(op: &Op) -> bool {
+    matches!(op, Op::Close(_) | Op::Accessed(_))
 }
 
 /// Executes one operation.
@@ -146,6 +153,7 @@ pub(crate) fn run(ctx: &mut Ctx<'_>, op: Op) -> FsResult<Reply> {
         Op::RemoveXattr(op) => Reply::Entry(xattr::remove(ctx, &op)?),
         Op::Allocate(op) => Reply::Entry(allocate::run(ctx, &op)?),
         Op::CopyRange(op) => Reply::CopyRange(copy_range::run(ctx, &op)?),
+        Op::Accessed(op) => Reply::Empty(accessed::run(ctx, &op)?),
     })
 }
 

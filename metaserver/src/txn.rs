@@ -218,6 +218,10 @@ impl Txn {
             self.seen.push(ino);
             self.changed.push(ino);
         }
+        self.write_untold(key, value);
+    }
+
+    fn write_untold(&mut self, key: Key, value: Option<Bytes>) {
         let before = self.overlay.insert(key.clone(), value);
         self.undo.push((key, before));
     }
@@ -315,6 +319,11 @@ impl Txn {
 
     pub(crate) fn put_inode(&mut self, ino: InodeId, inode: &Inode) {
         self.put_record(keys::inode(ino), inode);
+    }
+
+    /// A change of which those who cache the inode are not told.
+    pub(crate) fn put_inode_untold(&mut self, ino: InodeId, inode: &Inode) {
+        self.write_untold(keys::inode(ino), Some(Bytes::from(inode.encode_to_vec())));
     }
 
     pub(crate) fn dirent(&mut self, parent: InodeId, name: &[u8]) -> FsResult<Option<Dirent>> {

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::{ErrorKind, Write},
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::Command,
@@ -16,7 +17,7 @@ use fjordfs_tests::{
     process::{have, sh},
     rng, run,
     tree::{self, Tree},
-    wait::{SOON, wait_for},
+    wait::{SOON, wait_for, wait_until},
 };
 use serde_json::Value;
 
@@ -402,6 +403,76 @@ impl Drop for Unmounted {
     }
 }
 
+/// Of a mount that is read-only, nosuid and nodev: it becomes writable and read-only again, and nothing else changes.
+fn remounts(cluster: &Cluster, dir: &Path) {
+    let options = || sh(cluster.folder(), &format!("findmnt -no VFS-OPTIONS {}", dir.display())).stdout;
+    sh(cluster.folder(), &format!("mount -o remount,rw {}", dir.display()));
+    let mut file = fs::File::create(dir.join("r")).unwrap();
+    file.write_all(b"written").unwrap();
+    let ro = format!("mount -o remount,ro {}", dir.display());
+    let busy = run(shell(&ro));
+    busy.fails_saying(&["in use"]);
+    drop(file);
+    wait_until("the file to be closed", SOON, || run(shell(&ro)).status.success());
+    assert_eq!(fs::write(dir.join("r"), b"x").unwrap_err().raw_os_error(), Some(libc::EROFS));
+    assert_eq!(fs::read(dir.join("r")).unwrap(), b"written");
+    let options = options();
+    for word in ["ro", "nosuid", "nodev", "noatime"] {
+        assert!(options.trim().split(',').any(|option| option == word), "'{word}' is missing in {options}");
+    }
+    let elsewhere = cluster.dir("no-mount");
+    run(fjord(["mount", "nowhere:1", text(&elsewhere), "-o", "remount,ro"]))
+        .fails_saying(&["no FjordFS is mounted on", text(&elsewhere)]);
+}
+
+fn shell(line: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", line]);
+    command
+}
+
+#[test]
+fn a_folder_is_mounted_without_what_is_around_it() {
+    let cluster = Cluster::start("folder", Setup::default());
+    let whole = cluster.mount();
+    fs::create_dir_all(whole.join("teams/vision/deep")).unwrap();
+    fs::write(whole.join("teams/secret"), b"secret").unwrap();
+    fs::write(whole.join("teams/vision/f"), b"shared").unwrap();
+    symlink("/teams/vision", whole.join("link")).unwrap();
+    for (source, options) in [("/teams/vision", "nosuid,noatime"), ("/link", "rw")] {
+        let dir = Unmounted(cluster.dir("one"));
+        let source = format!("{}:{source}", cluster.meta_address());
+        run(fjord(["mount", &source, text(&dir.0), "-o", options])).ok();
+        assert_eq!(fs::read(dir.0.join("f")).unwrap(), b"shared");
+        let up = dir.0.join("deep/../..").canonicalize().unwrap();
+        assert_eq!(up, dir.0.parent().unwrap().canonicalize().unwrap(), "above it is what it is mounted in");
+        symlink("../secret", dir.0.join("out")).unwrap();
+        assert_eq!(fs::read(dir.0.join("out")).unwrap_err().kind(), ErrorKind::NotFound);
+        fs::remove_file(dir.0.join("out")).unwrap();
+        // Both see what the other does, and the verbs know where it is.
+        fs::write(dir.0.join("deep/g"), source.as_bytes()).unwrap();
+        assert_eq!(fs::read(whole.join("teams/vision/deep/g")).unwrap(), source.as_bytes());
+        let stat = run(fjord(["stat", text(&dir.0.join("f"))])).ok().stdout;
+        assert!(stat.starts_with("/teams/vision/f:"), "{stat}");
+        let line = format!("findmnt -no FSTYPE,SOURCE,OPTIONS {}", dir.0.display());
+        let found = sh(cluster.folder(), &line).stdout;
+        assert!(found.starts_with("fuse.fjord") && found.contains("[/teams/vision]"), "{found}");
+        assert_eq!(found.contains("nosuid"), options.contains("nosuid"), "{found}");
+        run(fjord(["mount", "nowhere:1", text(&dir.0), "-o", "remount,ro"])).ok();
+        assert_eq!(fs::write(dir.0.join("f"), b"x").unwrap_err().raw_os_error(), Some(libc::EROFS));
+        run(fjord(["mount", "nowhere:1", text(&dir.0), "-o", "remount,rw"])).ok();
+        run(fjord(["umount", text(&dir.0)])).ok();
+        assert!(!is_mounted(&dir.0));
+    }
+    let dir = Unmounted(cluster.dir("none"));
+    for (folder, word) in [("/teams/missing", "No such file"), ("/teams/secret", "Not a directory")] {
+        let source = format!("{}:{folder}", cluster.meta_address());
+        run(fjord(["mount", &source, text(&dir.0)])).fails_saying(&[folder, word]);
+        assert!(!is_mounted(&dir.0));
+    }
+    whole.unmount();
+}
+
 #[test]
 fn mount8_and_fstab() {
     let cluster = Cluster::start("mount8", Setup::default());
@@ -418,6 +489,7 @@ fn mount8_and_fstab() {
     }
     let error = fs::write(dir.0.join("f"), b"x").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    remounts(&cluster, &dir.0);
     sh(cluster.folder(), &format!("umount {}", dir.0.display()));
     wait_unmounted(&dir.0);
     // An fstab of our own: mount(8) reads source, type and options from it.

@@ -4,24 +4,25 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File, FileTimes},
-    io::{Read, Write},
+    fs::{self, File, FileTimes, OpenOptions},
+    io::{self, Read, Write},
     os::fd::AsRawFd,
     os::unix::{
-        fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt},
+        fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
         net::{UnixListener, UnixStream},
     },
     path::Path,
     process::Command,
     sync::Barrier,
     thread,
-    time::{Duration, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use fjordfs_tests::{
     Cluster, Setup,
     process::{Run, have, sh},
     rng, run,
+    wait::{SOON, wait_until},
 };
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Timespec, Timestamps};
 
@@ -263,19 +264,70 @@ fn stamp(path: &Path) -> (i64, i64, i64, i64) {
     (meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec())
 }
 
+fn set_accessed(path: &Path, time: SystemTime) {
+    File::open(path).unwrap().set_times(FileTimes::new().set_accessed(time)).unwrap();
+}
+
+fn forget_pages(path: &Path) {
+    let file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+fn accessed(path: &Path) -> SystemTime {
+    fs::symlink_metadata(path).unwrap().accessed().unwrap()
+}
+
 #[test]
-fn reading_leaves_the_access_time() {
+fn access_times_follow_the_rules_of_relatime() {
     let cluster = Cluster::start("atime", Setup::default());
-    let (a, b) = (cluster.mount(), cluster.mount());
-    fs::write(a.join("f"), "text").unwrap();
-    let set = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-    File::open(a.join("f")).unwrap().set_times(FileTimes::new().set_accessed(set)).unwrap();
-    for mount in [&a, &b] {
-        assert_eq!(fs::read(mount.join("f")).unwrap(), b"text");
-        assert_eq!(fs::metadata(mount.join("f")).unwrap().accessed().unwrap(), set);
+    let (a, b, c) = (cluster.mount(), cluster.mount(), cluster.mount_with("noatime"));
+    fs::create_dir(a.join("d")).unwrap();
+    fs::write(a.join("d/f"), "text").unwrap();
+    std::os::unix::fs::symlink("f", a.join("d/l")).unwrap();
+    let long_ago = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let (file, folder, link) = (b.join("d/f"), b.join("d"), b.join("d/l"));
+    // Not where nobody wants it, in either way.
+    set_accessed(&a.join("d/f"), long_ago);
+    assert_eq!(fs::read(c.join("d/f")).unwrap(), b"text");
+    let noatime = OpenOptions::new().read(true).custom_flags(libc::O_NOATIME).open(&file).unwrap();
+    assert_eq!(io::read_to_string(noatime).unwrap(), "text");
+    assert_eq!(accessed(&file), long_ago);
+    // The first read, the first listing, and the first time that a link is followed.
+    let began = SystemTime::now();
+    forget_pages(&file);
+    fs::read(&file).unwrap();
+    let ctime = fs::metadata(&file).unwrap().ctime_nsec();
+    assert!(accessed(&file) >= began);
+    let (folder_before, link_before) = (accessed(&folder), accessed(&link));
+    fs::read_dir(&folder).unwrap().for_each(drop);
+    fs::read_link(&link).unwrap();
+    assert!(accessed(&folder) > folder_before && accessed(&link) > link_before);
+    // Not the next ones.
+    let first = [&file, &folder, &link].map(|path| accessed(path));
+    forget_pages(&file);
+    fs::read(&file).unwrap();
+    fs::read_dir(&folder).unwrap().for_each(drop);
+    fs::read_link(&link).unwrap();
+    assert_eq!([&file, &folder, &link].map(|path| accessed(path)), first);
+    assert_eq!(fs::metadata(&file).unwrap().ctime_nsec(), ctime, "reading is no change");
+    // Who has cached nothing hears of it once it has been sent.
+    wait_until("another client to see it", SOON, || {
+        let other = cluster.mount();
+        let seen = ["d/f", "d", "d/l"].map(|name| accessed(&other.join(name)));
+        other.unmount();
+        seen == first
+    });
+    // After a change, it counts again; what is set stays as set.
+    fs::write(a.join("d/f"), "more").unwrap();
+    assert_eq!(fs::read(&file).unwrap(), b"more");
+    assert!(accessed(&file) > first[0]);
+    set_accessed(&file, long_ago);
+    assert_eq!(accessed(&file), long_ago);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(accessed(&file), long_ago);
+    for mount in [a, b, c] {
+        mount.unmount();
     }
-    a.unmount();
-    b.unmount();
 }
 
 #[test]

@@ -139,6 +139,125 @@ fn python_packages_are_installed_and_imported() {
     mount.unmount();
 }
 
+/// Commits, clones and packs a tree, with everything that could differ held still.
+const GIT: &str = r#"
+set -e
+export HOME=$PWD GIT_CONFIG_NOSYSTEM=1 GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a@a GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a@a
+export GIT_AUTHOR_DATE='2001-01-01T00:00:00Z' GIT_COMMITTER_DATE='2001-01-01T00:00:00Z'
+git init -q -b main one
+cd one
+for d in a b c; do
+    mkdir -p "$d/deep/er"
+    for i in $(seq 40); do seq $((i * 7)) >"$d/deep/er/file$i"; done
+    git add . && git commit -q -m "$d"
+done
+ln -s a/deep link && chmod +x a/deep/er/file1 && git mv b moved && git rm -rq c && git add . && git commit -q -m changes
+cd ..
+git clone -q --no-local one two
+git clone -q one three
+cd two
+git checkout -q -b other && seq 1000 >new && git add . && git commit -q -m new && git push -q origin other
+git repack -adq && git gc -q --aggressive --prune=now
+cd ../one
+git merge -q other && git gc -q --prune=now
+for repository in . ../two ../three; do
+    git -C "$repository" fsck --full --strict --no-dangling 2>&1
+    git -C "$repository" status --porcelain
+    git -C "$repository" log --format='%H %T' --all
+    git -C "$repository" count-objects -v | grep -E '^(count|in-pack|packs|garbage)'
+done
+git worktree add -q ../four other && git -C ../four ls-files -s && git grep -c 200 main | wc -l
+"#;
+
+#[test]
+fn git_commits_clones_packs_and_finds_nothing_wrong() {
+    let cluster = Cluster::start("git", Setup::default());
+    let mount = cluster.mount();
+    let local = cluster.dir("local");
+    let story = |dir: &Path| sh(dir, GIT).stdout;
+    let (found, expected) = (story(mount.path()), story(&local));
+    assert_eq!(found, expected);
+    assert!(found.lines().count() > 100, "{found}");
+    // As the next client finds it.
+    let other = cluster.mount();
+    let fsck = "for r in one two three; do git -C $r -c safe.directory='*' fsck --full --strict; done";
+    sh(other.path(), fsck);
+    assert_eq!(sh(other.path(), "git -C one -c safe.directory='*' status --porcelain").stdout, "");
+    other.unmount();
+    mount.unmount();
+}
+
+/// Builds twice, the second time from what is there, and runs its tests.
+const CARGO: &str = r#"
+set -e
+unset CARGO_TARGET_DIR RUSTFLAGS CARGO_BUILD_TARGET_DIR
+export CARGO_NET_OFFLINE=true
+cargo new -q --lib --vcs none --name inner work/inner
+cargo new -q --bin --vcs none --name outer work/outer
+cd work/outer
+echo 'inner = { path = "../inner" }' >>Cargo.toml
+for i in $(seq 20); do
+    echo "pub fn f$i(x: u64) -> u64 { x.wrapping_mul($i) }" >"../inner/src/m$i.rs" && echo "pub mod m$i;"
+done >../inner/src/lib.rs
+echo 'fn main() { println!("{}", inner::m7::f7(6)); } #[test] fn t() { assert_eq!(inner::m2::f2(4), 8); }' >src/main.rs
+cargo build -q 2>&1
+cargo build -v 2>&1 | grep -oE '^ *(Fresh|Compiling|Dirty) [a-z]+' | sort
+./target/debug/outer
+touch ../inner/src/m3.rs
+cargo build -v 2>&1 | grep -oE '^ *(Fresh|Compiling) [a-z]+' | sort
+cargo test -q 2>&1 | grep -oE '[0-9]+ passed'
+"#;
+
+#[test]
+fn cargo_builds_and_knows_what_is_fresh() {
+    let cluster = Cluster::start("cargo", Setup::default());
+    let mount = cluster.mount();
+    let local = cluster.dir("local");
+    let story = |dir: &Path| {
+        let mut command = Command::new("bash");
+        command.args(["-c", CARGO]).current_dir(dir);
+        run_within(command, 5 * SOON).ok().stdout
+    };
+    let (found, expected) = (story(mount.path()), story(&local));
+    assert_eq!(found, expected);
+    assert!(found.contains("42\n") && found.contains("Fresh inner") && found.contains("1 passed"), "{found}");
+    mount.unmount();
+}
+
+#[test]
+fn safetensors_are_saved_here_and_loaded_there() {
+    let has =
+        Command::new(python()).args(["-c", "import safetensors.numpy"]).output().unwrap().status.success();
+    if !has {
+        eprintln!("{} has no safetensors: left out", python());
+        return;
+    }
+    let cluster = Cluster::start("safetensors", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let local = cluster.dir("local");
+    let script = "
+import hashlib, numpy as np, sys
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+rng = np.random.default_rng(5)
+tensors = {f'layer.{i}.weight': rng.standard_normal((311, 97 + i), dtype=np.float32) for i in range(40)}
+save_file(tensors, sys.argv[1], metadata={'format': 'np'})
+for path in sys.argv[1:]:
+    loaded = load_file(path)
+    assert all(np.array_equal(loaded[name], tensor) for name, tensor in tensors.items())
+    with safe_open(path, framework='np') as f:
+        part = f.get_slice('layer.7.weight')[100:200, 3:50]
+        print(len(f.keys()), f.metadata(), part.shape, hashlib.sha256(part.tobytes()).hexdigest())
+";
+    let here = run_python(a.path(), script, &[&a.join("m.safetensors"), &b.join("m.safetensors")]);
+    let there = run_python(&local, script, &[&local.join("m.safetensors"), &local.join("m.safetensors")]);
+    assert_eq!(here, there);
+    let read = |path: &Path| fs::read(path).unwrap();
+    assert!(read(&b.join("m.safetensors")) == read(&local.join("m.safetensors")));
+    a.unmount();
+    b.unmount();
+}
+
 #[test]
 fn numpy_maps_arrays() {
     let has_numpy = Command::new(python()).args(["-c", "import numpy"]).output().unwrap().status.success();

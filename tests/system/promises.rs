@@ -15,6 +15,8 @@ const PROVEN: &[(&str, &[&str])] = &[
             "what_one_client_closes_another_reads",
             "what_was_decided_and_closed_is_there_for_who_asks_and_after_a_drop",
             "with_close_sync_a_killed_client_leaves_what_it_closed_as_well",
+            "what_is_closed_is_seen_however_slowly_it_is_stored",
+            "a_failed_write_back_is_told_once_and_what_was_committed_stays",
         ],
     ),
     (
@@ -79,6 +81,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "what_goes_while_its_client_stands_still_is_never_read_as_something_else",
         ],
     ),
+    ("a directory that is open here", &["what_others_have_removed_is_missing_and_not_something_else"]),
     ("after a client dies", &["a_dead_client_holds_others_up_for_a_while_only"]),
     ("what a program on another client wrote", &["nobody_sees_what_others_have_seen_replaced"]),
     ("`flock` and open file locks", &["closing_gives_locks_up"]),
@@ -100,7 +103,7 @@ const PROVEN: &[(&str, &[&str])] = &[
     ("`fallocate`", &["holes_and_copies_free_and_share_space", "random_operations_do_what_they_do_locally"]),
     ("`sync` and `syncfs`", &["sync_of_everything"]),
     ("`security.selinux`", &["a_label_that_was_never_set_is_refused_and_one_that_was_is_kept"]),
-    ("access times", &["reading_leaves_the_access_time"]),
+    ("access times", &["access_times_follow_the_rules_of_relatime"]),
     (
         "what is written while",
         &["any_server_may_go_and_reads_and_writes_go_on", "a_put_says_who_has_no_shard"],

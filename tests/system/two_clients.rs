@@ -10,10 +10,13 @@ use std::{
         unix::fs::{FileExt, MetadataExt},
     },
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use fjordfs_tests::{Cluster, MountPoint, Setup, rng, wait::SOON, wait_for};
 use rand::Rng;
+use rustix::process::Signal;
 
 #[test]
 fn what_is_closed_is_what_the_other_opens() {
@@ -68,6 +71,30 @@ fn what_is_closed_is_what_the_other_opens() {
 fn first_difference(got: &[u8], expected: &[u8]) -> String {
     let at = got.iter().zip(expected).position(|(g, e)| g != e);
     format!("{} bytes instead of {}, first wrong one at {at:?}", got.len(), expected.len())
+}
+
+/// While data servers stand still, the other waits rather than see the file as it was before.
+#[test]
+fn what_is_closed_is_seen_however_slowly_it_is_stored() {
+    let mut cluster = Cluster::start("slow-close", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let data = rng::bytes(3, 300_000);
+    fs::write(a.join("f"), b"").unwrap();
+    let mut file = File::options().append(true).open(a.join("f")).unwrap();
+    let servers = 0..Setup::default().servers;
+    servers.clone().for_each(|server| cluster.data(server).signal(Signal::STOP));
+    file.write_all(&data).unwrap();
+    drop(file);
+    let read = thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read(b.join("f")));
+        // Longer than a lease is good for, and shorter than a session.
+        thread::sleep(Duration::from_secs(5));
+        servers.for_each(|server| cluster.data(server).signal(Signal::CONT));
+        reader.join().unwrap()
+    });
+    assert!(read.unwrap() == data);
+    a.unmount();
+    b.unmount();
 }
 
 #[test]

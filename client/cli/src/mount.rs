@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use fjordfs_client::Client;
+use fjordfs_fuse::Remount;
 
 use crate::{
     daemon::{self, Signals, Stop},
@@ -27,8 +28,8 @@ pub(crate) mod options;
 #[derive(clap::Args)]
 #[command(after_help = options::HELP)]
 pub(crate) struct Args {
-    /// Address of the metaserver
-    #[arg(value_name = "HOST:PORT")]
+    /// Address of the metaserver, and the folder of the filesystem to mount if that is not all of it
+    #[arg(value_name = "HOST:PORT[:/FOLDER]")]
     meta: String,
     /// The mount point: an empty folder
     dir: PathBuf,
@@ -49,7 +50,13 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let dir =
         mounts::absolute(&args.dir).with_context(|| format!("cannot mount on {}", args.dir.display()))?;
-    let settings = options::parse(&args.options.join(","), &args.meta, &dir, args.sloppy)?;
+    let list = args.options.join(",");
+    if let Some((change, rest)) = Remount::parse(&list) {
+        return remount(&dir, &change, &rest);
+    }
+    let (meta, folder) = split_source(&args.meta);
+    let mut settings = options::parse(&list, meta, &dir, args.sloppy)?;
+    settings.fuse.folder = folder.into();
     check_mountpoint(&dir, settings.fuse.nonempty)?;
     if args.fake {
         return Ok(ExitCode::SUCCESS);
@@ -60,7 +67,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             std::env::set_current_dir("/").context("cannot change to /")?;
         }
         let runtime = daemon::runtime()?;
-        let served = runtime.block_on(serve(&args.meta, &dir, settings));
+        let served = runtime.block_on(serve(meta, &dir, settings));
         // After a lazy unmount a thread still waits for the last user; the end of the process ends that.
         runtime.shutdown_background();
         return served;
@@ -74,6 +81,29 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         again.push("--sloppy".into());
     }
     background::start(again, &log)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Address of the metaserver, and the folder.
+fn split_source(source: &str) -> (&str, &str) {
+    match source.find(":/") {
+        Some(at) => (&source[..at], &source[at + 1..]),
+        None => (source, "/"),
+    }
+}
+
+/// Changes what a mount allows. Options that only a new mount takes are left out: mount(8) passes on whole lines of fstab.
+fn remount(dir: &Path, change: &Remount, rest: &[&str]) -> anyhow::Result<ExitCode> {
+    let table = mounts::read().context("cannot read /proc/self/mountinfo")?;
+    ensure!(
+        mounts::at(&table, dir).is_some_and(mounts::MountEntry::is_ours),
+        "no FjordFS is mounted on {0}, so it cannot be remounted: fjord mount HOST:PORT {0}",
+        dir.display()
+    );
+    if !rest.is_empty() {
+        tracing::info!("options that the next mount takes, not this one: {}", rest.join(","));
+    }
+    change.apply(dir).with_context(|| format!("cannot remount {}", dir.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 

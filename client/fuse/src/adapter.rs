@@ -155,6 +155,14 @@ impl Filesystem for Adapter {
         file.read_into(offset, buffer).await
     }
 
+    fn keep_access_time(&self, file: &File) {
+        file.keep_access_time();
+    }
+
+    fn size(&self, file: &File) -> u64 {
+        file.size()
+    }
+
     fn drop_suid(&self, file: &File) -> bool {
         file.drop_suid()
     }

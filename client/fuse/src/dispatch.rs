@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
 use crate::directory::{Listing, OpenDirectory, Plus};
+use crate::ends::{Ends, ShortAnswer};
 use crate::filesystem::{CopiedRange, Filesystem};
 use crate::handles::Handles;
 use crate::held::Held;
@@ -49,6 +50,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     directories: Handles<OpenDirectory>,
     kernel_cache: KernelCache,
     held: Arc<Held>,
+    ends: Arc<Ends>,
     lock_owners: LockOwners,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
@@ -64,6 +66,8 @@ pub(crate) struct Answer {
     brings: Option<InodeId>,
     /// Those that a listing brings.
     lists: Vec<InodeId>,
+    /// It is data that ends with the file: to be dropped when the kernel has taken it in.
+    pub(crate) ends: Option<ShortAnswer>,
 }
 
 /// A handle that was given out.
@@ -75,7 +79,7 @@ pub(crate) enum Opened {
 
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
-        Answer { reply, opened: None, brings: None, lists: Vec::new() }
+        Answer { reply, opened: None, brings: None, lists: Vec::new(), ends: None }
     }
 }
 
@@ -97,6 +101,7 @@ impl<F: Filesystem> Dispatcher<F> {
             directories: Handles::new(),
             kernel_cache: KernelCache::new(),
             held,
+            ends: Arc::default(),
             lock_owners: LockOwners::default(),
             interrupts: Interrupts::default(),
             notifier,
@@ -114,8 +119,20 @@ impl<F: Filesystem> Dispatcher<F> {
         let what = describe(&operation);
         self.held.asked_about(node);
         match self.route(unique, caller, node, operation, payload).await {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                self.let_short_answers_pass(node, &answer).await;
+                answer
+            }
             Err(e) => self.failed(what, node, &e).into(),
+        }
+    }
+
+    /// An answer may tell of a new size: those from before it go first.
+    async fn let_short_answers_pass(&self, node: InodeId, answer: &Answer) {
+        if answer.ends.is_none() {
+            for ino in answer.brings.iter().chain(&answer.lists).chain([&node]) {
+                self.ends.taken_in(*ino).await;
+            }
         }
     }
 
@@ -197,7 +214,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Read { fh, offset, size } => self.read(fh, offset, size, payload).await?,
+            Operation::Read { fh, offset, size } => return self.read(fh, offset, size, payload).await,
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 self.write(fh, offset, write_flags, flags, data).await?
             }

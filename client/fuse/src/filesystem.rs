@@ -266,6 +266,15 @@ pub trait Filesystem: Send + Sync + 'static {
         let _ = file;
         false
     }
+    /// Reads through this handle leave the access time as it is.
+    fn keep_access_time(&self, file: &Self::File) {
+        let _ = file;
+    }
+    /// Bytes in the file, as far as attributes or reads have told. What nobody else can extend may leave it at 0.
+    fn size(&self, file: &Self::File) -> u64 {
+        let _ = file;
+        0
+    }
     /// As [`Filesystem::read`], but into the memory that the kernel takes the bytes from: at most as many as fit, from its start on.
     /// Answers with how many they are. Asked for where the transport has such memory; worth implementing for data that
     /// is not in memory yet.

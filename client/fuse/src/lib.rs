@@ -26,6 +26,7 @@ mod adapter;
 mod buffer;
 mod directory;
 mod dispatch;
+mod ends;
 pub mod filesystem;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -45,7 +46,7 @@ mod worker;
 
 pub use adapter::mount;
 pub use filesystem::Filesystem;
-pub use mount::{Mount, MountError, Unmounter, mount_filesystem, unmount_path};
+pub use mount::{Mount, MountError, Remount, Unmounter, mount_filesystem, unmount_path};
 pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::SessionError;
 pub use transport::selection::{TransportInfo, TransportKind, planned_transport};

@@ -14,11 +14,14 @@ use crate::session::{Session, SessionError};
 use crate::transport::selection::{self, TransportInfo};
 
 mod direct;
+mod folder;
 mod fusermount;
 mod mountinfo;
 mod mountpoint;
+mod remount;
 
 use mountinfo::DeviceNumber;
+pub use remount::Remount;
 
 /// Type in /proc/mounts, and what `mount -t` is told.
 pub(crate) const TYPE: &str = "fuse.fjord";
@@ -75,6 +78,19 @@ pub enum MountError {
         /// Why.
         source: io::Error,
     },
+    /// It cannot be shown.
+    #[error(
+        "cannot mount the folder {folder} of the filesystem: {source}; `fjord mount` without it shows what there is"
+    )]
+    Folder {
+        /// From the root of the filesystem.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Linux lets only root do that.
+    #[error("only root can mount a folder of the filesystem: mount all of it, without {0}")]
+    FolderNeedsRoot(PathBuf),
     /// Not root, and no helper.
     #[error(
         "mounting without root needs fusermount3, which could not be started ({0}); install fuse3, or mount as root"
@@ -138,7 +154,10 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
         path: mountpoint.clone(),
         source: SessionError::Transport(reason),
     })?;
-    let device = open(&mountpoint, options)?;
+    let (device, unseen) = open(&mountpoint, options)?;
+    if let Some(unseen) = unseen {
+        return mount_folder(fs, options, selection, mountpoint, device, unseen);
+    }
     let place = Place { device: mountinfo::top_at(&mountpoint).map(|mount| mount.device), mountpoint };
     let unmounter = Unmounter { place: Arc::new(place) };
     let session = Session::start(fs, device, options, selection).map_err(|source| {
@@ -147,6 +166,30 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
         }
         MountError::Session { path: unmounter.mountpoint().to_owned(), source }
     })?;
+    Ok(mounted(session, unmounter, options))
+}
+
+/// The folder can be found once the filesystem is served.
+fn mount_folder<F: Filesystem>(
+    fs: F,
+    options: &MountOptions,
+    selection: selection::Selection,
+    mountpoint: PathBuf,
+    device: OwnedFd,
+    unseen: folder::Unseen,
+) -> Result<Mount, MountError> {
+    let started = Session::start(fs, device, options, selection);
+    let mut session = started.map_err(|source| MountError::Session { path: mountpoint.clone(), source })?;
+    if let Err(e) = unseen.show(&options.folder, &mountpoint) {
+        // Without a mount it ends by itself.
+        session.join();
+        return Err(e);
+    }
+    let place = Place { device: mountinfo::top_at(&mountpoint).map(|mount| mount.device), mountpoint };
+    Ok(mounted(session, Unmounter { place: Arc::new(place) }, options))
+}
+
+fn mounted(session: Session, unmounter: Unmounter, options: &MountOptions) -> Mount {
     if let Some(kib) = options.read_ahead_kb {
         raise_read_ahead(unmounter.place.device, kib);
     }
@@ -156,14 +199,16 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
         unmounter.mountpoint().display(),
         session.transport()
     );
-    Ok(Mount { session, unmounter })
+    Mount { session, unmounter }
 }
 
-fn open(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
-    if rustix::process::geteuid().is_root() {
-        direct::mount(mountpoint, options)
-    } else {
-        fusermount::mount(mountpoint, options)
+fn open(mountpoint: &Path, options: &MountOptions) -> Result<(OwnedFd, Option<folder::Unseen>), MountError> {
+    let is_whole = options.folder == Path::new("/");
+    match rustix::process::geteuid().is_root() {
+        true if is_whole => Ok((direct::mount(mountpoint, options)?, None)),
+        true => folder::mount_unseen(mountpoint, options).map(|(device, unseen)| (device, Some(unseen))),
+        false if is_whole => Ok((fusermount::mount(mountpoint, options)?, None)),
+        false => Err(MountError::FolderNeedsRoot(options.folder.clone())),
     }
 }
 

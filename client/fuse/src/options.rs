@@ -23,6 +23,8 @@ pub struct MountOptions {
     pub source: String,
     /// Where.
     pub mountpoint: PathBuf,
+    /// The folder that is shown, from the root of the filesystem; `/` is all of it. Any other needs root.
+    pub folder: PathBuf,
     /// Refuse every change.
     pub read_only: bool,
     /// Let users other than the mounting one in. On by default for root, whose mounts are meant for everybody; others need
@@ -50,7 +52,7 @@ pub struct MountOptions {
     pub nodev: bool,
     /// Execute nothing.
     pub noexec: bool,
-    /// Passed on to the kernel; FjordFS does not keep access times up to date either way.
+    /// Leave access times as they are when something is read. For the caller: access times are the filesystem's.
     pub noatime: bool,
     /// Every write is an fsync.
     pub sync: bool,
@@ -88,6 +90,7 @@ impl MountOptions {
         MountOptions {
             source: source.into(),
             mountpoint: mountpoint.into(),
+            folder: PathBuf::from("/"),
             read_only: false,
             allow_other: rustix::process::geteuid().is_root(),
             // At least 2, so that one request that computes does not hold up all others.
@@ -171,7 +174,12 @@ impl MountOptions {
             "sync" => self.sync = true,
             "async" => self.sync = false,
             "nonempty" => self.nonempty = true,
-            "remount" => return Err(unsupported(option, "unmount and mount again")),
+            "remount" => {
+                return Err(unsupported(
+                    option,
+                    "it is for a mount that is there already: fjord mount or mount(8)",
+                ));
+            }
             "allow_root" => return Err(unsupported(option, "use allow_other")),
             _ => return Err(OptionError::Unknown(option.to_owned())),
         }
@@ -184,7 +192,7 @@ fn is_for_mount(key: &str) -> bool {
     matches!(
         key,
         "_netdev" | "nofail" | "user" | "users" | "nouser" | "owner" | "group" | "auto" | "noauto" | "defaults" | "comment"
-            // Access times are the server's: these change nothing.
+            // What `relatime` says is done; Linux itself keeps no access times of FUSE mounts.
             | "relatime" | "norelatime" | "strictatime" | "nostrictatime" | "lazytime" | "nolazytime" | "diratime" | "nodiratime"
     ) || key.starts_with("x-")
         || key.starts_with("X-")
@@ -256,7 +264,7 @@ mod tests {
             ("max_read=-5", "mount option `max_read=-5`"),
             ("attr_timeout=NaN", "seconds from 0"),
             ("attr_timeout=1e300", "seconds from 0"),
-            ("remount,ro", "unmount and mount again"),
+            ("remount,ro", "for a mount that is there already"),
             ("fsname=", "fsname=NAME"),
         ] {
             let message = options().apply(list, &[]).unwrap_err().to_string();

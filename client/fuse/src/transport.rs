@@ -9,6 +9,7 @@ use std::io;
 use bytes::Bytes;
 
 use crate::abi::{self, InHeader, Pod};
+use crate::ends::ShortAnswer;
 use crate::reply::Reply;
 
 pub(crate) mod dev_fuse;
@@ -52,6 +53,11 @@ pub(crate) trait Slot: 'static {
 
     /// The answer depends on others' requests and may take for ever: it must not use up what those need.
     fn may_be_kept_long(&mut self) {}
+
+    /// To be dropped when the kernel has taken in the answer that was sent.
+    fn drop_when_taken_in(&mut self, short: ShortAnswer) {
+        drop(short);
+    }
 
     /// Sends the answer. `ENOENT` means that nobody waits for it any more.
     fn answer(&mut self, reply: &Reply) -> io::Result<()>;

@@ -88,7 +88,7 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
     if opcode == opcode::SETLKW {
         slot.may_be_kept_long();
     }
-    let answer = AssertUnwindSafe(answer(dispatcher, message, slot.payload()))
+    let mut answer = AssertUnwindSafe(answer(dispatcher, message, slot.payload()))
         .catch_unwind()
         .await
         .unwrap_or_else(|panic| {
@@ -99,7 +99,11 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
             );
             Reply::Error(libc::EIO).into()
         });
-    let Err(e) = slot.answer(&answer.reply) else { return };
+    let answered = slot.answer(&answer.reply);
+    if let Some(short) = answer.ends.take() {
+        slot.drop_when_taken_in(short);
+    }
+    let Err(e) = answered else { return };
     dispatcher.take_back(answer).await;
     match e.raw_os_error() {
         // The caller was killed meanwhile, or the mount ended.

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fjordfs_fuse::TransportChoice;
-use support::Mounted;
+use support::{Mounted, size};
 
 over_each_transport! {
     a_large_file_comes_back_in_large_requests
@@ -22,6 +22,7 @@ over_each_transport! {
     appends_go_to_the_end_wherever_that_is
     pages_are_kept_while_the_version_stands
     a_growing_file_is_followed_without_opening_it_again
+    a_reader_of_a_growing_file_sees_no_zeros_at_its_old_end
     leased_names_and_attributes_are_not_asked_for_until_they_are_recalled
     a_recall_waits_for_no_request_of_its_directory
     invalidations_reach_the_kernel
@@ -201,6 +202,29 @@ fn a_growing_file_is_followed_without_opening_it_again(transport: TransportChoic
     reader.read_to_string(&mut text).unwrap();
     assert_eq!(text, "first second");
     drop(reader);
+    mounted.end();
+}
+
+fn a_reader_of_a_growing_file_sees_no_zeros_at_its_old_end(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    *mounted.control.slow.lock() = Duration::from_millis(30);
+    for round in 0..20 {
+        let name = format!("slow{round}");
+        mounted.control.make_file(&name, &[7; 5000]);
+        let path = mounted.path(&name);
+        let file = File::open(&path).unwrap();
+        let found = std::thread::scope(|scope| {
+            let mut buffer = [1; 8000];
+            let reader = scope.spawn(move || file.read_at(&mut buffer, 0).map(|len| buffer[..len].to_vec()));
+            // The bytes of the old end are on their way when the kernel hears of the new one.
+            std::thread::sleep(Duration::from_millis(10));
+            mounted.control.overwrite(&name, &[7; 8000]);
+            assert_eq!(size(&path), 8000);
+            reader.join().unwrap().unwrap()
+        });
+        assert!(found.len() >= 5000 && found.iter().all(|byte| *byte == 7), "round {round}");
+        assert!(fs::read(&path).unwrap() == [7; 8000]);
+    }
     mounted.end();
 }
 

@@ -72,6 +72,7 @@ impl Cursor {
 
 impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
+        self.note_access();
         for _ in 0..ATTEMPTS {
             let plan = self.state.lock().view.plan_read(offset, len as u64);
             let missing = match plan {
@@ -109,6 +110,7 @@ impl Handle {
     }
 
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
+        self.note_access();
         for _ in 0..ATTEMPTS {
             let plan = self.state.lock().view.plan_read(offset, memory.len() as u64);
             let missing = match plan {

@@ -21,6 +21,7 @@ use fjordfs_proto::{
     extent::BlockPiece,
     interval::{IntervalMap, Run},
     mode::without_suid,
+    operation::access_is_due,
     pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
 };
 
@@ -289,6 +290,18 @@ impl View {
         (self.mtime, self.ctime) = (Some(now), None);
         let replaced = self.local.insert(offset, Segment::dirty(data));
         self.dropped(&replaced)
+    }
+
+    /// Whether reading has to be noted: the access time that is too old then. Without `now` only changes are looked at.
+    pub(crate) fn access_due(&self, now: Option<Time>) -> Option<Option<Time>> {
+        let Attr { atime, mtime, ctime, .. } = self.attr;
+        let changes = [self.mtime.or(mtime), self.ctime.or(self.mtime).or(ctime)];
+        access_is_due(atime, changes, now).then_some(atime)
+    }
+
+    /// It was read.
+    pub(crate) fn set_access_time(&mut self, time: Time) {
+        self.attr.atime = Some(time);
     }
 
     /// Suid and sgid go with the next commit; says whether there are any.

@@ -1,7 +1,7 @@
 //! Operations that nobody waits for, until they are sent.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -23,6 +23,8 @@ const UNANSWERED_MAX: usize = 1 << 15;
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     operations: VecDeque<(Op, bool)>,
+    /// Where in `operations` the last access of an inode is, unless its times were set since.
+    accessed: HashMap<u64, usize>,
     due: Option<Instant>,
     /// Decided operations that are queued or unanswered.
     unanswered: usize,
@@ -31,11 +33,26 @@ pub(super) struct Deferred {
 impl Deferred {
     /// Adds an operation; says whether [`Deferred::due`] has changed.
     pub(super) fn push(&mut self, op: Op, decided: bool) -> bool {
+        match &op {
+            Op::Accessed(access) => {
+                let queued = self.accessed.get(&access.ino).and_then(|at| self.operations.get_mut(*at));
+                if let Some((Op::Accessed(queued), _)) = queued {
+                    queued.time = access.time;
+                    return false;
+                }
+                self.accessed.insert(access.ino, self.operations.len());
+            }
+            Op::SetAttr(set) => {
+                self.accessed.remove(&set.ino);
+            }
+            _ => {}
+        }
+        let may_wait = decided || matches!(op, Op::Accessed(_));
         self.operations.push_back((op, decided));
         self.unanswered += usize::from(decided);
         let wait = match self.operations.len() {
             SENT_FROM.. => Duration::ZERO,
-            _ if decided => DEFERRED_MAX,
+            _ if may_wait => DEFERRED_MAX,
             // Behind something that was decided, it can wait as well.
             _ if self.unanswered > 0 => DEFERRED_MAX,
             _ => QUIET_MAX,
@@ -58,6 +75,7 @@ impl Deferred {
 
     pub(super) fn take(&mut self) -> impl Iterator<Item = (Op, bool)> + use<> {
         self.due = None;
+        self.accessed.clear();
         std::mem::take(&mut self.operations).into_iter()
     }
 
@@ -69,7 +87,7 @@ impl Deferred {
 
 #[cfg(test)]
 mod tests {
-    use fjordfs_proto::pb::meta::{Close, Make};
+    use fjordfs_proto::pb::meta::{Accessed, Close, Make, SetAttr, Time};
 
     use super::*;
 
@@ -96,6 +114,23 @@ mod tests {
             deferred.push(make(), true);
         }
         assert!(deferred.due().unwrap() <= Instant::now());
+    }
+
+    #[test]
+    fn accesses_of_an_inode_are_one_unless_its_times_were_set_between() {
+        let access = |ino, sec, before| {
+            let time = |sec| Some(Time { sec, nsec: 0 });
+            Op::Accessed(Accessed { ino, time: time(sec), before: time(before) })
+        };
+        let set = Op::SetAttr(SetAttr { ino: 1, ..SetAttr::default() });
+        let mut deferred = Deferred::default();
+        for op in [access(1, 10, 1), access(2, 11, 1), access(1, 12, 10), set.clone(), access(1, 13, 5)] {
+            deferred.push(op, false);
+        }
+        let taken: Vec<Op> = deferred.take().map(|(op, _)| op).collect();
+        assert_eq!(taken, [access(1, 12, 1), access(2, 11, 1), set, access(1, 13, 5)]);
+        deferred.push(access(1, 14, 13), false);
+        assert_eq!(deferred.take().count(), 1);
     }
 
     #[test]

@@ -16,7 +16,9 @@ use bytes::Bytes;
 use fjordfs_proto::{
     FsResult, InodeId,
     error::Errno,
-    pb::meta::{Attr, Entry, ExtentsReply, FileKind, Make, Rename, request::Op, response::Result as Reply},
+    pb::meta::{
+        Attr, Entry, ExtentsReply, FileKind, Make, Rename, Time, request::Op, response::Result as Reply,
+    },
 };
 use lru::LruCache;
 
@@ -329,6 +331,13 @@ impl Table {
             change(attr);
             *attr
         })
+    }
+
+    /// It was read.
+    pub(super) fn set_access_time(&mut self, ino: InodeId, time: Time) {
+        if let Some(attr) = self.inodes.get_mut(&ino).and_then(|cached| cached.attr.as_mut()) {
+            attr.atime = Some(time);
+        }
     }
 
     /// An answer says that these inodes are delegated to this client.

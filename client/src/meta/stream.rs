@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     engine::Alive,
-    leases::{Answered, Leases},
+    leases::{Answered, Leases, Patience},
     locks::Locks,
 };
 
@@ -74,6 +74,9 @@ pub(super) fn spawn(
 struct Beats {
     interval: Duration,
     lease: Duration,
+    /// What was closed here is to be seen by others, however slow the data servers are, as long as the metaserver does not give up
+    /// this session.
+    patience: Patience,
     last: u64,
     /// Not repeated yet, with the time when they were sent.
     sent: VecDeque<(u64, Instant)>,
@@ -84,7 +87,9 @@ impl Beats {
         let lease = Duration::from_millis(welcome.lease_ms);
         let shortest = Duration::from_millis(welcome.session_timeout_ms).min(lease);
         let interval = (shortest / 3).clamp(Duration::from_millis(50), Duration::from_secs(10));
-        Beats { interval, lease, last: 0, sent: VecDeque::new() }
+        let session = Duration::from_millis(welcome.session_timeout_ms);
+        let patience = Patience { caches: lease, written: session.saturating_sub(lease).max(lease) };
+        Beats { interval, lease, patience, last: 0, sent: VecDeque::new() }
     }
 
     fn next(&mut self) -> ClientMessage {
@@ -140,14 +145,15 @@ impl Driver {
             }
             // Nothing that the server took back on the old stream is used any more.
             self.letting_go = LettingGo::default();
-            self.leases.end().within(self.beats.lease).await;
+            self.leases.end().within(self.beats.patience).await;
             match self.reattach().await {
                 Some(stream) => attached = stream,
                 None => break,
             }
-            let (written, lease) = (self.leases.flush_all(), self.beats.lease);
+            let patience = Patience { written: self.beats.lease, ..self.beats.patience };
+            let written = self.leases.flush_all();
             settling =
-                Some(Box::pin(async move { drop(written.within(lease).await) }) as BoxFuture<'static, ()>);
+                Some(Box::pin(async move { drop(written.within(patience).await) }) as BoxFuture<'static, ()>);
         }
         self.leases.end();
         self.state.send_modify(|s| s.ended = true);
@@ -246,7 +252,7 @@ impl Driver {
         }
         if !message.recalls.is_empty() {
             let recalling = self.leases.recall(&message.recalls);
-            self.letting_go.recalled(message.recalls, recalling, self.beats.lease);
+            self.letting_go.recalled(message.recalls, recalling, self.beats.patience);
         }
         if let Some(sent) = self.beats.repeated(message.beat) {
             self.leases.renew(sent.into(), self.beats.lease);
@@ -261,7 +267,7 @@ impl Driver {
             Answer::Caller(reply) => {
                 let told = Answered { result: &result, serial, changed: &changed, delegated: &delegated };
                 let dropped = self.leases.learn(&op, &sent, &told);
-                self.letting_go.dropped(dropped, self.beats.lease);
+                self.letting_go.dropped(dropped, self.beats.patience);
                 self.locks.answered(&op, &result);
                 // The caller may have given up waiting.
                 let _ = reply.send(result);

@@ -82,7 +82,7 @@ impl Core {
             let request = Request { id, slot, sequence, deferred, op: Some(op) };
             return Outcome::Postponed(request, vec![RecallId::GRACE]);
         }
-        let postponable = self.leases.may_conflict(session) && !matches!(op, Op::Close(_));
+        let postponable = self.leases.may_conflict(session) && !ops::never_conflicts(&op);
         let again = postponable.then(|| op.clone());
         let told = if deferred { ops::Told::default() } else { ops::Told::by(&op) };
         let made = if let Op::Make(make) = &op { make.ino } else { 0 };
@@ -163,7 +163,7 @@ impl Core {
         {
             return Err(e.clone());
         }
-        // Close is the one of these that may write: the last close of an orphan. A failed store keeps the orphan.
+        // Two of these may write: the last close of an orphan, and an access time. A failed store keeps what it has.
         self.txn.begin();
         let result = self.run(session, op, now);
         match &result {
@@ -231,7 +231,7 @@ impl Core {
     /// One operation; refused when it has met something that is delegated to another session, which `conflicts` names then.
     fn run(&mut self, session: SessionId, op: Op, now: Moment) -> FsResult<Reply> {
         let opened = self.opens.mark();
-        let postponable = !matches!(op, Op::Close(_));
+        let postponable = !ops::never_conflicts(&op);
         let mut none = Vec::new();
         let inodes = self.sessions.get_mut(session).map_or(&mut none, |session| &mut session.inodes);
         let mut ctx = Ctx {

@@ -1,5 +1,6 @@
 //! Operations on the engine in memory; after each test the checker scans everything.
 
+mod accesses;
 mod acls;
 mod allocations;
 mod commits;

@@ -15,6 +15,7 @@ use crate::{
 pub(crate) const HELP: &str = "\
 Options (-o, separated by commas):
   ro, rw                read only; read and write (default)
+  remount               change ro, nosuid, nodev, noexec or their opposites of a mount in use
   allow_other           let other users in (default for root; noallow_other turns it off)
   nosuid,nodev,noexec,noatime,sync   as in mount(8)
   nonempty              mount over a folder that has files
@@ -49,6 +50,7 @@ Options (-o, separated by commas):
 
 Examples:
   fjord mount meta1:7440 /mnt/fjord
+  fjord mount meta1:7440:/teams/vision /mnt/vision   one folder of it, as root
   fjord mount meta1:7440 /mnt/fjord -o ro,memory=8GiB
   mount -t fuse.fjord meta1:7440 /mnt/fjord          with deploy/install.sh
   meta1:7440 /mnt/fjord fuse.fjord _netdev,nofail 0 0       a line of /etc/fstab";
@@ -96,6 +98,7 @@ pub(crate) fn parse(list: &str, meta: &str, dir: &Path, sloppy: bool) -> anyhow:
             Err(e) => return Err(e.into()),
         }
     }
+    settings.client.access_times = !settings.fuse.noatime && !settings.fuse.read_only;
     Ok(settings)
 }
 
@@ -173,7 +176,8 @@ mod tests {
         assert!(!s.client.local_reads && of("").unwrap().client.local_reads);
         assert!(!of("local_sockets=off").unwrap().client.local_sockets && s.client.local_sockets);
         assert_eq!(s.fuse.source, "m:1");
-        assert!(of("").is_ok());
+        assert!(of("").unwrap().client.access_times && !s.client.access_times);
+        assert!(!of("noatime").unwrap().client.access_times);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use fjordfs_proto::{FsResult, InodeId};
 
 use super::{Answer, Dispatcher, Opened, unknown_handle};
 use crate::abi::{OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
+use crate::ends::ShortAnswer;
 use crate::filesystem::{Filesystem, NewFile};
 use crate::reply::{self, Reply, Validity};
 use crate::request::Caller;
@@ -100,6 +101,9 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
+        if has(flags, libc::O_NOATIME) {
+            self.fs.keep_access_time(&file);
+        }
         let fh = self.files.number();
         let open = OpenFile::new(file, ino);
         let mut open_flags = 0;
@@ -132,18 +136,48 @@ impl<F: Filesystem> Dispatcher<F> {
         }
     }
 
-    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Reply> {
+    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Answer> {
         let open = self.file(fh)?;
         let size = (size as usize).min(self.size_max);
         if let Some(payload) = payload.get_mut(..size)
             && !payload.is_empty()
         {
-            let filled = self.fs.read_into(&open.file, offset, payload).await?;
-            return Ok(Reply::InPayload(filled.min(size)));
+            let mut filled = 0;
+            let ends = loop {
+                let rest = &mut payload[filled..];
+                let more = self.fs.read_into(&open.file, offset + filled as u64, rest).await?.min(rest.len());
+                filled += more;
+                if more == 0 || filled == size {
+                    break (filled < size).then(|| self.ends.short_answer(open.ino));
+                }
+                if let Some(ends) = self.end_of_file(&open, offset + filled as u64) {
+                    break Some(ends);
+                }
+            };
+            return Ok(Answer { ends, ..Reply::InPayload(filled).into() });
         }
-        let mut parts = self.fs.read(&open.file, offset, size).await?;
-        cut(&mut parts, size);
-        Ok(Reply::Parts(parts))
+        let mut parts = Vec::new();
+        let mut filled = 0;
+        let ends = loop {
+            let mut more = self.fs.read(&open.file, offset + filled as u64, size - filled).await?;
+            cut(&mut more, size - filled);
+            let len = more.iter().map(Bytes::len).sum::<usize>();
+            filled += len;
+            parts.append(&mut more);
+            if len == 0 || filled == size {
+                break (filled < size).then(|| self.ends.short_answer(open.ino));
+            }
+            if let Some(ends) = self.end_of_file(&open, offset + filled as u64) {
+                break Some(ends);
+            }
+        };
+        Ok(Answer { ends, ..Reply::Parts(parts).into() })
+    }
+
+    /// An answer that ends here, at the end of the file; `None` when the file has grown since it was read.
+    fn end_of_file(&self, open: &OpenFile<F::File>, end: u64) -> Option<ShortAnswer> {
+        let short = self.ends.short_answer(open.ino);
+        (self.fs.size(&open.file) <= end).then_some(short)
     }
 
     pub(super) async fn write(

@@ -36,7 +36,7 @@ fn flags(options: &MountOptions) -> MountFlags {
 
 /// What the kernel's FUSE module reads. `default_permissions`: the kernel checks access from mode and owner, so the
 /// metadata server does not have to be asked.
-fn data(device: &OwnedFd, options: &MountOptions) -> String {
+pub(super) fn data(device: &OwnedFd, options: &MountOptions) -> String {
     let mut data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
         device.as_raw_fd(),

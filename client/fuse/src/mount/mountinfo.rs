@@ -22,6 +22,8 @@ pub(super) struct MountInfo {
     pub(super) path: PathBuf,
     pub(super) kind: String,
     pub(super) source: String,
+    /// Those of the mount and, behind a comma, of the filesystem.
+    pub(super) options: String,
 }
 
 /// The filesystem that one sees at exactly this absolute path, if it is a mount point.
@@ -49,9 +51,12 @@ fn parse(line: &[u8]) -> Option<MountInfo> {
     let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
     let device = DeviceNumber(major.parse().ok()?, minor.parse().ok()?);
     let path = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
+    let of_mount = String::from_utf8_lossy(fields.next()?).into_owned();
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let mut text = || fields.next().map(|field| String::from_utf8_lossy(&unescape(field)).into_owned());
-    Some(MountInfo { device, path, kind: text()?, source: text()? })
+    let (kind, source) = (text()?, text()?);
+    let options = format!("{of_mount},{}", text().unwrap_or_default());
+    Some(MountInfo { device, path, kind, source, options })
 }
 
 /// Blanks, newlines and backslashes stand as three octal digits.
@@ -89,6 +94,7 @@ mod tests {
             path: "/mnt/my data".into(),
             kind: "fuse.fjord".into(),
             source: "host:7440".into(),
+            options: "rw,nosuid,rw,user_id=0".into(),
         };
         assert_eq!(parse(line), Some(expected));
         assert_eq!(parse(b"41 22 0:52 / /mnt rw"), None);

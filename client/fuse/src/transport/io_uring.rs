@@ -20,7 +20,7 @@
 //! ```
 //! A slot that is dropped unanswered answers EIO, so no entry is lost.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -36,6 +36,7 @@ use tokio::io::unix::AsyncFd;
 use super::{Message, Slot, Transport};
 use crate::abi::{self, OutHeader, UringInOut, opcode};
 use crate::buffer::BufferPool;
+use crate::ends::ShortAnswer;
 use crate::reply::Reply;
 
 pub(crate) mod cpus;
@@ -56,6 +57,8 @@ pub(crate) fn probe() -> io::Result<()> {
 struct Shared {
     ring: Ring,
     waiting: Cell<Option<Waker>>,
+    /// Among the answers that are not submitted.
+    short: RefCell<Vec<ShortAnswer>>,
 }
 
 /// The ring's descriptor, open as long as anybody uses the ring.
@@ -85,7 +88,7 @@ impl IoUring {
         poll: Duration,
     ) -> io::Result<IoUring> {
         let ring = Ring::new(queues, depth, size_max)?;
-        let shared = Rc::new(Shared { ring, waiting: Cell::default() });
+        let shared = Rc::new(Shared { ring, waiting: Cell::default(), short: RefCell::default() });
         // SAFETY: the descriptor is open as long as the ring, of which the `AsyncFd` has a share.
         let fd = unsafe { AsyncFd::register_with_interest(RingFd(Rc::clone(&shared)), Interest::READABLE)? };
         Ok(IoUring { shared, fd, pool, poll })
@@ -171,7 +174,12 @@ impl Transport for IoUring {
                         "one request fewer can be in flight on a CPU, its ring entry was refused: {e}"
                     );
                 }
-                None if ring.has_unsubmitted() => ring.submit()?,
+                None if ring.has_unsubmitted() => {
+                    ring.submit()?;
+                    if !ring.has_unsubmitted() {
+                        self.shared.short.take();
+                    }
+                }
                 None if idle_since.get_or_insert_with(Instant::now).elapsed() < self.poll => {
                     // Sockets are looked at too.
                     tokio::task::yield_now().await;
@@ -237,6 +245,10 @@ impl Slot for UringSlot {
                 "one request fewer can be in flight on a CPU while this one waits for a lock: {e}"
             );
         }
+    }
+
+    fn drop_when_taken_in(&mut self, short: ShortAnswer) {
+        self.shared.short.borrow_mut().push(short);
     }
 
     fn answer(&mut self, reply: &Reply) -> io::Result<()> {

@@ -325,14 +325,20 @@ impl Filesystem for MemFs {
     async fn read(&self, file: &MemFile, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
         self.0.reads.fetch_add(1, Ordering::SeqCst);
         self.0.size_max.fetch_max(len as u64, Ordering::SeqCst);
-        self.0.be_slow(file.0).await;
         assert!(!self.0.panic_on_read.load(Ordering::SeqCst), "asked to panic");
-        self.with(InodeId(file.0), |inode| {
+        let parts = self.with(InodeId(file.0), |inode| {
             let start = (offset as usize).min(inode.data.len());
             let end = (start + len).min(inode.data.len());
             // Many parts, as striped data comes.
             inode.data[start..end].chunks(60_000).map(Bytes::copy_from_slice).collect()
-        })
+        });
+        // As of when it was asked for.
+        self.0.be_slow(file.0).await;
+        parts
+    }
+
+    fn size(&self, file: &MemFile) -> u64 {
+        self.with(InodeId(file.0), |inode| inode.data.len() as u64).unwrap_or_default()
     }
 
     async fn write(&self, file: &MemFile, offset: u64, data: Bytes) -> FsResult<()> {

@@ -6,7 +6,10 @@ use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno::*, pb::meta::*};
 use request::Op;
 use response::Result as Reply;
 
-use crate::testing::{World, errno};
+use crate::{
+    testing::{World, errno},
+    txn::Txn,
+};
 
 const R: InodeId = ROOT_INODE;
 
@@ -293,4 +296,27 @@ fn a_file_without_a_name_is_gone_unless_it_gets_one() {
     w.remove(R, "named", false).unwrap();
     assert_eq!(errno(w.link(kept, R, "again")), ENOENT, "a name is given once");
     assert_eq!(w.check().orphans, 1);
+}
+
+#[test]
+fn what_has_all_the_links_that_can_be_counted_gets_no_more() {
+    let mut w = World::new();
+    let (f, d) = (w.file("f"), w.dir(R, "d"));
+    let mut txn = Txn::new(w.store.clone()).unwrap();
+    txn.begin();
+    for ino in [f, d] {
+        let mut inode = txn.inode(ino).unwrap();
+        inode.nlink = u32::MAX;
+        txn.put_inode(ino, &inode);
+    }
+    txn.accept();
+    let fence = w.store.take_over().unwrap();
+    w.store.commit(txn.take_batch().unwrap(), fence).unwrap();
+    w.restart();
+    w.reattach(w.session, &[]);
+    assert_eq!(errno(w.link(f, R, "g")), EMLINK);
+    assert_eq!(errno(w.lookup(R, "g")), ENOENT);
+    assert_eq!(errno(w.make(d, "sub", FileKind::Directory)), EMLINK);
+    assert_eq!(errno(w.lookup(d, "sub")), ENOENT);
+    w.make(d, "file", FileKind::Regular).unwrap();
 }

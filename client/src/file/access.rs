@@ -1,0 +1,41 @@
+//! Access times, by the rules of `relatime`: the first read after a change is noted, and one a day. What is noted travels with other
+//! operations.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use super::{Handle, now};
+
+/// What a handle knows of its reads.
+pub(super) struct Accesses {
+    /// They are to be noted.
+    noted: AtomicBool,
+    was_read: AtomicBool,
+}
+
+impl Accesses {
+    pub(super) fn new(noted: bool) -> Accesses {
+        Accesses { noted: AtomicBool::new(noted), was_read: AtomicBool::new(false) }
+    }
+
+    pub(super) fn keep(&self) {
+        self.noted.store(false, Relaxed);
+    }
+}
+
+impl Handle {
+    /// The file is being read. Only the first read of a handle looks at the clock: nobody keeps a file open for days to read it once
+    /// in a while and be found by its access time.
+    pub(super) fn note_access(&self) {
+        if !self.accesses.noted.load(Relaxed) {
+            return;
+        }
+        let is_first = !self.accesses.was_read.load(Relaxed) && !self.accesses.was_read.swap(true, Relaxed);
+        let mut file = self.state.lock();
+        if let Some(before) = file.view.access_due(is_first.then(now)) {
+            let time = now();
+            file.view.set_access_time(time);
+            drop(file);
+            self.client.meta.leases().note_access(self.state.ino, time, before);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Errors that come late, and those of limits that only a large filesystem has.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::{fd::IntoRawFd, unix::fs::FileExt},
+    thread,
+    time::Duration,
+};
+
+use fjordfs_tests::{Cluster, Setup, rng};
+use rustix::{
+    fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat},
+    io::Errno,
+};
+
+/// Larger than what is kept inside an inode.
+const SIZE: usize = 200_000;
+
+fn close(file: File) -> io::Result<()> {
+    // SAFETY: the descriptor was the file's and is nobody's now.
+    match unsafe { libc::close(file.into_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whoever comes next is told, once, and the file is as it was committed.
+#[test]
+fn a_failed_write_back_is_told_once_and_what_was_committed_stays() {
+    let mut cluster = Cluster::start("write-back", Setup::default());
+    let mount = cluster.mount_with("timeout=3s,dirty_age=200ms");
+    let names = ["write", "fsync", "close"];
+    let old: Vec<Vec<u8>> = (0..3).map(|seed| rng::bytes(seed, SIZE)).collect();
+    let files =
+        names.map(|name| File::options().read(true).write(true).create_new(true).open(mount.join(name)));
+    let files = files.map(Result::unwrap);
+    for (file, bytes) in files.iter().zip(&old) {
+        file.write_all_at(bytes, 0).unwrap();
+        file.sync_all().unwrap();
+    }
+    (0..Setup::default().servers).for_each(|server| cluster.kill_data(server));
+    for (seed, file) in files.iter().enumerate() {
+        file.write_all_at(&rng::bytes(100 + seed as u64, SIZE), 0).unwrap();
+    }
+    // Long enough for the attempt to fail, in the background.
+    thread::sleep(Duration::from_secs(10));
+    let [write, fsync, closed] = files;
+    let failed = |result: io::Result<()>| {
+        let errno = result.unwrap_err().raw_os_error();
+        assert!(matches!(errno, Some(libc::EIO | libc::ETIMEDOUT)), "{errno:?}");
+    };
+    failed(write.write_all_at(b"next", 0));
+    failed(fsync.sync_all());
+    fsync.sync_all().expect("it was told");
+    failed(close(closed));
+    drop((write, fsync));
+    (0..Setup::default().servers).for_each(|server| cluster.start_data(server));
+    cluster.wait_healthy();
+    let other = cluster.mount();
+    for (name, bytes) in names.iter().zip(&old) {
+        assert!(fs::read(other.join(name)).unwrap() == *bytes, "{name} for others");
+        assert!(fs::read(mount.join(name)).unwrap() == *bytes, "{name} here");
+    }
+    other.unmount();
+    mount.unmount();
+}
+
+#[test]
+fn no_file_is_larger_than_an_offset_can_say() {
+    let cluster = Cluster::start("efbig", Setup::default());
+    let mount = cluster.mount();
+    let path = mount.join("f");
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let end = i64::MAX.cast_unsigned();
+    file.write_all_at(b"last", (16 << 40) - 4).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 40);
+    ftruncate(&file, end).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), end);
+    let mut at_end = File::options().append(true).open(&path).unwrap();
+    for result in [
+        at_end.write(b"x").map(drop),
+        fallocate(&file, FallocateFlags::empty(), end - 10, 100).map_err(io::Error::from),
+    ] {
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFBIG));
+    }
+    assert_eq!(ftruncate(&file, end + 1), Err(Errno::INVAL));
+    let mut last = [0; 4];
+    file.read_exact_at(&mut last, (16 << 40) - 4).unwrap();
+    assert_eq!(&last, b"last");
+    file.sync_all().unwrap();
+    drop((file, at_end));
+    mount.unmount();
+}
+
+/// What was open, or is a process's directory, and has gone by another client.
+#[test]
+fn what_others_have_removed_is_missing_and_not_something_else() {
+    let cluster = Cluster::start("removed", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    fs::create_dir(a.join("d")).unwrap();
+    fs::write(a.join("d/f"), b"text").unwrap();
+    let folder = openat(CWD, a.join("d"), OFlags::DIRECTORY | OFlags::RDONLY, Mode::empty()).unwrap();
+    let file = File::open(a.join("d/f")).unwrap();
+    fs::remove_file(b.join("d/f")).unwrap();
+    fs::remove_dir(b.join("d")).unwrap();
+    fs::create_dir(b.join("d")).unwrap();
+    fs::write(b.join("d/f"), b"other").unwrap();
+    // A file stays as long as somebody has it open, and can be read; it has no name to come back by.
+    let mut bytes = [0; 4];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"text");
+    assert_eq!(linkat(&file, "", CWD, a.join("again"), AtFlags::EMPTY_PATH), Err(Errno::NOENT));
+    assert_eq!(openat(&folder, "f", OFlags::RDONLY, Mode::empty()).unwrap_err(), Errno::STALE);
+    let made = openat(&folder, "new", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR);
+    assert_eq!(made.unwrap_err(), Errno::STALE);
+    assert_eq!(fs::read(a.join("d/f")).unwrap(), b"other");
+    drop((file, folder));
+    a.unmount();
+    b.unmount();
+}
