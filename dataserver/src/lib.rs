@@ -32,6 +32,7 @@ mod membership;
 mod node;
 mod ops;
 mod peer;
+mod placing;
 mod runtime;
 mod server;
 mod store;

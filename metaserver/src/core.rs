@@ -20,7 +20,7 @@ use std::{
 };
 
 use fjordfs_proto::{
-    ClusterMap, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
+    ClusterMap, Epoch, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
     pb::{
         self,
         meta::{
@@ -371,6 +371,7 @@ impl Core {
         let mut reply = self.operation(|core| core.members.heartbeat(&mut core.txn, request, now.mono))?;
         self.notice_map(now);
         let map = self.members.map().clone();
+        self.healing.placed(ServerId(request.server), Epoch(request.placed_epoch));
         self.healing.take_in(&request.checks, &map, now.mono);
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
         reply.scrubs = self.txn.counters().scrubs;
@@ -532,7 +533,10 @@ impl Core {
             }
             let mut more = orphans::destroy_step(&mut core.txn)?;
             more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
-            more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
+            if liveness::has_dead(&mut core.txn) {
+                let untidy = core.members.untidy();
+                more |= liveness::expand_step(&mut core.txn, core.members.map(), &untidy, BLOCKS_PER_STEP)?;
+            }
             more |= core.members.drop_deletions(&mut core.txn)?;
             if let Some(after) = core.reap {
                 core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;

@@ -324,6 +324,7 @@ pub fn put_request(block: u64, data: &[u8]) -> PutShardRequest {
         policy: 2,
         length: data.len() as u32,
         page_crcs: page_crcs(data).into(),
+        epoch: 0,
     }
 }
 
