@@ -259,7 +259,7 @@ impl Running {
         }
         let missing = self.block.filter(|_| !files.is_empty() && !self.missing.is_empty()).map(|block| {
             let targets = self.missing.iter().map(|target| target.0).collect();
-            MissingShards { block: block.0, targets }
+            MissingShards { block: block.0, targets, ..MissingShards::default() }
         });
         let missing = missing.into_iter().collect();
         let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));

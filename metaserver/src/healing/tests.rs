@@ -251,10 +251,12 @@ fn what_a_commit_says_is_missing_is_looked_for_at_once() {
     work_until(&mut w, &[1, 2, 3], idle);
     let two = Layout::of(Policy::replica(2).unwrap(), 1);
     let group = map(&w).placement(BlockId(first), two).unwrap().to_vec();
-    let missing = |targets: &[u64]| vec![MissingShards { block: first, targets: targets.to_vec() }];
+    let missing = |targets: &[u64]| {
+        vec![MissingShards { block: first, targets: targets.to_vec(), ..MissingShards::default() }]
+    };
     let file =
         |block| FileCommit { ino: f.0, extents: vec![run(0, 1 << 24, block, 0)], ..Default::default() };
-    let stranger = MissingShards { block: first + 5, targets: vec![1, 2, 3] };
+    let stranger = MissingShards { block: first + 5, targets: vec![1, 2, 3], ..MissingShards::default() };
     let commit = Commit { files: vec![file(first + 1)], missing: vec![stranger], ..Commit::default() };
     w.commit(commit).unwrap();
     assert!(idle(&w), "it is not of this commit");
@@ -273,7 +275,7 @@ fn what_a_commit_says_is_missing_is_looked_for_at_once() {
             .find(|block| map(&w).eras[0].tables[&2].pg_of(BlockId(*block)).0 == orders[0].pg)
             .unwrap()
     });
-    let lacks = vec![MissingShards { block: next, targets: vec![group[1].0] }];
+    let lacks = vec![MissingShards { block: next, targets: vec![group[1].0], ..MissingShards::default() }];
     w.commit(Commit { files: vec![file(next)], missing: lacks, ..Commit::default() }).unwrap();
     let again = beat(&mut w, group[1].0, orders.iter().map(done).collect());
     assert_eq!((again.len(), again[0].pg), (1, orders[0].pg));
