@@ -8,8 +8,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, FsError, FsResult, Layout, SessionId, TargetId,
-    cluster::TargetState,
+    BlockId, ClusterMap, FsError, FsResult, Layout, PgId, SessionId, ShardNo, TargetId,
+    cluster::{PgTable, TargetState},
     error::Errno,
     pb::meta::{LeaseBlocks, request::Op, response},
 };
@@ -128,7 +128,7 @@ impl BlockIds {
         let mut state = self.current();
         let found = state.ranges.iter().enumerate().find_map(|(i, range)| {
             let id = range.clone().find(|&id| {
-                let group = map.placement(BlockId(id), layout);
+                let group = map.group_of(BlockId(id), layout.width());
                 group.and_then(|group| missing(map, group, layout, avoid)).is_some_and(|n| n <= missing_max)
             })?;
             Some((i, id))
@@ -161,11 +161,24 @@ impl BlockIds {
     }
 }
 
-/// Members of a group that take no shard now; `None` when it must not be used: it has a target to `avoid`, or one that
-/// is full, which would go on lacking its shards, or too few are left to read what they store.
-fn missing(map: &ClusterMap, group: &[TargetId], layout: Layout, avoid: &HashSet<TargetId>) -> Option<usize> {
+/// A group: its table, and which of it.
+type Group<'a> = (&'a PgTable, PgId);
+
+/// Members of a group that take no shard now, those being replaced among them; `None` when it must not be used: it has a target
+/// to `avoid`, or one that is full, which would go on lacking its shards, or too few are left to read what they store.
+fn missing(
+    map: &ClusterMap,
+    (table, pg): Group<'_>,
+    layout: Layout,
+    avoid: &HashSet<TargetId>,
+) -> Option<usize> {
+    let group = table.group(pg);
     let mut missing = 0;
-    for id in group {
+    for (id, shard) in group.iter().zip(0..) {
+        if table.is_moving(pg, ShardNo(shard)) {
+            missing += 1;
+            continue;
+        }
         let target = map.targets.get(id)?;
         if avoid.contains(id) || (target.state == TargetState::Up && target.full) {
             return None;
@@ -183,8 +196,8 @@ fn least_missing(map: &ClusterMap, layout: Layout, avoid: &HashSet<TargetId>) ->
 /// Whether fullness alone keeps every group from taking a block.
 fn no_room(map: &ClusterMap, layout: Layout) -> bool {
     let mut groups = newest_groups(map, layout).peekable();
-    groups.peek().is_some()
-        && groups.all(|group| group.iter().any(|t| map.targets.get(t).is_some_and(|t| t.full)))
+    let full = |t: &TargetId| map.targets.get(t).is_some_and(|t| t.full);
+    groups.peek().is_some() && groups.all(|(table, pg)| table.group(pg).iter().any(full))
 }
 
 fn no_group(map: &ClusterMap, layout: Layout) -> String {
@@ -201,9 +214,9 @@ fn no_group(map: &ClusterMap, layout: Layout) -> String {
     }
 }
 
-fn newest_groups(map: &ClusterMap, layout: Layout) -> impl Iterator<Item = &[TargetId]> {
+fn newest_groups(map: &ClusterMap, layout: Layout) -> impl Iterator<Item = Group<'_>> {
     let table = map.eras.last().and_then(|era| era.tables.get(&layout.width()));
-    table.into_iter().flat_map(|table| table.members.chunks(table.width))
+    table.into_iter().flat_map(|table| (0..table.pg_count() as u32).map(move |pg| (table, PgId(pg))))
 }
 
 #[cfg(test)]
@@ -211,7 +224,7 @@ mod tests {
     use super::*;
     use fjordfs_proto::{
         Epoch, Policy, ServerId,
-        cluster::{Era, PgTable, Server, ServerState, Target},
+        cluster::{Era, Server, ServerState, Target},
     };
     use std::collections::BTreeMap;
 
@@ -258,6 +271,30 @@ mod tests {
         assert!(
             no_group(&map(&[], &[]), layout("replica:3")).contains("needs 3 targets and the cluster has 3")
         );
+    }
+
+    #[test]
+    fn groups_in_motion_are_for_want_of_others_and_without_who_leaves() {
+        let none = HashSet::new();
+        let mut map = map(&[], &[]);
+        let moves = &mut map.eras[0].tables.get_mut(&2).unwrap().moves;
+        moves.extend([(1, TargetId(3)), (2, TargetId(1))]);
+        assert_eq!(least_missing(&map, layout("replica:2"), &none), Some(0), "the third group is whole");
+        let table = &map.eras[0].tables[&2];
+        let of = |pg, avoid: &[u64]| {
+            let avoid = avoid.iter().copied().map(TargetId).collect();
+            missing(&map, (table, PgId(pg)), layout("replica:2"), &avoid)
+        };
+        assert_eq!([of(0, &[]), of(1, &[]), of(2, &[])], [Some(1), Some(1), Some(0)]);
+        assert_eq!(of(0, &[2]), Some(1), "who leaves takes no shard anyway");
+        assert_eq!(of(0, &[1]), None);
+        // No group of three is whole, and the one there is has its K.
+        let members = [1, 2, 3].map(TargetId).to_vec();
+        let moves = BTreeMap::from([(2, TargetId(4))]);
+        map.eras[0].tables.insert(3, PgTable { width: 3, members, moves });
+        assert_eq!(least_missing(&map, layout("ec:2+1"), &none), Some(1));
+        map.eras[0].tables.get_mut(&3).unwrap().moves.insert(0, TargetId(5));
+        assert_eq!(least_missing(&map, layout("ec:2+1"), &none), None);
     }
 
     #[test]

@@ -41,8 +41,8 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub(crate) use self::scrub::Scrubs;
 use self::throttle::Throttle;
+pub(crate) use self::{scrub::Scrubs, tidy::Tidied};
 use crate::{Config, cores::Jobs, error::StartError, membership, node::Node};
 
 /// What the metaserver wants checked, and what it is told.

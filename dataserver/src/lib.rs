@@ -32,6 +32,7 @@ mod membership;
 mod node;
 mod ops;
 mod peer;
+mod placing;
 mod runtime;
 mod server;
 mod store;
@@ -39,6 +40,7 @@ mod uring;
 
 pub use config::{Config, TargetConfig};
 pub use error::{StartError, StopError};
+pub use peer::Peer;
 pub use server::DataServer;
 pub use store::label::LabelError;
 

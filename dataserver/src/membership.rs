@@ -324,6 +324,7 @@ impl Member {
                 epoch,
                 deleted: deleted.clone(),
                 checks: node.checks.reports(),
+                placed_epoch: node.placing.placed_epoch().0,
             };
             let failure = match self.client().heartbeat(request).await.map_err(Failure::from) {
                 Ok(reply) => {

@@ -7,11 +7,11 @@ use fjordfs_proto::{
     error::Errno,
     pb::{self, meta::TargetReport},
 };
-use parking_lot::RwLock;
 
 use crate::{
     buffer::Pool,
-    heal::{Checks, Copying, Scrubs},
+    heal::{Checks, Copying, Scrubs, Tidied},
+    placing::Placing,
     store::{Store, files::Files, tables::Tables},
 };
 
@@ -31,10 +31,11 @@ pub(crate) struct Node {
     pub(crate) pool: Arc<Pool>,
     pub(crate) tables: Tables,
     /// The newest map that the metaserver has sent.
-    pub(crate) map: RwLock<Option<Arc<ClusterMap>>>,
+    pub(crate) placing: Placing,
     pub(crate) checks: Checks,
     pub(crate) copying: Copying,
     pub(crate) scrubs: Scrubs,
+    pub(crate) tidied: Tidied,
     /// Held by checks while they look what is there, and exclusively while shards of other targets are dropped.
     pub(crate) arranging: tokio::sync::RwLock<()>,
 }
@@ -56,14 +57,13 @@ impl Node {
 
     /// The cluster map, once there is one.
     pub(crate) fn map(&self) -> Option<Arc<ClusterMap>> {
-        self.map.read().clone()
+        self.placing.map()
     }
 
     /// Takes over a newer map.
     pub(crate) fn adopt(&self, map: pb::common::ClusterMap) {
-        match ClusterMap::from_pb(map) {
-            Ok(map) => *self.map.write() = Some(Arc::new(map)),
-            Err(e) => tracing::error!("the metaserver sent a map that makes no sense: {e}"),
+        if let Err(e) = self.placing.adopt(map) {
+            tracing::error!("the metaserver sent a map that makes no sense: {e}");
         }
     }
 
@@ -71,6 +71,7 @@ impl Node {
     pub(crate) fn reports(&self) -> Vec<TargetReport> {
         let told = |t: &Target| TargetReport {
             scrub: self.scrubs.report(t.id),
+            tidied: self.tidied.of(t.id).0,
             ..report(t.id, &t.uuid, &t.domain, &t.store)
         };
         self.targets.values().map(told).collect()
@@ -93,5 +94,6 @@ pub(crate) fn report(id: TargetId, uuid: &str, domain: &str, store: &Store<Files
         failed: failure.is_some(),
         message: failure.unwrap_or_default(),
         scrub: None,
+        tidied: 0,
     }
 }

@@ -108,10 +108,11 @@ impl DataServer {
             server: ServerId(server),
             pool: Pool::new((config.core_count() + 1) * BUFFER_BYTES_PER_CORE),
             tables: Tables::new(TABLE_BYTES),
-            map: Default::default(),
+            placing: Default::default(),
             checks: Default::default(),
             copying: Default::default(),
             scrubs,
+            tidied: Default::default(),
             arranging: Default::default(),
         });
         if let Some(map) = map {

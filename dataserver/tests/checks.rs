@@ -162,3 +162,32 @@ fn a_deletion_waits_until_a_copy_of_its_block_is_done() {
     assert!(read_second(&mut lacks, 20) == Err(Errno::ENOENT));
     drop((first, second));
 }
+
+#[test]
+fn a_scrub_goes_on_after_a_restart_where_it_was() {
+    let fake = FakeMeta::start("c1");
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(&fake, folder.path());
+    let mut client = Client::connect(&server, "c1");
+    for block in 1..=6 {
+        client.put(block, &bytes_of(block, 10_000)).unwrap();
+    }
+    drop(client);
+    server.stop().unwrap();
+    let place = folder.path().join("scrub.json");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    let text = format!(
+        r#"{{"began_ms":{now},"after_block":4,"bytes_done":40000,"completed_ms":5,"shards_bad":3,"shards_repaired":2}}"#
+    );
+    std::fs::write(&place, text).unwrap();
+    let server = start(&fake, folder.path());
+    fake.wait("the rest of the pass", |state| {
+        let told = state.heartbeats.last().and_then(|beat| beat.targets.first()?.scrub);
+        told.is_some_and(|s| !s.running && s.completed_ms > 5)
+    });
+    let told = fake.state.lock().unwrap().heartbeats.last().and_then(|b| b.targets[0].scrub).unwrap();
+    assert_eq!((told.bytes_done, told.bytes_total), (60_000, 60_000), "the first four are not read again");
+    assert_eq!((told.shards_bad, told.shards_repaired), (3, 2));
+    server.stop().unwrap();
+    assert!(std::fs::read_to_string(&place).unwrap().contains(r#""after_block":null"#));
+}

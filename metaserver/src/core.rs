@@ -10,6 +10,7 @@
 
 mod attach;
 mod lock;
+mod mend;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    ClusterMap, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
+    ClusterMap, Epoch, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
+    error::Errno,
     pb::{
         self,
         meta::{
@@ -43,7 +45,8 @@ use crate::{
     ops, orphans, records,
     refusal::Refusal,
     session::Sessions,
-    store::{Fence, MetaStore, StoreError, Ticket},
+    snapshot::{self, Keeper},
+    store::{Fence, MetaStore, Snapshot, StoreError, Ticket},
     txn::Txn,
 };
 
@@ -139,6 +142,8 @@ pub(crate) struct Core {
     grace_until: Instant,
     /// Orphans beyond this inode are still to be looked at.
     reap: Option<u64>,
+    /// Of snapshots that somebody reads.
+    keepers: Vec<Keeper>,
 }
 
 /// The cluster that a store belongs to; none for a new one.
@@ -156,6 +161,10 @@ impl Core {
         config: &Config,
         now: Moment,
     ) -> Result<Core, FsError> {
+        if store.get(&[keys::RESTORING]).map_err(|e| FsError::from(&e))?.is_some() {
+            let what = "a backup was being loaded into it and is not all there: empty it and restore again";
+            return Err(FsError::new(Errno::EIO, what));
+        }
         let fence = store.take_over().map_err(|e| FsError::from(&e))?;
         let mut txn = Txn::new(store.clone())?;
         txn.begin();
@@ -216,6 +225,7 @@ impl Core {
             conflicts: Vec::new(),
             grace_until: now.mono + GRACE_MAX,
             reap: None,
+            keepers: Vec::new(),
         };
         if core.sessions.any_missing() {
             core.lock_grace.begin();
@@ -266,6 +276,8 @@ impl Core {
             self.undo_burst();
             return Err(e);
         }
+        let store = self.store.clone();
+        self.keepers.retain(|keeper| keeper.note(&batch, &*store));
         match self.store.commit(batch, self.fence) {
             Ok(ticket) => {
                 self.last = ticket;
@@ -371,6 +383,7 @@ impl Core {
         let mut reply = self.operation(|core| core.members.heartbeat(&mut core.txn, request, now.mono))?;
         self.notice_map(now);
         let map = self.members.map().clone();
+        self.healing.placed(ServerId(request.server), Epoch(request.placed_epoch));
         self.healing.take_in(&request.checks, &map, now.mono);
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
         reply.scrubs = self.txn.counters().scrubs;
@@ -532,7 +545,10 @@ impl Core {
             }
             let mut more = orphans::destroy_step(&mut core.txn)?;
             more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
-            more |= liveness::expand_step(&mut core.txn, core.members.map(), BLOCKS_PER_STEP)?;
+            if liveness::has_dead(&mut core.txn) {
+                let untidy = core.members.untidy();
+                more |= liveness::expand_step(&mut core.txn, core.members.map(), &untidy, BLOCKS_PER_STEP)?;
+            }
             more |= core.members.drop_deletions(&mut core.txn)?;
             if let Some(after) = core.reap {
                 core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;

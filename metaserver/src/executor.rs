@@ -25,18 +25,20 @@ use fjordfs_proto::{
     pb::common::ClusterMap,
     pb::meta::{
         ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello,
-        RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest, Request, Response,
-        ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome, response::Result as Reply,
+        MendReply, MendRequest, RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest,
+        Request, Response, ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome,
+        response::Result as Reply,
     },
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     core::{Answer, Core, Event, Moment, Outcome},
+    fsck::repair::Fix,
     leases::{Order, RecallId},
     refusal::Refusal,
     service::outbox::{Outbox, Permit, Ready},
-    store::{Late, MetaStore, Ticket},
+    store::{Late, MetaStore, Snapshot, Ticket},
     syncer::Syncer,
 };
 use held::Held;
@@ -92,6 +94,11 @@ pub(crate) enum Job {
     Scrub(Caller<ScrubReply>),
     Rebalance(RebalanceRequest, Caller<RebalanceReply>),
     Status(Caller<StatusReply>),
+    /// The store as it is, for those who read all of it.
+    Snapshot(Caller<Snapshot>),
+    /// Mend what a check has found.
+    Repair(Vec<Fix>, Caller<u64>),
+    Mend(Box<MendRequest>, Caller<MendReply>),
     /// Let go of the store and stop; a standby goes on.
     HandOver(Caller<()>),
     /// The store got further, or lost its owner.
@@ -361,6 +368,18 @@ impl Executor {
             Job::Status(caller) => {
                 let status = self.core.status(now);
                 self.reply(false, caller, Ok(status));
+            }
+            Job::Snapshot(caller) => {
+                let snapshot = self.core.snapshot().map_err(Refusal::from);
+                self.reply(false, caller, snapshot);
+            }
+            Job::Repair(fixes, caller) => {
+                let result = self.core.repair(&fixes, now);
+                self.reply(true, caller, result);
+            }
+            Job::Mend(request, caller) => {
+                let result = self.core.mend(&request, now);
+                self.reply(true, caller, result.map(|deletions| MendReply { deletions }));
             }
             Job::HandOver(caller) => match self.store.late() {
                 Some(_) => self.reply(false, caller, Ok(())),

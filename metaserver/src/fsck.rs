@@ -11,22 +11,33 @@
 //! | live bytes of blocks | the pieces of extents; without a record there is exactly one |
 //! | every block | only one of: leased and unused, reached, queued for deletion |
 //! | counters | above every id in use; totals agree |
+//!
+//! # On a live system
+//! The check reads a snapshot, so it never sees half an operation and every problem is one. Repairs are made later, when more may have
+//! happened; so most of them are differences: operations since then have changed what is counted and the count by the same
+//! amount. The others look again whether they are still needed (`repair.rs`).
 
 mod blocks;
+pub(crate) mod repair;
+pub(crate) mod runs;
 mod tree;
 mod xattrs;
 
-use std::path::Path;
+#[cfg(test)]
+mod tests;
+
+use std::{cell::Cell, path::Path};
 
 use bytes::Bytes;
 use fjordfs_proto::FsResult;
 use prost::Message;
 
+use self::repair::{Counted, Fix};
 use crate::{
     keys::{self, Key},
     label::{Folder, FolderError},
     records::{self, Counters},
-    store::{FjallOptions, FjallStore, MetaStore, Order, StoreError},
+    store::{FjallOptions, FjallStore, Idle, Reading, StoreError},
 };
 
 /// Rows read at a time.
@@ -55,12 +66,24 @@ pub struct Report {
     pub blocks_leased: u64,
     /// Blocks waiting to be deleted.
     pub blocks_dead: u64,
+    /// What would mend the problems that can be mended.
+    pub(crate) fixes: Vec<Fix>,
 }
 
 impl Report {
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
         self.problem_count == 0
+    }
+
+    /// Problems that can be mended.
+    pub fn repairable(&self) -> u64 {
+        self.fixes.len() as u64
+    }
+
+    fn fixable(&mut self, fix: Fix, what: impl Into<String>) {
+        self.fixes.push(fix);
+        self.problem(what);
     }
 
     fn problem(&mut self, what: impl Into<String>) {
@@ -89,16 +112,25 @@ pub enum FsckError {
 pub fn check_folder(folder: &Path) -> Result<Report, FsckError> {
     let folder = Folder::claim_existing(folder)?;
     let store = FjallStore::open(&folder.store, FjallOptions::default())?;
-    Ok(check(&store)?)
+    Ok(check(&Idle(&store))?)
 }
 
 /// Checks the records of a store nobody writes to meanwhile. Memory: a few words per inode and per block.
 ///
 /// # Errors
 /// When the engine fails; damaged records are problems of the report.
-pub fn check(store: &dyn MetaStore) -> Result<Report, StoreError> {
+pub fn check(store: &dyn Reading) -> Result<Report, StoreError> {
+    check_telling(store, &|_| {})
+}
+
+/// Like [`check`]; tells now and then how many records it has looked at.
+///
+/// # Errors
+/// When the engine fails; damaged records are problems of the report.
+pub fn check_telling(store: &dyn Reading, tell: &dyn Fn(u64)) -> Result<Report, StoreError> {
+    let store = &Source { store, tell, read: Cell::new(0) };
     let mut report = Report::default();
-    let counters: Counters = match store.get(&[keys::COUNTERS])? {
+    let counters: Counters = match store.store.get(&[keys::COUNTERS])? {
         Some(value) => Counters::decode(value).unwrap_or_else(|e| {
             report.problem(format!("the counters cannot be read: {e}"));
             Counters::default()
@@ -114,12 +146,21 @@ pub fn check(store: &dyn MetaStore) -> Result<Report, StoreError> {
     Ok(report)
 }
 
+/// What is being checked.
+struct Source<'a> {
+    store: &'a dyn Reading,
+    tell: &'a dyn Fn(u64),
+    read: Cell<u64>,
+}
+
 /// Calls `f` for every record of a kind.
-fn each(store: &dyn MetaStore, prefix: u8, mut f: impl FnMut(&Key, Bytes)) -> Result<(), StoreError> {
+fn each(source: &Source<'_>, prefix: u8, mut f: impl FnMut(&Key, Bytes)) -> Result<(), StoreError> {
     let range = keys::all(prefix);
     let mut start = range.start;
     loop {
-        let page = store.scan(&start..&range.end, Order::Ascending, PAGE)?;
+        let page = source.store.scan(&start..&range.end, PAGE)?;
+        source.read.set(source.read.get() + page.len() as u64);
+        (source.tell)(source.read.get());
         let full = page.len() == PAGE;
         if let Some((last, _)) = page.last() {
             start.clone_from(last);
@@ -136,7 +177,7 @@ fn each(store: &dyn MetaStore, prefix: u8, mut f: impl FnMut(&Key, Bytes)) -> Re
 
 /// Like [`each`], with the value decoded and the key's first id. What cannot be read is a problem.
 fn each_record<M: Message + Default>(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     prefix: u8,
     report: &mut Report,
     mut f: impl FnMut(&mut Report, u64, &Key, M),

@@ -9,6 +9,7 @@
 //! | the map names a new move | it has nothing of the group yet |
 //! | its target comes back, or its data server starts again | it may have missed writes, or lost some in a power failure |
 //! | another target of its group comes back | that one may have what nobody else has |
+//! | a commit says that it could not be reached | it lacks shards of that block |
 //! | the metaserver starts | it does not know what was going on |
 //! | an hour has passed | whatever else may have happened |
 //!
@@ -20,10 +21,10 @@
 //! groups with nearly all others, so all of them work on it together.
 //!
 //! # When a move is done
-//! When a check of its seat has found nothing missing. From a member that can still be written to (it is being drained) a put may be
-//! under way with the map of before: so the check that counts begins [`SETTLE`] after the move was planned, and finds no block
-//! that a client has yet to commit or abandon. A put that takes longer than that has its other copies, and the next check of a
-//! seat of the group finds it.
+//! When a check of its seat has found nothing missing, and no block that a client has yet to commit or abandon. A writer may go
+//! by a map of before, and a put with it be under way. Data servers refuse those from the moment when they know of the move, and say
+//! up to which map nothing older is under way: a seat that is being filled is not checked before all members of its
+//! group that can be reached have said so of the map that planned the move. So what the check lists is all there will ever be.
 
 #[cfg(test)]
 mod tests;
@@ -34,16 +35,15 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BlockId, ClusterMap, PgId, ServerId, TargetId,
+    BlockId, ClusterMap, Epoch, PgId, ServerId, TargetId,
     cluster::TargetState,
     pb::meta::{Check, CheckReport, Healing as Report},
 };
 
+use crate::ops::Missed;
+
 /// Seats that a target works on at the same time.
 const CHECKS_PER_TARGET: usize = 2;
-
-/// See the module's heading "When a move is done".
-const SETTLE: Duration = Duration::from_secs(5);
 
 /// Pause before a check that left something missing is made again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -79,11 +79,13 @@ enum Why {
 #[derive(Debug)]
 struct Work {
     why: Why,
-    /// When it became so.
-    since: Instant,
     not_before: Instant,
-    /// Of the attempt under way, and when that began.
-    attempt: Option<(u64, Instant)>,
+    /// Of a seat being filled: the map that planned it, or a later one. Nothing may be under way that an older one has let in.
+    planned: Epoch,
+    /// Ticket of the attempt under way.
+    attempt: Option<u64>,
+    /// Something has gone missing since that attempt began.
+    again: bool,
     /// Of the attempt under way or the last one.
     report: CheckReport,
 }
@@ -93,6 +95,8 @@ pub(crate) struct Healing {
     work: BTreeMap<Seat, Work>,
     attempts: HashMap<u64, Seat>,
     next_ticket: u64,
+    /// No put is under way on a data server that an older map has let in.
+    placed: HashMap<ServerId, Epoch>,
     /// Moves whose seats are full, for the next map.
     filled: BTreeSet<Seat>,
     map_made: Option<Instant>,
@@ -110,6 +114,7 @@ impl Healing {
             work: BTreeMap::new(),
             attempts: HashMap::new(),
             next_ticket: seed,
+            placed: HashMap::new(),
             filled: BTreeSet::new(),
             map_made: None,
             all_checked: now,
@@ -119,7 +124,7 @@ impl Healing {
             bytes_copied: 0,
         };
         for (seat, moving) in seats(map) {
-            healing.add(seat, if moving { Why::Move } else { Why::Start }, now);
+            healing.add(seat, if moving { Why::Move } else { Why::Start }, map.epoch, now);
         }
         healing
     }
@@ -129,18 +134,18 @@ impl Healing {
         if now.saturating_duration_since(self.all_checked) >= AGAIN {
             self.all_checked = now;
             for (seat, moving) in seats(map) {
-                self.add(seat, if moving { Why::Move } else { Why::Start }, now);
+                if self.filled.contains(&seat) {
+                    continue;
+                }
+                self.add(seat, if moving { Why::Move } else { Why::Start }, map.epoch, now);
             }
         }
     }
 
-    fn add(&mut self, seat: Seat, why: Why, now: Instant) {
+    fn add(&mut self, seat: Seat, why: Why, planned: Epoch, now: Instant) {
         let report = CheckReport::default();
-        if self.filled.contains(&seat) {
-            return;
-        }
-        let work =
-            self.work.entry(seat).or_insert(Work { why, since: now, not_before: now, attempt: None, report });
+        let new = Work { why, not_before: now, planned, attempt: None, again: false, report };
+        let work = self.work.entry(seat).or_insert(new);
         work.why = work.why.min(why);
     }
 
@@ -151,6 +156,7 @@ impl Healing {
             (self.since, self.moves_done, self.shards_copied, self.bytes_copied) = (now, 0, 0, 0);
         }
         self.work.retain(|seat, _| place_of(map, seat) != Place::Gone);
+        self.filled.retain(|seat| place_of(map, seat) == Place::Moves);
         self.attempts.retain(|_, seat| self.work.contains_key(seat));
         let up =
             |map: &ClusterMap, id: &TargetId| map.targets.get(id).is_some_and(|t| t.state == TargetState::Up);
@@ -169,31 +175,63 @@ impl Healing {
             if moving && !moved.contains(&seat) {
                 self.give_up(&seat);
                 self.work.remove(&seat);
-                self.add(seat, Why::Move, now);
+                self.add(seat, Why::Move, map.epoch, now);
             } else if groups.contains(&(seat.first_block, seat.width, seat.pg)) {
-                self.check_again(seat, if moving { Why::Move } else { Why::Return }, now);
+                self.check_again(seat, if moving { Why::Move } else { Why::Return }, map.epoch, now);
             }
         }
     }
 
     /// A data server has started again: what its targets have is to be compared.
     pub(crate) fn restarted(&mut self, map: &ClusterMap, server: ServerId, now: Instant) {
+        // It has forgotten its map, and may let in anything until it has one again.
+        self.placed.remove(&server);
+        let of_server = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.server == server);
         for (seat, moving) in seats(map) {
-            if !moving && map.targets.get(&seat.target).is_some_and(|t| t.server == server) {
-                self.check_again(seat, Why::Return, now);
+            let group =
+                map.group(seat.first_block, seat.width, seat.pg).map(|(table, _)| table.group(seat.pg));
+            if !moving && of_server(&seat.target) {
+                self.check_again(seat, Why::Return, map.epoch, now);
+            } else if moving && group.is_some_and(|group| group.iter().any(of_server)) {
+                self.check_again(seat, Why::Move, map.epoch, now);
+            }
+        }
+    }
+
+    /// What a data server says of the maps that its puts go by.
+    pub(crate) fn placed(&mut self, server: ServerId, epoch: Epoch) {
+        self.placed.insert(server, epoch);
+    }
+
+    /// A commit says that members of groups could not be given shards of some blocks.
+    pub(crate) fn missed(&mut self, map: &ClusterMap, missed: &[Missed], now: Instant) {
+        for Missed { block, width, targets } in missed {
+            let Some(era) = map.era_of(*block) else { continue };
+            let Some((table, pg)) = map.group_of(*block, *width) else { continue };
+            let group = table.group(pg);
+            let coming = table.moves_of(pg).map(|(_, target)| (target, Why::Move));
+            let lacking = targets.iter().filter(|t| group.contains(t)).map(|t| (*t, Why::Return));
+            for (target, why) in lacking.chain(coming) {
+                let seat = Seat { target, first_block: era.first_block, width: *width, pg };
+                let why = if self.filled.contains(&seat) { Why::Return } else { why };
+                self.add(seat, why, map.epoch, now);
+                if let Some(work) = self.work.get_mut(&seat) {
+                    // The attempt under way may have looked already. It is not given up: a stream of such commits would end none.
+                    work.again = work.attempt.is_some();
+                }
             }
         }
     }
 
     /// Also when it is being checked: that attempt may have looked too early.
-    fn check_again(&mut self, seat: Seat, why: Why, now: Instant) {
+    fn check_again(&mut self, seat: Seat, why: Why, planned: Epoch, now: Instant) {
         self.give_up(&seat);
         self.filled.remove(&seat);
-        self.add(seat, why, now);
+        self.add(seat, why, planned, now);
     }
 
     fn give_up(&mut self, seat: &Seat) {
-        if let Some((ticket, _)) = self.work.get_mut(seat).and_then(|work| work.attempt.take()) {
+        if let Some(ticket) = self.work.get_mut(seat).and_then(|work| work.attempt.take()) {
             self.attempts.remove(&ticket);
         }
     }
@@ -210,25 +248,29 @@ impl Healing {
                 continue;
             }
             self.attempts.remove(&report.ticket);
-            let began = work.attempt.take().map_or(now, |(_, began)| began);
+            work.attempt = None;
             let complete = report.problem.is_empty()
                 && report.shards_missing + report.shards_unsettled + report.shards_lost == 0;
-            let settled = match place_of(map, &seat) {
-                Place::Moves { writable: true } => began.saturating_duration_since(work.since) >= SETTLE,
-                _ => true,
-            };
+            let again = std::mem::take(&mut work.again);
             if report.shards_lost > 0 {
                 let (target, group) = (seat.target, seat.pg);
                 tracing::warn!(%target, %group, problem = report.problem, "shards could not be restored");
             }
-            match (complete, settled) {
-                (true, true) => {
+            match (complete, again) {
+                (true, false) => {
                     self.work.remove(&seat);
-                    if matches!(place_of(map, &seat), Place::Moves { .. }) {
+                    if place_of(map, &seat) == Place::Moves {
                         self.filled.insert(seat);
                     }
                 }
-                (true, false) => work.not_before = work.since + SETTLE,
+                (true, true) => {
+                    // Of what went missing the member that goes has no more than this one: it need not be waited for.
+                    if place_of(map, &seat) == Place::Moves {
+                        self.filled.insert(seat);
+                        work.why = Why::Return;
+                    }
+                    work.not_before = now;
+                }
                 (false, _) => work.not_before = now + RETRY,
             }
         }
@@ -256,7 +298,11 @@ impl Healing {
             let running = || self.work.range(of_target.clone()).filter(|(_, work)| work.attempt.is_some());
             let free = CHECKS_PER_TARGET.saturating_sub(running().count());
             let mut waiting: Vec<(Why, Seat)> = (self.work.range(of_target.clone()))
-                .filter(|(_, work)| work.attempt.is_none() && work.not_before <= now)
+                .filter(|(seat, work)| {
+                    work.attempt.is_none()
+                        && work.not_before <= now
+                        && self.is_closed(map, seat, work.planned)
+                })
                 .map(|(seat, work)| (work.why, *seat))
                 .collect();
             waiting.sort_unstable();
@@ -264,12 +310,12 @@ impl Healing {
                 self.next_ticket += 1;
                 let ticket = self.next_ticket;
                 if let Some(work) = self.work.get_mut(&seat) {
-                    work.attempt = Some((ticket, now));
+                    work.attempt = Some(ticket);
                     work.report = CheckReport::default();
                     self.attempts.insert(ticket, seat);
                 }
             }
-            let running = self.work.range(of_target).filter_map(|(seat, work)| Some((seat, work.attempt?.0)));
+            let running = self.work.range(of_target).filter_map(|(seat, work)| Some((seat, work.attempt?)));
             orders.extend(running.map(|(seat, ticket)| Check {
                 ticket,
                 target: seat.target.0,
@@ -279,6 +325,15 @@ impl Healing {
             }));
         }
         orders
+    }
+
+    /// Whether nothing can come any more to the members of a group for whom the seat is being filled.
+    fn is_closed(&self, map: &ClusterMap, seat: &Seat, planned: Epoch) -> bool {
+        let Some((table, _)) = map.group(seat.first_block, seat.width, seat.pg) else { return true };
+        place_of(map, seat) != Place::Moves
+            || (table.group(seat.pg).iter())
+                .filter_map(|id| map.targets.get(id).filter(|t| t.readable()))
+                .all(|t| self.placed.get(&t.server).is_some_and(|placed| *placed >= planned))
     }
 
     /// Seats that are full and take their places now: together, and not too often.
@@ -334,19 +389,15 @@ impl Healing {
 enum Place {
     Gone,
     Member,
-    /// Being filled for a member that takes writes from clients with an old map, or not.
-    Moves {
-        writable: bool,
-    },
+    /// Being filled for a member.
+    Moves,
 }
 
 fn place_of(map: &ClusterMap, seat: &Seat) -> Place {
     let Some((table, _)) = map.group(seat.first_block, seat.width, seat.pg) else { return Place::Gone };
     let group = table.group(seat.pg);
-    let coming = table.moves_of(seat.pg).find(|(_, target)| *target == seat.target);
-    if let Some((shard, _)) = coming {
-        let readable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.readable());
-        return Place::Moves { writable: group.get(usize::from(shard.0)).is_some_and(readable) };
+    if table.moves_of(seat.pg).any(|(_, target)| target == seat.target) {
+        return Place::Moves;
     }
     if group.contains(&seat.target) { Place::Member } else { Place::Gone }
 }
@@ -356,7 +407,7 @@ fn is_pointless(map: &ClusterMap, seat: &Seat) -> bool {
     let readable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.readable());
     match (place_of(map, seat), map.group(seat.first_block, seat.width, seat.pg)) {
         (Place::Gone, _) | (_, None) => true,
-        (Place::Moves { .. }, _) => false,
+        (Place::Moves, _) => false,
         (Place::Member, Some((table, _))) => {
             !table.group(seat.pg).iter().any(|id| *id != seat.target && readable(id))
         }

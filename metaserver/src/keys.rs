@@ -21,6 +21,8 @@
 //! 'M'                                          common.v1.ClusterMap the cluster map
 //! 'T'     target u64                           TargetRecord         what is known of a target besides its place in the map
 //! 'W'     width u32                            (empty)              a policy of this width is in use: every era has tables for it
+//! '!'                                          (empty)              a backup is being loaded, so the rest is incomplete
+//! 0x00    "commits"                            u64 big-endian       batches applied so far, of the embedded engine; as the next one
 //! 0x00    "fence"                              u64 big-endian       the owner's epoch; belongs to the store itself
 //! ```
 //!
@@ -101,8 +103,11 @@ pub(crate) const COUNTERS: u8 = b'C';
 pub(crate) const MAP: u8 = b'M';
 pub(crate) const TARGET: u8 = b'T';
 pub(crate) const WIDTH: u8 = b'W';
-/// The store's own record.
+/// A backup is being loaded: the rest is incomplete.
+pub(crate) const RESTORING: u8 = b'!';
+/// The store's own records.
 pub(crate) const FENCE: &[u8] = b"\0fence";
+pub(crate) const COMMITS: &[u8] = b"\0commits";
 
 pub(crate) fn inode(ino: InodeId) -> Key {
     key(INODE, &[ino.0])

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 /// Format of the records; older ones are read as they are. 1: first. 2: extended attributes, files without a name, blocks
 /// shared between files.
-const FORMAT_VERSION: u32 = 2;
+pub(crate) const FORMAT_VERSION: u32 = 2;
 const LABEL: &str = "fjord-meta.json";
 const LOCK: &str = "fjord-meta.lock";
 const STORE: &str = "store";
@@ -67,6 +67,9 @@ pub enum FolderError {
     /// There is no metadata in it.
     #[error("{} holds no metadata: name the metaserver's data folder", .0.display())]
     Empty(PathBuf),
+    /// There is metadata in it.
+    #[error("{} holds metadata already: a backup is restored into an empty folder", .0.display())]
+    Taken(PathBuf),
     /// The operating system said no.
     #[error("{}: {source}", path.display())]
     Io {
@@ -107,6 +110,19 @@ impl Folder {
             Some(older) => write(folder, older.cluster_id).map_err(at(&folder.join(LABEL)))?,
             None => write(folder, uuid::Uuid::new_v4().to_string()).map_err(at(&folder.join(LABEL)))?,
         };
+        Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
+    }
+
+    /// Claims a folder that must not hold metadata yet, for a cluster that exists.
+    pub(crate) fn claim_new(folder: &Path, cluster_id: &str) -> Result<Folder, FolderError> {
+        let at = |source| FolderError::Io { path: folder.to_owned(), source };
+        fs::create_dir_all(folder).map_err(at)?;
+        if read(folder)?.is_some() {
+            return Err(FolderError::Taken(folder.to_owned()));
+        }
+        refuse_targets(folder)?;
+        let lock = lock(folder)?;
+        let label = write(folder, cluster_id.to_owned()).map_err(at)?;
         Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
     }
 

@@ -22,9 +22,12 @@
 //! | `membership` | data servers, targets and their states, eras, moves |
 //! | `healing` | which groups are to be compared and completed, and how far that is |
 //! | `service` | gRPC |
-//! | [`fsck`] | the checker |
+//! | [`fsck`] | the checker, and repairs |
+//! | [`backup`] | all records in one file, and back |
+//! | `snapshot` | the store as it was, while operations go on |
 
 mod acl;
+pub mod backup;
 mod block_ids;
 mod config;
 mod core;
@@ -50,6 +53,7 @@ mod refusal;
 mod server;
 mod service;
 mod session;
+mod snapshot;
 pub mod store;
 mod syncer;
 #[cfg(test)]

@@ -20,8 +20,8 @@ use std::{
 };
 
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Layout, Source, TargetId, cluster::TargetState,
-    extent::BlockPiece, interval::Run,
+    BLOCK_SIZE_MAX, BlockId, ClusterMap, Extent, FsResult, Layout, Source, TargetId, extent::BlockPiece,
+    interval::Run,
 };
 
 use crate::{
@@ -126,13 +126,21 @@ pub(crate) fn bury(txn: &mut Txn, first: BlockId, count: u64, layout: Option<Lay
     txn.pending().add_dead(first.0);
 }
 
+/// Whether there may be dead blocks to be expanded.
+pub(crate) fn has_dead(txn: &mut Txn) -> bool {
+    let pending = txn.pending();
+    pending.dead_unknown || !pending.dead.is_empty()
+}
+
 /// Turns up to `limit` dead blocks into deletions of their targets. Says whether dead blocks remain.
-pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResult<bool> {
+/// Targets in `untidy` may have shards of any block.
+pub(crate) fn expand_step(
+    txn: &mut Txn,
+    map: &ClusterMap,
+    untidy: &BTreeSet<TargetId>,
+    limit: u64,
+) -> FsResult<bool> {
     let mut left = limit;
-    let absent: BTreeSet<TargetId> = (map.targets.iter())
-        .filter(|(_, t)| matches!(t.state, TargetState::Out | TargetState::Draining))
-        .map(|(id, _)| *id)
-        .collect();
     while left > 0 {
         let Some(first) = txn.pending().dead.pop_first() else {
             if !txn.pending().dead_unknown {
@@ -152,9 +160,8 @@ pub(crate) fn expand_step(txn: &mut Txn, map: &ClusterMap, limit: u64) -> FsResu
         }
         let mut queued = 0;
         for block in (first..first + now).map(BlockId) {
-            // Those that are out may come back with shards that their groups do not have them for any more.
             let holders = holders(map, block, Layout::from_code(run.layout));
-            for target in holders.union(&absent).copied() {
+            for target in holders.union(untidy).copied() {
                 txn.put(keys::delete(target, block), Default::default());
                 queued += 1;
             }

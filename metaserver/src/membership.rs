@@ -250,10 +250,26 @@ impl Membership {
         }
         if map != *self.map {
             map.epoch = Epoch(self.map.epoch.0 + 1);
+            for id in eras::displaced(&self.map, &map) {
+                if let Some(info) = self.targets.get_mut(&id) {
+                    info.record.displaced = map.epoch.0;
+                    txn.put_record(keys::target(id), &info.record);
+                }
+            }
             txn.put_record(vec![keys::MAP], &map.to_pb());
             self.map = Arc::new(map);
         }
         self.add_up();
+    }
+
+    /// Targets that may have shards of blocks whose holders they are not: those that are out may come back with some, and others
+    /// have not been tidied since they lost a place.
+    pub(crate) fn untidy(&self) -> BTreeSet<TargetId> {
+        let untidy = |id: &TargetId, target: &Target| {
+            matches!(target.state, TargetState::Out | TargetState::Draining)
+                || self.targets.get(id).is_some_and(|info| info.report.tidied < info.record.displaced)
+        };
+        self.map.targets.iter().filter(|(id, t)| untidy(id, t)).map(|(id, _)| *id).collect()
     }
 
     /// Targets have come, gone, or changed their state.

@@ -30,7 +30,7 @@ mod xattr;
 mod tests;
 
 use fjordfs_proto::{
-    FsError, FsResult, InodeId, Policy, SessionId,
+    BlockId, FsError, FsResult, InodeId, Policy, SessionId, TargetId,
     error::Errno,
     pb::meta::{Empty, Entry, Time, request::Op, response::Result as Reply},
 };
@@ -67,6 +67,8 @@ pub(crate) struct Ctx<'a> {
     pub(crate) inodes: &'a mut InodeRanges,
     /// Set by an operation that needs placement groups for this policy.
     pub(crate) policy_wanted: Option<Policy>,
+    /// Set by a commit: blocks that members of their groups have no shard of.
+    pub(crate) missed: Vec<Missed>,
 }
 
 impl Ctx<'_> {
@@ -75,6 +77,14 @@ impl Ctx<'_> {
     fn maybe_open(&self, ino: InodeId) -> bool {
         self.opens.maybe_open(ino) || self.leases.others_hold(self.session, ino)
     }
+}
+
+/// A block that members of its group have no shard of.
+pub(crate) struct Missed {
+    pub(crate) block: BlockId,
+    /// Members of the group.
+    pub(crate) width: usize,
+    pub(crate) targets: Vec<TargetId>,
 }
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.

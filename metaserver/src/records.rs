@@ -264,6 +264,10 @@ pub(crate) struct TargetRecord {
     /// It was removed: it is in the map no more, and its shards are not wanted back.
     #[prost(bool, tag = "5")]
     pub(crate) removed: bool,
+    /// Epoch of the last map that took a place from it: until it says that it has nothing of others by that map or a later one,
+    /// blocks that were there may still be.
+    #[prost(uint64, tag = "6")]
+    pub(crate) displaced: u64,
 }
 
 /// Decodes a stored value; `what` names it when it is damaged.

@@ -3,6 +3,7 @@
 mod attach;
 mod cluster;
 pub(crate) mod outbox;
+mod whole;
 
 use std::{convert::Infallible, io, time::Duration};
 

@@ -16,6 +16,7 @@
 mod fjall;
 mod memory;
 mod remote;
+mod synced;
 mod url;
 
 #[cfg(test)]
@@ -134,6 +135,37 @@ impl From<&StoreError> for FsError {
     }
 }
 
+/// What can be read: a store, or a store as it was.
+pub trait Reading {
+    /// The value of a key.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>>;
+
+    /// The first `limit` pairs of a range, smallest key first.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    fn scan(&self, range: Range<&[u8]>, limit: usize) -> StoreResult<Vec<Pair>>;
+}
+
+/// A store that nobody writes to meanwhile.
+pub struct Idle<'a>(pub &'a dyn MetaStore);
+
+impl Reading for Idle<'_> {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        self.0.get(key)
+    }
+
+    fn scan(&self, range: Range<&[u8]>, limit: usize) -> StoreResult<Vec<Pair>> {
+        self.0.scan(range, Order::Ascending, limit)
+    }
+}
+
+/// A store as it was at one moment between two batches, whatever is committed since.
+pub type Snapshot = Box<dyn Reading + Send>;
+
 /// An ordered key-value engine. Keys that begin with a zero byte belong to the engine.
 pub trait MetaStore: Send + Sync + 'static {
     /// The value of a key.
@@ -154,6 +186,11 @@ pub trait MetaStore: Send + Sync + 'static {
 
     /// For people: `fjord status`.
     fn name(&self) -> &'static str;
+
+    /// Everything as it is now. `None`: the engine cannot keep that while commits go on.
+    fn snapshot(&self) -> StoreResult<Option<Snapshot>> {
+        Ok(None)
+    }
 
     /// An engine across a network says here how far it is.
     fn late(&self) -> Option<&dyn Late> {

@@ -18,7 +18,7 @@ use crate::{
     Config,
     core::{Answer, Core, Moment, Outcome},
     fsck,
-    store::{MemoryStore, MetaStore},
+    store::{Idle, MemoryStore, MetaStore},
 };
 
 pub(crate) struct World {
@@ -379,7 +379,7 @@ impl World {
     }
 
     pub(crate) fn check(&self) -> fsck::Report {
-        let report = fsck::check(&*self.store).unwrap();
+        let report = fsck::check(&Idle(&*self.store)).unwrap();
         assert!(report.is_clean(), "{report:#?}");
         report
     }

@@ -230,6 +230,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
     let mut seen = Vec::new();
     for _ in 0..50 {
         let beat = HeartbeatRequest {
+            placed_epoch: 0,
             checks: vec![],
             cluster_id: server.cluster_id().into(),
             server: reply.server,

@@ -90,6 +90,11 @@ impl PgTable {
         self.moves.range(at..at + self.width).map(move |(cell, target)| (ShardNo((cell - at) as u8), *target))
     }
 
+    /// Whether a member of a group is being replaced.
+    pub fn is_moving(&self, pg: PgId, shard: ShardNo) -> bool {
+        self.moves.contains_key(&(pg.0 as usize * self.width + usize::from(shard.0)))
+    }
+
     /// Members of a group, and those about to be.
     pub fn holders(&self, pg: PgId) -> BTreeSet<TargetId> {
         self.group(pg).iter().copied().chain(self.moves_of(pg).map(|(_, target)| target)).collect()
@@ -198,24 +203,26 @@ pub fn mix(id: u64) -> u64 {
 impl ClusterMap {
     /// Targets of a block in shard order, or `None` when its era has no groups of that width (too few targets).
     pub fn placement(&self, block: BlockId, layout: Layout) -> Option<&[TargetId]> {
-        let table = self.era_of(block)?.tables.get(&layout.width())?;
-        Some(table.group(table.pg_of(block)))
+        let (table, pg) = self.group_of(block, layout.width())?;
+        Some(table.group(pg))
+    }
+
+    /// The table and the group of a block in a policy of that width, or `None` when its era has no groups of that width.
+    pub fn group_of(&self, block: BlockId, width: usize) -> Option<(&PgTable, PgId)> {
+        let table = self.era_of(block)?.tables.get(&width)?;
+        Some((table, table.pg_of(block)))
     }
 
     /// Whether every target of the block's group takes new shards, and stays in it.
     pub fn can_place(&self, block: BlockId, layout: Layout) -> bool {
-        let Some(table) = self.era_of(block).and_then(|era| era.tables.get(&layout.width())) else {
-            return false;
-        };
-        let pg = table.pg_of(block);
+        let Some((table, pg)) = self.group_of(block, layout.width()) else { return false };
         table.moves_of(pg).next().is_none()
             && table.group(pg).iter().all(|t| self.targets.get(t).is_some_and(Target::writable))
     }
 
     /// Targets that may have shards of a block: members of its group, and those about to be.
     pub fn holders(&self, block: BlockId, layout: Layout) -> BTreeSet<TargetId> {
-        let table = self.era_of(block).and_then(|era| era.tables.get(&layout.width()));
-        table.map(|table| table.holders(table.pg_of(block))).unwrap_or_default()
+        self.group_of(block, layout.width()).map(|(table, pg)| table.holders(pg)).unwrap_or_default()
     }
 
     /// The era of a block.

@@ -89,7 +89,15 @@ fn a_data_server_survives_every_kind_of_noise() {
     let payload = rng::bytes(seed, 5000);
     let put = |target, length, crcs: Vec<u8>, bytes: &[u8]| {
         let page_crcs = crcs.into();
-        let body = data::PutShardRequest { target, block: 1 << 40, shard: 0, policy: 1, length, page_crcs };
+        let body = data::PutShardRequest {
+            target,
+            block: 1 << 40,
+            shard: 0,
+            policy: 1,
+            length,
+            page_crcs,
+            epoch: 0,
+        };
         [frame::encode(Opcode::PutShard, false, 2, &body, bytes.len()), bytes.to_vec()].concat()
     };
     let crcs = page_crcs(&payload);

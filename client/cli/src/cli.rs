@@ -6,8 +6,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    bench, completions, data, df, layout, logs, meta, mount, rebalance, scrub, stat, status, target,
-    transfer, umount, up,
+    bench, completions, data, df, fsck, gc, layout, logs, meta, mount, rebalance, scrub, stat, status,
+    target, transfer, umount, up,
 };
 
 const AFTER_HELP: &str = "\
@@ -56,6 +56,9 @@ enum Verb {
     #[command(subcommand)]
     Scrub(scrub::Verb),
     Rebalance(rebalance::Args),
+    Fsck(fsck::Args),
+    #[command(subcommand)]
+    Gc(gc::Verb),
     Completions(completions::Args),
 }
 
@@ -103,6 +106,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Verb::Target(verb) => target::run(&verb),
         Verb::Rebalance(args) => rebalance::run(&args),
         Verb::Scrub(verb) => scrub::run(&verb),
+        Verb::Fsck(args) => fsck::run(&args),
+        Verb::Gc(verb) => gc::run(&verb),
         Verb::Server(verb) => target::run_server(&verb),
         Verb::Completions(args) => completions::run(&args),
     }

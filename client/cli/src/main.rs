@@ -8,6 +8,7 @@
 //! | `up` | a whole cluster on this machine, supervised |
 //! | `meta`, `data`, `mount` | the three daemons |
 //! | `umount`, `status`, `df`, `stat`, `layout` | admin verbs |
+//! | `fsck`, `gc`, `holdings` | checks, garbage, and what targets hold against what there should be |
 //! | `transfer` | import and export |
 //! | `bench` | how fast it is |
 //! | `locate` | which cluster, and which path in it, an argument means |
@@ -26,7 +27,10 @@ mod config;
 mod daemon;
 mod data;
 mod df;
+mod fsck;
+mod gc;
 mod holders;
+mod holdings;
 mod layout;
 mod locate;
 mod logs;

@@ -1,7 +1,7 @@
 //! `fjord meta`: the metaserver.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{
         Arc,
@@ -11,15 +11,15 @@ use std::{
 };
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer, StartError, store::Place};
+use fjordfs_metaserver::{Config, MetaServer, StartError, backup, store::Place};
 use fjordfs_proto::Policy;
 
 use crate::{
     config::{self, MetaFile},
     daemon::{self, Signals, Stop},
     locate::{self, DEFAULT_META, MetaArg},
-    rpc,
-    units::Span,
+    report, rpc,
+    units::{self, Span},
 };
 
 /// Run the metaserver: the namespace, the cluster map, the sessions.
@@ -38,6 +38,8 @@ Examples:
   fjord meta --store etcd://a:2379,b:2379,c:2379/fjord --listen 0.0.0.0:7440
   fjord meta --store postgres://fjord@a,b/fjord --listen 0.0.0.0:7440
   fjord meta handover --meta a:7440,b:7440
+  fjord meta backup /backup/meta-monday
+  fjord meta restore /backup/meta-monday --data /var/lib/fjord/meta
   fjord meta --config /etc/fjord/meta.toml")]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -84,16 +86,41 @@ enum Verb {
         #[command(flatten)]
         meta: MetaArg,
     },
+    /// Write all metadata into a file, as it is now, while clients go on
+    Backup {
+        /// The file; it appears when it is whole
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        #[command(flatten)]
+        meta: MetaArg,
+    },
+    /// Make metadata from a backup, in an empty folder or on an empty store; no metaserver runs on it meanwhile
+    Restore {
+        /// What `fjord meta backup` wrote
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Folder for `fjord meta --data`
+        #[arg(long, value_name = "DIR", required_unless_present = "store")]
+        data: Option<PathBuf>,
+        /// Store for `fjord meta --store`
+        #[arg(long, value_name = "URL", conflicts_with = "data")]
+        store: Option<String>,
+    },
 }
 
 /// After it was the owner, a metaserver leaves the store to others for so long.
 const YIELD: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(Verb::Handover { meta }) = &args.verb {
-        let address = locate::cluster(meta, None)?;
-        daemon::runtime()?.block_on(rpc::hand_over(&address))?;
-        return Ok(ExitCode::SUCCESS);
+    match &args.verb {
+        Some(Verb::Handover { meta }) => {
+            let address = locate::cluster(meta, None)?;
+            daemon::runtime()?.block_on(rpc::hand_over(&address))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Verb::Backup { file, meta }) => return back_up(file, meta),
+        Some(Verb::Restore { file, data, store }) => return restore(file, data.as_deref(), store.as_deref()),
+        None => {}
     }
     let config = settings(args)?;
     daemon::control_runtime()?.block_on(async {
@@ -124,6 +151,37 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
+    let address = locate::cluster(meta, None)?;
+    let mut writer = backup::Writer::create(file)?;
+    daemon::control_runtime()?.block_on(rpc::backup(&address, |piece| Ok(writer.write(piece)?)))?;
+    let (about, records) = writer.finish()?;
+    report::print(&format!(
+        "backup of cluster {}: {} records in {}\n",
+        about.cluster_id,
+        units::grouped(records),
+        file.display()
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn restore(file: &Path, data: Option<&Path>, store: Option<&str>) -> anyhow::Result<ExitCode> {
+    let place: Option<Place> = store.map(str::parse).transpose()?;
+    let (data, place) = match (data, place) {
+        (_, Some(Place::Fjall(data))) => (data, None),
+        (data, place) => (data.map(Path::to_owned).unwrap_or_default(), place),
+    };
+    let (about, records) = backup::restore(file, &data, place.as_ref())?;
+    let created = std::time::UNIX_EPOCH.checked_add(Duration::from_secs(about.created));
+    let created = created.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default();
+    report::print(&format!(
+        "cluster {} as it was at {created}: {} records. Start `fjord meta` on it, then mount again and run `fjord fsck`\n",
+        about.cluster_id,
+        units::grouped(records)
+    ))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Starts the server, when nobody else owns the store; `None` when it was told to stop before.

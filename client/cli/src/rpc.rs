@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    ChangeTargetRequest, HandOverRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
-    cluster_client::ClusterClient,
+    BackupRequest, BlocksReply, BlocksRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest,
+    MendRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest, cluster_client::ClusterClient,
 };
 use tonic::{
-    Code, Response, Status,
+    Code, Response, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 
@@ -61,6 +61,76 @@ pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
         Ok(reply) => Ok(reply.into_inner().message),
         Err(e) => Err(unlike(meta, &e)),
     }
+}
+
+/// Has the records of the metadata checked against each other, and mended if `repair`. `tell` hears how many have been looked at.
+///
+/// # Errors
+/// When there is no metaserver, or its store cannot be read.
+pub(crate) async fn fsck(meta: &str, repair: bool, tell: impl Fn(u64)) -> anyhow::Result<FsckReport> {
+    let mut client = connect(meta).await?;
+    let replies = client.fsck(FsckRequest { repair }).await.map_err(|e| unlike(meta, &e))?;
+    let mut replies = replies.into_inner();
+    while let Some(reply) = next(&mut replies, "the check").await? {
+        match reply.report {
+            Some(report) => return Ok(report),
+            None => tell(reply.records),
+        }
+    }
+    bail!("the metaserver at {meta} ended before the check was over: try again")
+}
+
+/// All blocks of the filesystem, in pieces; the last one has a cluster map.
+///
+/// # Errors
+/// When there is no metaserver, or its store cannot be read.
+pub(crate) async fn blocks(meta: &str, mut each: impl FnMut(BlocksReply)) -> anyhow::Result<()> {
+    let mut client = connect(meta).await?;
+    let replies = client.blocks(BlocksRequest {}).await.map_err(|e| unlike(meta, &e))?;
+    let mut replies = replies.into_inner();
+    while let Some(reply) = next(&mut replies, "the list of blocks").await? {
+        let last = reply.map.is_some();
+        each(reply);
+        if last {
+            return Ok(());
+        }
+    }
+    bail!("the metaserver at {meta} ended before it had listed all blocks: try again")
+}
+
+/// Has groups completed and garbage deleted; how many deletions that makes.
+///
+/// # Errors
+/// What the metaserver says against it.
+pub(crate) async fn mend(meta: &str, request: MendRequest) -> anyhow::Result<u64> {
+    match connect(meta).await?.mend(request).await {
+        Ok(reply) => Ok(reply.into_inner().deletions),
+        Err(e) => match e.code() {
+            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
+            _ => Err(unlike(meta, &e)),
+        },
+    }
+}
+
+/// All records of the metadata, as the bytes of a file, piece by piece.
+///
+/// # Errors
+/// When there is no metaserver, its store cannot be read, or `each` refuses a piece.
+pub(crate) async fn backup(
+    meta: &str,
+    mut each: impl FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut client = connect(meta).await?;
+    let replies = client.backup(BackupRequest {}).await.map_err(|e| unlike(meta, &e))?;
+    let mut replies = replies.into_inner();
+    while let Some(reply) = next(&mut replies, "the backup").await? {
+        each(&reply.data)?;
+    }
+    Ok(())
+}
+
+async fn next<T>(replies: &mut Streaming<T>, what: &str) -> anyhow::Result<Option<T>> {
+    replies.message().await.map_err(|e| anyhow::anyhow!("{what} was broken off: {}", e.message()))
 }
 
 /// Has the metaserver let go of its store.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, Layout, TargetId,
+    BlockId, Epoch, FsError, FsResult, Layout, ShardNo, TargetId,
     coding::{self, Shards},
     error::Errno,
     frame::Opcode,
@@ -53,7 +53,7 @@ impl DataClient {
         shards: &Shards,
     ) -> Result<Placed, PutFailed> {
         let map = self.map();
-        let group = map.placement(block, layout).ok_or_else(|| PutFailed {
+        let (table, pg) = map.group_of(block, layout.width()).ok_or_else(|| PutFailed {
             missing: Vec::new(),
             error: FsError::new(
                 Errno::EIO,
@@ -64,8 +64,13 @@ impl DataClient {
                 ),
             ),
         })?;
-        let puts = group.iter().zip(0u32..).map(|(&target, shard)| async move {
-            (target, self.put_shard(target, block, shard, layout, shards).await)
+        let (group, epoch) = (table.group(pg), map.epoch);
+        let puts = group.iter().zip(0u8..).map(|(&target, shard)| async move {
+            if table.is_moving(pg, ShardNo(shard)) {
+                let what = format!("target {target} is being replaced in the group of {block}");
+                return (target, Err(FsError::new(Errno::ESTALE, what)));
+            }
+            (target, self.put_shard(target, block, shard, layout, (shards, epoch)).await)
         });
         let (mut unsynced, mut missing) = (Vec::with_capacity(group.len()), Vec::new());
         for (target, outcome) in join_all(puts).await {
@@ -86,11 +91,11 @@ impl DataClient {
         &self,
         target: TargetId,
         block: BlockId,
-        shard: u32,
+        shard: u8,
         layout: Layout,
-        shards: &Shards,
+        (shards, epoch): (&Shards, Epoch),
     ) -> Result<Unsynced, FsError> {
-        let at = shard as usize;
+        let (at, shard) = (usize::from(shard), u32::from(shard));
         let (parts, crcs) = (shards.parts.get(at), shards.page_crcs.get(at));
         let parts = parts.cloned().unwrap_or_default();
         let request = PutShardRequest {
@@ -100,6 +105,7 @@ impl DataClient {
             policy: layout.policy().code().into(),
             length: parts.iter().map(|part| part.len()).sum::<usize>() as u32,
             page_crcs: crcs.cloned().unwrap_or_default(),
+            epoch: epoch.0,
         };
         let stored = async {
             let connection = self.connection(target).await?;

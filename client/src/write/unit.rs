@@ -6,7 +6,7 @@ use bytes::Bytes;
 use fjordfs_proto::{
     BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, Policy, TargetId,
     error::Errno,
-    pb::meta::{Commit, CommitReply, FileCommit, request::Op, response},
+    pb::meta::{Commit, CommitReply, FileCommit, MissingShards, request::Op, response},
 };
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
@@ -41,6 +41,8 @@ struct Running {
     unit: Unit,
     block: Option<BlockId>,
     abandoned: Vec<u64>,
+    /// Members of its group that have no shard of the block.
+    missing: Vec<TargetId>,
 }
 
 impl Unit {
@@ -126,7 +128,7 @@ impl Unit {
         self.files.sort_by_key(|f| f.ino);
         // Taken here and not in the task, so that a file's full blocks get consecutive ids.
         let block = if self.inline { None } else { client.blocks.take_now(self.layout()) };
-        let running = Running { unit: self, block, abandoned: Vec::new() };
+        let running = Running { unit: self, block, abandoned: Vec::new(), missing: Vec::new() };
         let task_client = client.clone();
         let inline = running.unit.inline;
         let task = async move { running.run(&task_client).await };
@@ -228,6 +230,7 @@ impl Running {
             last = error.or_else(|| missing.into_iter().next().map(|(_, e)| e));
         };
         self.block = Some(placed.block);
+        self.missing = placed.missing.iter().map(|(target, _)| *target).collect();
         let mut freed = 0;
         {
             let mut unsynced = client.unsynced.lock();
@@ -254,7 +257,12 @@ impl Running {
         if files.is_empty() && abandoned.is_empty() {
             return (sent, None);
         }
-        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false }));
+        let missing = self.block.filter(|_| !files.is_empty() && !self.missing.is_empty()).map(|block| {
+            let targets = self.missing.iter().map(|target| target.0).collect();
+            MissingShards { block: block.0, targets, ..MissingShards::default() }
+        });
+        let missing = missing.into_iter().collect();
+        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));
         (sent, Some(pending))
     }
 

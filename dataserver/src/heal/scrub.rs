@@ -1,23 +1,26 @@
 //! Reading everything that a target holds and comparing it with its checksums, before a second copy is gone too.
 //!
 //! A pass goes through the target's shards in block order at a bounded rate. It begins when the last one began longer ago than
-//! the interval, or when an administrator asks for it; the place is not remembered over a restart. What readers report goes
-//! through the same examination at once.
+//! the interval, or when an administrator asks for it; after a restart it goes on where it was (`place.rs`). What readers report
+//! goes through the same examination at once.
 //!
 //! **Repair.** A bad shard is restored from the others first, into memory; only then is the damaged one dropped, and the good one put
 //! in its place. A crash in between leaves a missing shard, which the check that follows every start finds. One that cannot
 //! be restored stays as it is: most of its pages are good.
 
+mod place;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant},
 };
 
 use fjordfs_proto::{BlockId, FsResult, PAGE_SIZE, Policy, ShardNo, TargetId, pb::meta::ScrubReport};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use self::place::{Place, now_ms};
 use super::{
     Healing,
     check::{self, Missing, Seat},
@@ -38,6 +41,9 @@ const SUSPECTS_MAX: usize = 1024;
 
 /// How often it is looked at whether a pass is due.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How often the place of a pass is written down. A restart reads again what was read since.
+const SAVE: Duration = Duration::from_secs(5);
 
 /// How far the scrubbing of this server's targets is.
 #[derive(Default)]
@@ -109,31 +115,57 @@ enum Finding {
 /// Scrubs a target again and again. `interval` zero: only when asked.
 pub(super) async fn run(healing: Arc<Healing>, target: TargetId, interval: Duration, rate: u64) {
     let throttle = Throttle::new(rate);
-    healing.node.scrubs.note(target, |_| {});
-    // The first one is not at once: a start is busy enough, and many starts must not mean many passes.
-    let mut began = tokio::time::Instant::now();
+    let Ok(store) = healing.node.store(target.0).cloned() else { return };
+    let mut place = Place::load(store.path());
+    healing.node.scrubs.note(target, |p| {
+        p.report.completed_ms = place.completed_ms;
+        (p.report.shards_bad, p.report.shards_repaired) = (place.shards_bad, place.shards_repaired);
+    });
+    if let Err(e) = place.save(store.path()) {
+        tracing::warn!("scrub of {target}: its place cannot be written down: {e}");
+    }
     loop {
         tokio::time::sleep(LOOK).await;
-        let due = !interval.is_zero() && began.elapsed() >= interval;
-        if healing.node.scrubs.take_wanted(target) || due {
-            began = tokio::time::Instant::now();
-            if let Err(e) = pass(&healing, target, &throttle).await {
+        if healing.node.scrubs.take_wanted(target) || place.is_due(interval, now_ms()) {
+            place = Place { began_ms: now_ms(), after_block: Some(0), bytes_done: 0, ..place };
+        }
+        if place.after_block.is_some() {
+            if let Err(e) = pass(&healing, target, &store, &throttle, &mut place).await {
                 tracing::warn!("scrub of {target}: {e}");
+                // It is tried again when the next one is due.
+                place.after_block = None;
             }
             healing.node.scrubs.note(target, |p| p.report.running = false);
+            save(&healing, target, &store, &mut place);
         }
     }
 }
 
-/// Goes through all shards once.
-async fn pass(healing: &Healing, target: TargetId, throttle: &Throttle) -> Result<(), String> {
-    let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
+/// Writes down how far it is. What cannot be written costs a repetition only.
+fn save(healing: &Healing, target: TargetId, store: &Store<Files>, place: &mut Place) {
+    if let Some(report) = healing.node.scrubs.report(target) {
+        (place.shards_bad, place.shards_repaired) = (report.shards_bad, report.shards_repaired);
+    }
+    if let Err(e) = place.save(store.path()) {
+        tracing::debug!("scrub of {target}: its place cannot be written down: {e}");
+    }
+}
+
+/// Goes through all shards behind the place.
+async fn pass(
+    healing: &Healing,
+    target: TargetId,
+    store: &Arc<Store<Files>>,
+    throttle: &Throttle,
+    place: &mut Place,
+) -> Result<(), String> {
     let total = store.stats().map_err(|e| e.to_string())?.shard_bytes;
     let begin = |p: &mut Progress| {
-        (p.report.running, p.report.bytes_done, p.report.bytes_total) = (true, 0, total);
+        (p.report.running, p.report.bytes_done, p.report.bytes_total) = (true, place.bytes_done, total);
     };
     healing.node.scrubs.note(target, begin);
-    let mut after = BlockId(0);
+    let mut after = BlockId(place.after_block.unwrap_or_default());
+    let mut saved = Instant::now();
     loop {
         let listed = store.clone();
         let (entries, end) = blocking::run(move || listed.list(after, PAGE, |_| true))
@@ -141,16 +173,23 @@ async fn pass(healing: &Healing, target: TargetId, throttle: &Throttle) -> Resul
             .map_err(|e| format!("listing: {e}"))?;
         for entry in &entries {
             throttle.take(entry.length.into()).await;
-            look_at(healing, target, &store, entry).await;
+            look_at(healing, target, store, entry).await;
             healing.node.scrubs.note(target, |p| p.report.bytes_done += u64::from(entry.length));
+            place.bytes_done += u64::from(entry.length);
+            // Another shard of the same block may follow, and is looked at again.
+            place.after_block = Some(entry.block.0.saturating_sub(1));
+            if saved.elapsed() >= SAVE {
+                save(healing, target, store, place);
+                saved = Instant::now();
+            }
         }
         match entries.last() {
             Some(last) if !end => after = last.block,
             _ => break,
         }
     }
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    healing.node.scrubs.note(target, |p| p.report.completed_ms = now.as_millis() as u64);
+    (place.after_block, place.completed_ms) = (None, now_ms());
+    healing.node.scrubs.note(target, |p| p.report.completed_ms = place.completed_ms);
     Ok(())
 }
 

@@ -2,7 +2,9 @@
 //! then kept after all.
 //!
 //! A shard is dropped when the map gives its place to another target, that target lists it, and the map has been the same for a
-//! while, so that no reader goes by an older one. What its owner does not list stays: it may be the only copy.
+//! while, so that no reader goes by an older one. What its owner does not list stays: it may be the only copy. Or its block has
+//! been deleted meanwhile: so the metaserver has a target delete every block that dies, whoever its holders are, for as
+//! long as it has not heard that there is nothing of others on it ([`Tidied`]).
 //!
 //! **Against a place that comes back.** If a newer map gives the place back, a check of the seat must not count a shard that is
 //! about to be dropped. So the last look at the map and the dropping are one step under a lock, and checks look at what
@@ -11,16 +13,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fjordfs_proto::{BlockId, ClusterMap, Epoch, PgId, Policy, ShardNo, TargetId};
+use parking_lot::Mutex;
 
 use super::{Healing, check, restore::Sources};
 use crate::{blocking, store::index::Entry};
 
 /// How long a map has to stand before what it disowns is dropped.
 const STAND: Duration = Duration::from_secs(10);
+
+/// Longest pause before a target that has shards of others is looked through again by the same map.
+const AGAIN: Duration = Duration::from_secs(600);
 
 /// Shards in a page of a listing.
 const PAGE: usize = 4096;
@@ -31,20 +37,48 @@ const BATCH: usize = 64;
 /// A group and a shard number of it: a place that belongs to one target.
 type Slot = (BlockId, usize, PgId, ShardNo);
 
-/// Tidies a target whenever the map has changed and stands.
+/// By which map each target was last found to have nothing that belongs to others.
+#[derive(Default)]
+pub(crate) struct Tidied(Mutex<BTreeMap<TargetId, Epoch>>);
+
+impl Tidied {
+    pub(crate) fn of(&self, target: TargetId) -> Epoch {
+        self.0.lock().get(&target).copied().unwrap_or(Epoch(0))
+    }
+}
+
+/// What a look through a target has come to.
+#[derive(Default, Clone, Copy, PartialEq, Eq, Debug)]
+struct Outcome {
+    dropped: usize,
+    /// Shards whose places are not this target's.
+    left: usize,
+}
+
+/// Tidies a target whenever the map has changed and stands, and again while something of others is left on it.
 pub(super) async fn run(healing: Arc<Healing>, target: TargetId) {
-    let mut tidied = Epoch(0);
-    let mut seen = Epoch(0);
+    let (mut looked, mut seen) = (Epoch(0), Epoch(0));
+    let (mut pause, mut next) = (STAND, Instant::now());
     loop {
         tokio::time::sleep(STAND).await;
         let Some(map) = healing.node.map() else { continue };
-        if map.epoch == seen && map.epoch != tidied {
+        if map.epoch != looked {
+            (pause, next) = (STAND, Instant::now());
+        }
+        if map.epoch == seen && healing.node.tidied.of(target) != map.epoch && Instant::now() >= next {
+            (looked, next) = (map.epoch, Instant::now() + pause);
+            pause = (2 * pause).min(AGAIN);
             match tidy(&healing, target, &map).await {
-                Ok(dropped) if dropped > 0 => {
-                    tracing::info!("{dropped} shards on {target} belong to other targets and were dropped");
-                    tidied = map.epoch;
+                Ok(Outcome { dropped, left }) => {
+                    if dropped > 0 {
+                        tracing::info!(
+                            "{dropped} shards on {target} belong to other targets and were dropped"
+                        );
+                    }
+                    if left == 0 {
+                        healing.node.tidied.0.lock().insert(target, map.epoch);
+                    }
                 }
-                Ok(_) => tidied = map.epoch,
                 Err(e) => tracing::warn!("looking for shards on {target} that belong to others: {e}"),
             }
         }
@@ -52,41 +86,52 @@ pub(super) async fn run(healing: Arc<Healing>, target: TargetId) {
     }
 }
 
-/// Shards of one target that the map gives to another, by place. Those of a group in motion are left for later.
-fn disowned(map: &ClusterMap, target: TargetId, entries: &[Entry]) -> BTreeMap<Slot, Vec<Entry>> {
+/// Shards of one target whose places are another's, by place, and how many such there are in groups in motion: these are left
+/// for later.
+fn disowned(map: &ClusterMap, target: TargetId, entries: &[Entry]) -> (BTreeMap<Slot, Vec<Entry>>, usize) {
     let mut found: BTreeMap<Slot, Vec<Entry>> = BTreeMap::new();
+    let mut moving = 0;
     for entry in entries {
         let Some(policy) = Policy::from_code(entry.policy.into()) else { continue };
         let Some(era) = map.era_of(entry.block) else { continue };
         let Some(table) = era.tables.get(&policy.width()) else { continue };
         let pg = table.pg_of(entry.block);
         let owner = table.group(pg).get(usize::from(entry.shard.0));
-        if owner.is_some_and(|owner| *owner != target) && table.moves_of(pg).next().is_none() {
+        let coming = table.moves_of(pg).any(|place| place == (entry.shard, target));
+        if owner.is_none_or(|owner| *owner == target) || coming {
+            continue;
+        }
+        if table.moves_of(pg).next().is_some() {
+            moving += 1;
+        } else {
             let slot = (era.first_block, policy.width(), pg, entry.shard);
             found.entry(slot).or_default().push(*entry);
         }
     }
-    found
+    (found, moving)
 }
 
-async fn tidy(healing: &Healing, target: TargetId, map: &Arc<ClusterMap>) -> Result<usize, String> {
+async fn tidy(healing: &Healing, target: TargetId, map: &Arc<ClusterMap>) -> Result<Outcome, String> {
     let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
-    let (mut after, mut dropped) = (BlockId(0), 0);
+    let (mut after, mut outcome) = (BlockId(0), Outcome::default());
     loop {
         let (listed, map_then) = (store.clone(), map.clone());
-        let (slots, last) = blocking::run(move || {
+        let ((slots, moving), last) = blocking::run(move || {
             let (entries, end) = listed.list(after, PAGE, |_| true);
             let last = entries.last().filter(|_| !end).map(|entry| entry.block);
             (disowned(&map_then, target, &entries), last)
         })
         .await
         .map_err(|e| format!("listing: {e}"))?;
+        outcome.left += moving;
         for (slot, entries) in slots {
-            dropped += drop_those_owned(healing, target, map, slot, &entries).await?;
+            let dropped = drop_those_owned(healing, target, map, slot, &entries).await?;
+            outcome.dropped += dropped;
+            outcome.left += entries.len() - dropped;
         }
         match last {
             Some(last) => after = last,
-            None => return Ok(dropped),
+            None => return Ok(outcome),
         }
     }
 }
@@ -162,7 +207,8 @@ mod tests {
             page: 1,
         };
         let entries: Vec<Entry> = (1..200).flat_map(|block| [entry(block, 0), entry(block, 1)]).collect();
-        let found = disowned(&map, TargetId(2), &entries);
+        let (found, left) = disowned(&map, TargetId(2), &entries);
+        assert_eq!(left, 0);
         let expected = [(0, 0), (1, 1)].map(|(pg, no)| (BlockId(1), 2, PgId(pg), ShardNo(no)));
         assert_eq!(found.keys().copied().collect::<Vec<_>>(), expected);
         for ((_, _, pg, _), entries) in &found {
@@ -170,6 +216,9 @@ mod tests {
         }
         let mut moving = map.clone();
         moving.eras[0].tables.get_mut(&2).unwrap().moves.insert(1, TargetId(3));
-        assert_eq!(disowned(&moving, TargetId(2), &entries).len(), 1, "the group in motion waits");
+        let (found, left) = disowned(&moving, TargetId(2), &entries);
+        assert_eq!(found.len(), 1, "the group in motion waits");
+        assert_eq!(left, entries.iter().filter(|e| table.pg_of(e.block) == PgId(0)).count() / 2);
+        assert_eq!(disowned(&moving, TargetId(3), &entries).1, left, "who comes has only its own place");
     }
 }

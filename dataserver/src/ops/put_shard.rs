@@ -4,7 +4,7 @@
 //! client meant.
 
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, PAGE_SIZE, Policy,
+    BLOCK_SIZE_MAX, BlockId, Epoch, FsError, FsResult, PAGE_SIZE, Policy, TargetId,
     block::{first_bad_page, pages},
     error::Errno,
     pb::data::{PutShardReply, PutShardRequest},
@@ -40,6 +40,12 @@ pub(crate) fn check(request: &PutShardRequest, payload_len: u32) -> FsResult<New
     Ok(NewShard { block: BlockId(block), shard: no, policy: policy.code(), length })
 }
 
+fn width(policy: u32) -> FsResult<usize> {
+    let policy = Policy::from_code(policy)
+        .ok_or_else(|| FsError::new(Errno::EINVAL, format!("unknown policy code {policy}")))?;
+    Ok(policy.width())
+}
+
 /// Verifies and stores; the payload lies at byte 4096 of `record`.
 pub(crate) async fn run(
     node: &Node,
@@ -48,6 +54,8 @@ pub(crate) async fn run(
     record: PageBuf,
 ) -> FsResult<PutShardReply> {
     let store = node.store(request.target)?;
+    let place = (new.block, new.shard, width(request.policy)?);
+    let _admitted = node.placing.admit(TargetId(request.target), place, Epoch(request.epoch))?;
     let data = &record[PAGE_SIZE..PAGE_SIZE + new.length as usize];
     if let Some(page) = first_bad_page(data, &request.page_crcs) {
         store.bad_page();
@@ -74,6 +82,7 @@ mod tests {
             policy: 2,
             length: 4097,
             page_crcs: vec![0; 8].into(),
+            epoch: 0,
         };
         assert!(check(&good, 4097).is_ok());
         assert!(check(&good, 4096).is_err());

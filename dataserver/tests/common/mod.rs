@@ -133,6 +133,28 @@ impl Cluster for Fake {
         Err(Status::unimplemented("not in this fake"))
     }
 
+    type FsckStream = futures_util::stream::Empty<Result<meta::FsckReply, Status>>;
+
+    async fn fsck(&self, _: Request<meta::FsckRequest>) -> Result<Response<Self::FsckStream>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
+    type BlocksStream = futures_util::stream::Empty<Result<meta::BlocksReply, Status>>;
+
+    async fn blocks(&self, _: Request<meta::BlocksRequest>) -> Result<Response<Self::BlocksStream>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
+    type BackupStream = futures_util::stream::Empty<Result<meta::BackupReply, Status>>;
+
+    async fn backup(&self, _: Request<meta::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
+    async fn mend(&self, _: Request<meta::MendRequest>) -> Result<Response<meta::MendReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
     async fn hand_over(
         &self,
         _: Request<meta::HandOverRequest>,
@@ -324,6 +346,7 @@ pub fn put_request(block: u64, data: &[u8]) -> PutShardRequest {
         policy: 2,
         length: data.len() as u32,
         page_crcs: page_crcs(data).into(),
+        epoch: 0,
     }
 }
 

@@ -243,15 +243,19 @@ impl Core {
             session,
             now: now.wall,
             policy_wanted: None,
+            missed: Vec::new(),
         };
         let reply = ops::run(&mut ctx, op);
-        let policy_wanted = ctx.policy_wanted;
+        let (policy_wanted, missed) = (ctx.policy_wanted, ctx.missed);
         if postponable {
             self.conflicts = self.leases.conflicts(session, self.txn.seen());
         }
         if !self.conflicts.is_empty() {
             self.opens.undo_to(opened);
             return Err(FsError::new(Errno::EAGAIN, "postponed until a delegation is back"));
+        }
+        if reply.is_ok() && !missed.is_empty() {
+            self.healing.missed(self.members.map(), &missed, now.mono);
         }
         if let Some(policy) = policy_wanted.filter(|_| reply.is_ok()) {
             self.save_members();

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use fjordfs_proto::{BlockId, Extent, InodeId, interval::Run};
 
-use super::{Report, each, each_record, tree::Seen};
+use super::{Counted, Fix, Report, Source, each, each_record, tree::Seen};
 use crate::{
     block_ids, keys,
     records::{Counters, DeadRun, ExtentRecord, LeasedRange, LiveBlock},
-    store::{MetaStore, StoreError},
+    store::StoreError,
 };
 
 /// What extents say of a block.
@@ -19,7 +19,7 @@ struct Use {
 }
 
 pub(super) fn check(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     counters: &Counters,
     inodes: &HashMap<u64, Seen>,
     report: &mut Report,
@@ -33,14 +33,18 @@ pub(super) fn check(
             report.problem(format!("b{block} is in use and was never leased"));
         }
         if let Some(fate) = fates.get(block) {
-            report.problem(format!("b{block} is in use and also {fate}"));
+            let fix = Fix::Unbury { block: *block };
+            match *fate {
+                "leased" => report.problem(format!("b{block} is in use and also {fate}")),
+                _ => report.fixable(fix, format!("b{block} is in use and also {fate}")),
+            }
         }
     }
     Ok(())
 }
 
 fn extents(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     inodes: &HashMap<u64, Seen>,
     report: &mut Report,
 ) -> Result<BTreeMap<u64, Use>, StoreError> {
@@ -74,7 +78,10 @@ fn extents(
         *allocated.entry(ino).or_default() += extent.len();
         match inodes.get(&ino) {
             Some(seen) if seen.inode.size < end => report.problem(format!("{what} ends beyond the file")),
-            None if !destroyed.contains(&ino) => report.problem(format!("{what}: there is no such inode")),
+            None if !destroyed.contains(&ino) => {
+                destroyed.insert(ino);
+                report.fixable(Fix::Destroy { ino }, format!("{what}: there is no such inode"));
+            }
             _ => {}
         }
         last = Some((ino, offset, extent));
@@ -82,10 +89,10 @@ fn extents(
     for (ino, seen) in inodes {
         let sum = allocated.get(ino).copied().unwrap_or(0);
         if seen.inode.allocated != sum {
-            report.problem(format!(
-                "i{ino} says {} bytes are allocated, its extents have {sum}",
-                seen.inode.allocated
-            ));
+            let by = sum.wrapping_sub(seen.inode.allocated) as i64;
+            let what =
+                format!("i{ino} says {} bytes are allocated, its extents have {sum}", seen.inode.allocated);
+            report.fixable(Fix::Allocated { ino: *ino, by }, what);
         }
         if sum > 0 && !seen.inode.is_regular() {
             report.problem(format!("i{ino} has extents and is not a regular file"));
@@ -95,18 +102,21 @@ fn extents(
 }
 
 /// Live records against the pieces of extents.
-fn live(store: &dyn MetaStore, used: &BTreeMap<u64, Use>, report: &mut Report) -> Result<(), StoreError> {
+fn live(store: &Source<'_>, used: &BTreeMap<u64, Use>, report: &mut Report) -> Result<(), StoreError> {
     let mut recorded = BTreeSet::new();
     each_record(store, keys::LIVE, report, |report, block, _, record: LiveBlock| {
         recorded.insert(block);
         let bytes = used.get(&block).map_or(0, |u| u.bytes);
         if record.live != bytes || bytes == 0 {
-            report.problem(format!("b{block} counts {} live bytes, extents reach {bytes}", record.live));
+            let by = bytes.wrapping_sub(record.live) as i64;
+            let what = format!("b{block} counts {} live bytes, extents reach {bytes}", record.live);
+            report.fixable(Fix::Live { block, by }, what);
         }
     })?;
     for (block, usage) in used {
         if usage.pieces != 1 && !recorded.contains(block) {
-            report.problem(format!("b{block} is {} pieces and has no live record", usage.pieces));
+            let what = format!("b{block} is {} pieces and has no live record", usage.pieces);
+            report.fixable(Fix::NoLive { block: *block, live: usage.bytes }, what);
         }
     }
     Ok(())
@@ -114,7 +124,7 @@ fn live(store: &dyn MetaStore, used: &BTreeMap<u64, Use>, report: &mut Report) -
 
 /// Blocks that nothing may reach, with the reason; each has one only.
 fn fates(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     counters: &Counters,
     report: &mut Report,
 ) -> Result<BTreeMap<u64, &'static str>, StoreError> {
@@ -161,7 +171,9 @@ fn fates(
         }
     }
     if counters.queued != queued {
-        report.problem(format!("{} deletions are counted, {queued} exist", counters.queued));
+        let by = queued.wrapping_sub(counters.queued) as i64;
+        let what = format!("{} deletions are counted, {queued} exist", counters.queued);
+        report.fixable(Fix::Count { of: Counted::Queued, by }, what);
     }
     Ok(fates)
 }

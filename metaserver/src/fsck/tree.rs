@@ -4,11 +4,11 @@ use std::collections::{BTreeSet, HashMap};
 
 use fjordfs_proto::{InodeId, ROOT_INODE};
 
-use super::{Report, each, each_record};
+use super::{Counted, Fix, Report, Source, each, each_record};
 use crate::{
     keys, names,
     records::{Counters, Dirent, Inode},
-    store::{MetaStore, StoreError},
+    store::StoreError,
 };
 
 /// What the check of the blocks needs of an inode, and what entries say of it.
@@ -20,7 +20,7 @@ pub(super) struct Seen {
 }
 
 pub(super) fn check(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     counters: &Counters,
     report: &mut Report,
 ) -> Result<HashMap<u64, Seen>, StoreError> {
@@ -46,7 +46,8 @@ pub(super) fn check(
             report.problem(format!("{what} has the cookie of another name"));
         }
         let Some(seen) = inodes.get_mut(&entry.ino) else {
-            return report.problem(format!("{what} leads to i{}, which does not exist", entry.ino));
+            let fix = Fix::Entry { parent, name: name.to_vec(), ino: entry.ino };
+            return report.fixable(fix, format!("{what} leads to i{}, which does not exist", entry.ino));
         };
         seen.entries += 1;
         let is_dir = seen.inode.is_dir();
@@ -54,7 +55,8 @@ pub(super) fn check(
             report.problem(format!("{what} and its inode i{} are of different kinds", entry.ino));
         }
         if is_dir && (seen.inode.parent != parent || seen.inode.name != name) {
-            report.problem(format!("directory i{} says it is elsewhere than {what}", entry.ino));
+            let fix = Fix::Where { ino: entry.ino, parent, name: name.to_vec() };
+            report.fixable(fix, format!("directory i{} says it is elsewhere than {what}", entry.ino));
         }
         match inodes.get_mut(&parent) {
             Some(seen) if seen.inode.is_dir() => seen.subdirectories += u32::from(is_dir),
@@ -66,16 +68,23 @@ pub(super) fn check(
         report.orphans += 1;
         match keys::first_id(key).and_then(|ino| inodes.get_mut(&ino)) {
             Some(seen) => seen.orphan = true,
-            None => report.problem(format!("orphan record {} has no inode", key.escape_ascii())),
+            None => {
+                let fix = Fix::NoOrphan { ino: keys::first_id(key).unwrap_or_default() };
+                report.fixable(fix, format!("orphan record {} has no inode", key.escape_ascii()));
+            }
         }
     })?;
     links(&inodes, report);
     reachable(&inodes, report);
     if counters.inodes != report.inodes {
-        report.problem(format!("{} inodes are counted, {} exist", counters.inodes, report.inodes));
+        let by = report.inodes.wrapping_sub(counters.inodes) as i64;
+        let what = format!("{} inodes are counted, {} exist", counters.inodes, report.inodes);
+        report.fixable(Fix::Count { of: Counted::Inodes, by }, what);
     }
     if counters.orphans != report.orphans {
-        report.problem(format!("{} orphans are counted, {} exist", counters.orphans, report.orphans));
+        let by = report.orphans.wrapping_sub(counters.orphans) as i64;
+        let what = format!("{} orphans are counted, {} exist", counters.orphans, report.orphans);
+        report.fixable(Fix::Count { of: Counted::Orphans, by }, what);
     }
     Ok(inodes)
 }
@@ -88,19 +97,26 @@ fn links(inodes: &HashMap<u64, Seen>, report: &mut Report) {
             (true, _) => 2 + seen.subdirectories,
             (false, entries) => entries,
         };
+        let nameless = seen.entries == 0 && *ino != ROOT_INODE.0 && !seen.orphan;
         if nlink != expected {
-            report.problem(format!("i{ino} counts {nlink} links and has {expected}"));
+            let what = format!("i{ino} counts {nlink} links and has {expected}");
+            if nameless {
+                report.problem(what);
+            } else {
+                report.fixable(Fix::Links { ino: *ino, by: i64::from(expected) - i64::from(nlink) }, what);
+            }
         }
         if seen.inode.is_dir() && seen.entries > 1 {
             report.problem(format!("directory i{ino} has {} names", seen.entries));
         }
         if (expected == 0) != seen.orphan {
-            let what = if seen.orphan {
-                "has a name and an orphan record"
+            if seen.orphan {
+                report
+                    .fixable(Fix::NoOrphan { ino: *ino }, format!("i{ino} has a name and an orphan record"));
             } else {
-                "has neither name nor orphan record"
-            };
-            report.problem(format!("i{ino} {what}"));
+                let fix = Fix::Nameless { ino: *ino, subdirectories: seen.subdirectories };
+                report.fixable(fix, format!("i{ino} has neither name nor orphan record"));
+            }
         }
     }
 }

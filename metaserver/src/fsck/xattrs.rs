@@ -2,14 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::{Report, each, tree::Seen};
-use crate::{
-    keys,
-    store::{MetaStore, StoreError},
-};
+use super::{Fix, Report, Source, each, tree::Seen};
+use crate::{keys, store::StoreError};
 
 pub(super) fn check(
-    store: &dyn MetaStore,
+    store: &Source<'_>,
     inodes: &HashMap<u64, Seen>,
     report: &mut Report,
 ) -> Result<(), StoreError> {
@@ -24,10 +21,12 @@ pub(super) fn check(
     for (ino, seen) in inodes {
         let list = lists.get(ino).copied().unwrap_or(0);
         if u64::from(seen.inode.xattr_list) != list {
-            report.problem(format!(
+            let by = list.wrapping_sub(seen.inode.xattr_list.into()) as i64;
+            let what = format!(
                 "i{ino} counts {} bytes of names of extended attributes and has {list}",
                 seen.inode.xattr_list
-            ));
+            );
+            report.fixable(Fix::XattrList { ino: *ino, by }, what);
         }
     }
     Ok(())

@@ -35,12 +35,18 @@ fn state(w: &World, id: u64) -> Option<TargetState> {
 }
 
 fn beat(w: &mut World, server: u64, checks: Vec<CheckReport>) -> Vec<Check> {
+    beat_with(w, server, HeartbeatRequest { checks, ..HeartbeatRequest::default() }).checks
+}
+
+/// All that its server knows of is over, if `request` does not say otherwise.
+fn beat_with(w: &mut World, server: u64, request: HeartbeatRequest) -> HeartbeatReply {
     let targets = vec![TargetReport { target: server, ..report(&format!("d{server}"), 1 << 39) }];
-    let request =
-        HeartbeatRequest { server, targets, epoch: u64::MAX, checks, ..HeartbeatRequest::default() };
+    let placed_epoch = if request.placed_epoch == 0 { u64::MAX } else { request.placed_epoch };
+    let targets = if request.targets.is_empty() { targets } else { request.targets };
+    let request = HeartbeatRequest { server, targets, epoch: u64::MAX, placed_epoch, ..request };
     let reply = w.core.heartbeat(&request, w.now).unwrap();
     w.core.commit().unwrap();
-    reply.checks
+    reply
 }
 
 fn done(check: &Check) -> CheckReport {
@@ -198,9 +204,12 @@ fn a_drain_waits_for_writes_under_way_and_survives_a_restart() {
     assert_eq!(state(&w, 2), Some(TargetState::Draining));
     let all = groups_of(&map(&w), 2);
     assert_eq!(super::move_count(&map(&w)), all);
-    for _ in 0..super::SETTLE.as_secs() {
-        work(&mut w, &[1, 2, 3, 4]);
-        assert_eq!(groups_of(&map(&w), 2), all, "a put may still be under way");
+    let planned = map(&w).epoch.0;
+    for _ in 0..10 {
+        let slow = HeartbeatRequest { placed_epoch: planned - 1, ..HeartbeatRequest::default() };
+        beat_with(&mut w, 2, slow);
+        work(&mut w, &[1, 3, 4]);
+        assert_eq!(groups_of(&map(&w), 2), all, "a put of before may be under way to the one that goes");
     }
     w.restart();
     w.session = w.attach();
@@ -211,6 +220,115 @@ fn a_drain_waits_for_writes_under_way_and_survives_a_restart() {
     assert!(message.contains("t2"));
     beat(&mut w, 2, vec![]);
     assert_eq!(state(&w, 2), None, "its server, which still reports it, is not a stranger");
+}
+
+#[test]
+fn a_server_that_starts_again_in_a_drain_may_take_puts_until_it_has_a_map() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    change(&mut w, 2, TargetChange::Drain, 0, false).unwrap();
+    let all = groups_of(&map(&w), 2);
+    beat(&mut w, 2, vec![]);
+    let begun: Vec<CheckReport> =
+        [1, 3, 4].iter().flat_map(|server| beat(&mut w, *server, vec![])).map(|c| done(&c)).collect();
+    assert!(!begun.is_empty());
+    w.core.register(&registration("d2", &["d2"]), w.now).unwrap();
+    for server in [1, 3, 4] {
+        beat(&mut w, server, begun.clone());
+    }
+    w.pass(SECOND);
+    w.tick();
+    assert_eq!(groups_of(&map(&w), 2), all, "the checks of before may have looked too early");
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    assert_eq!(groups_of(&map(&w), 2), 0);
+}
+
+#[test]
+fn what_a_commit_says_is_missing_is_looked_for_at_once() {
+    let mut w = world(3);
+    let (f, first) = (w.file("f"), w.lease(10));
+    work_until(&mut w, &[1, 2, 3], idle);
+    let two = Layout::of(Policy::replica(2).unwrap(), 1);
+    let group = map(&w).placement(BlockId(first), two).unwrap().to_vec();
+    let missing = |targets: &[u64]| {
+        vec![MissingShards { block: first, targets: targets.to_vec(), ..MissingShards::default() }]
+    };
+    let file =
+        |block| FileCommit { ino: f.0, extents: vec![run(0, 1 << 24, block, 0)], ..Default::default() };
+    let stranger = MissingShards { block: first + 5, targets: vec![1, 2, 3], ..MissingShards::default() };
+    let commit = Commit { files: vec![file(first + 1)], missing: vec![stranger], ..Commit::default() };
+    w.commit(commit).unwrap();
+    assert!(idle(&w), "it is not of this commit");
+    let lacks = missing(&[group[1].0, 9]);
+    w.commit(Commit { files: vec![file(first)], missing: lacks, ..Commit::default() }).unwrap();
+    let orders = beat(&mut w, group[1].0, vec![]);
+    assert_eq!(orders.len(), 1, "{orders:?}");
+    assert_eq!((orders[0].target, orders[0].width), (group[1].0, 2));
+    assert_eq!(PgId(orders[0].pg), map(&w).eras[0].tables[&2].pg_of(BlockId(first)));
+    // Another one of the same group while it looks: it looks again.
+    let pg_of = |block: u64| map(&w).eras[0].tables[&2].pg_of(BlockId(block));
+    let next = (first + 2..first + 10).find(|block| pg_of(*block) == pg_of(first));
+    let next = next.unwrap_or_else(|| {
+        let more = w.lease(1000);
+        (more..more + 1000)
+            .find(|block| map(&w).eras[0].tables[&2].pg_of(BlockId(*block)).0 == orders[0].pg)
+            .unwrap()
+    });
+    let lacks = vec![MissingShards { block: next, targets: vec![group[1].0], ..MissingShards::default() }];
+    w.commit(Commit { files: vec![file(next)], missing: lacks, ..Commit::default() }).unwrap();
+    let again = beat(&mut w, group[1].0, orders.iter().map(done).collect());
+    assert_eq!((again.len(), again[0].pg), (1, orders[0].pg));
+    assert_ne!(again[0].ticket, orders[0].ticket);
+    assert!(beat(&mut w, group[1].0, again.iter().map(done).collect()).is_empty());
+    assert!(idle(&w));
+}
+
+#[test]
+fn who_lost_a_place_deletes_what_dies_until_nothing_of_others_is_left_on_it() {
+    let mut w = world(3);
+    let (f, first) = (w.file("f"), w.lease(60));
+    w.write(f, vec![run(0, 60 << 24, first, 0)]).unwrap();
+    work_until(&mut w, &[1, 2, 3], idle);
+    w.core.register(&registration("d4", &["d4"]), w.now).unwrap();
+    w.core.rebalance(&RebalanceRequest { stop: false }).unwrap();
+    w.core.commit().unwrap();
+    let before = map(&w);
+    work_until(&mut w, &[1, 2, 3, 4], |w| groups_of(&map(w), 4) > groups_of(&before, 4));
+    w.core.rebalance(&RebalanceRequest { stop: true }).unwrap();
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let after = map(&w);
+    let two = Layout::of(Policy::replica(2).unwrap(), 1);
+    let moved: Vec<(u64, TargetId)> = (first..first + 60)
+        .flat_map(|b| {
+            let left = before.holders(BlockId(b), two);
+            left.difference(&after.holders(BlockId(b), two)).map(move |t| (b, *t)).collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(!moved.is_empty());
+    w.restart();
+    w.session = w.attach();
+    w.truncate(f, 30 << 24).unwrap();
+    w.tick();
+    let told = |w: &mut World, server: TargetId, tidied: u64| {
+        let mine = TargetReport { target: server.0, tidied, ..report(&format!("d{server}"), 1 << 39) };
+        let request = HeartbeatRequest { targets: vec![mine], ..HeartbeatRequest::default() };
+        let reply = beat_with(w, server.0, request);
+        reply.deletes.into_iter().flat_map(|d| d.blocks).collect::<BTreeSet<u64>>()
+    };
+    let (dying, living): (Vec<_>, Vec<_>) = moved.iter().copied().partition(|(b, _)| *b >= first + 30);
+    for (block, target) in dying {
+        assert!(told(&mut w, target, 0).contains(&block), "b{block} may still be on {target}");
+    }
+    // It has tidied up by that map: from now on it is not bothered with what others hold.
+    for (_, target) in &moved {
+        told(&mut w, *target, after.epoch.0);
+    }
+    w.truncate(f, 0).unwrap();
+    w.tick();
+    for (block, target) in living {
+        assert!(!told(&mut w, target, after.epoch.0).contains(&block), "b{block} is not on {target}");
+    }
 }
 
 #[test]

@@ -92,6 +92,28 @@ pub(super) fn replace(map: &mut ClusterMap, old: TargetId, new: TargetId) {
     }
 }
 
+/// Targets that a map takes a place from in some group: they were a member of it, or about to be.
+pub(super) fn displaced(before: &ClusterMap, after: &ClusterMap) -> BTreeSet<TargetId> {
+    let mut displaced = BTreeSet::new();
+    for (era, width, old) in
+        before.eras.iter().flat_map(|era| era.tables.iter().map(move |(width, table)| (era, width, table)))
+    {
+        let new = after.eras.iter().find(|new| new.first_block == era.first_block);
+        let new = new.and_then(|new| new.tables.get(width)).filter(|new| new.pg_count() == old.pg_count());
+        if new == Some(old) {
+            continue;
+        }
+        for pg in (0..old.pg_count() as u32).map(PgId) {
+            match new {
+                Some(new) if new.group(pg) == old.group(pg) && new.moves_of(pg).eq(old.moves_of(pg)) => {}
+                Some(new) => displaced.extend(old.holders(pg).difference(&new.holders(pg))),
+                None => displaced.extend(old.holders(pg)),
+            }
+        }
+    }
+    displaced
+}
+
 /// In how many groups a target is a member.
 pub(super) fn groups_of(map: &ClusterMap, target: TargetId) -> usize {
     let tables = map.eras.iter().flat_map(|era| era.tables.values());

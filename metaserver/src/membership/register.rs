@@ -44,6 +44,7 @@ impl Membership {
                 server: server.0,
                 leaving: next.targets.get(&id).is_some_and(|info| info.record.leaving),
                 removed: false,
+                displaced: next.targets.get(&id).map_or(0, |info| info.record.displaced),
             };
             let state = before.map_or(TargetState::Up, |t| t.state);
             let target = Target {

@@ -7,13 +7,13 @@
 use std::collections::BTreeMap;
 
 use fjordfs_proto::{
-    BlockId, Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Source,
+    BlockId, Extent, FILE_SIZE_MAX, FsResult, INLINE_MAX, InodeId, Source, TargetId,
     error::Errno,
     mode::without_suid,
-    pb::meta::{Commit, CommitReply, FileCommit, FileCommitReply},
+    pb::meta::{Commit, CommitReply, FileCommit, FileCommitReply, MissingShards},
 };
 
-use super::{Ctx, fail};
+use super::{Ctx, Missed, fail};
 use crate::{
     block_ids, extents,
     liveness::{self, Tally},
@@ -41,6 +41,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
             let (offset, extent) = Extent::from_pb(extent)?;
             check_inline(&file, offset, &extent)?;
             tally(&mut blocks, &extent)?;
+            ctx.missed.extend(missed(&extent, &op.missing));
             runs.push((offset, extent));
         }
         files.push((file, runs));
@@ -79,6 +80,22 @@ fn tally(blocks: &mut BTreeMap<BlockId, Tally>, extent: &Extent) -> FsResult<()>
         }
     }
     Ok(())
+}
+
+/// Which of the blocks that lack shards the extent names. A block that several extents name is told several times, which is harmless.
+fn missed<'a>(extent: &Extent, missing: &'a [MissingShards]) -> impl Iterator<Item = Missed> + use<'a> {
+    let named = match &extent.source {
+        Source::Blocks { addr, layout } if !missing.is_empty() => {
+            let last = extent.pieces().last().map_or(addr.block, |piece| piece.block);
+            Some((addr.block..=last, layout.width()))
+        }
+        _ => None,
+    };
+    missing.iter().filter_map(move |lacks| {
+        let (_, width) = named.as_ref().filter(|(blocks, _)| blocks.contains(&BlockId(lacks.block)))?;
+        let targets = lacks.targets.iter().copied().map(TargetId).collect();
+        Some(Missed { block: BlockId(lacks.block), width: *width, targets })
+    })
 }
 
 fn abandon(ctx: &mut Ctx<'_>, mut blocks: Vec<u64>) -> FsResult<()> {

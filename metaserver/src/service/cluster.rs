@@ -1,14 +1,18 @@
 //! Unary calls of data servers and administrators.
 
 use fjordfs_proto::pb::meta::{
-    ChangeTargetReply, ChangeTargetRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest,
-    RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply,
-    StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
+    BackupReply, BackupRequest, BlocksReply, BlocksRequest, ChangeTargetReply, ChangeTargetRequest,
+    FsckReply, FsckRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest, MendReply,
+    MendRequest, RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest,
+    StatusReply, StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
-use super::stopped;
+use super::{
+    stopped,
+    whole::{Out, Pieces, Whole},
+};
 use crate::executor::{Caller, Job, Jobs};
 
 /// The `Cluster` service.
@@ -25,6 +29,17 @@ impl ClusterService {
         let (caller, answer) = oneshot::channel();
         self.jobs.submit(job(caller));
         Ok(Response::new(answer.await.map_err(|_| stopped())??))
+    }
+}
+
+impl ClusterService {
+    /// Something that reads the whole store, on a thread of its own.
+    async fn whole<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Whole, &Out<T>) -> Result<(), Status> + Send + 'static,
+    ) -> Result<Response<Pieces<T>>, Status> {
+        let whole = Whole::begin(self.jobs.clone()).await?;
+        Ok(Response::new(whole.run(work)?))
     }
 }
 
@@ -69,6 +84,29 @@ impl Cluster for ClusterService {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         self.call(Job::Status).await
+    }
+
+    type FsckStream = Pieces<FsckReply>;
+
+    async fn fsck(&self, request: Request<FsckRequest>) -> Result<Response<Self::FsckStream>, Status> {
+        self.whole(move |whole, out| whole.fsck(request.into_inner().repair, out)).await
+    }
+
+    type BlocksStream = Pieces<BlocksReply>;
+
+    async fn blocks(&self, _: Request<BlocksRequest>) -> Result<Response<Self::BlocksStream>, Status> {
+        self.whole(Whole::blocks).await
+    }
+
+    type BackupStream = Pieces<BackupReply>;
+
+    async fn backup(&self, _: Request<BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        self.whole(Whole::backup).await
+    }
+
+    async fn mend(&self, request: Request<MendRequest>) -> Result<Response<MendReply>, Status> {
+        let request = Box::new(request.into_inner());
+        self.call(|caller| Job::Mend(request, caller)).await
     }
 
     async fn hand_over(&self, _: Request<HandOverRequest>) -> Result<Response<HandOverReply>, Status> {

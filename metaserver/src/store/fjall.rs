@@ -10,20 +10,29 @@
 //! wait for the device. The bytes are in the kernel already, so an `fdatasync` through a descriptor of our own does the
 //! same without the lock. The engine syncs a journal itself before it begins the next one, so the newest file is
 //! the only one that can hold unsynced batches; and a journal that vanished under us was flushed to synced tables.
+//!
+//! # Damage
+//! What the engine takes for the end of a journal may be a flipped bit in the middle of it, and then all that follows would be gone
+//! without a word; a folder that has vanished it would make anew. So every batch counts itself in the store, and after
+//! each sync the count that is safe is written beside the folder (`store.synced`). A store that has counted less than that has
+//! lost something, and is not opened.
 
 use std::{
     fs::{self, File},
     io,
     ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
-use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Readable};
 use parking_lot::Mutex;
 
-use super::{Batch, Fence, MetaStore, Order, Pair, StoreError, StoreResult, Ticket};
+use super::{
+    Batch, Fence, MetaStore, Order, Pair, Reading, Snapshot, StoreError, StoreResult, Ticket, synced::Synced,
+};
 use crate::keys;
 
 const KEYSPACE: &str = "meta";
@@ -63,6 +72,10 @@ pub struct FjallStore {
     fence: Mutex<Fence>,
     /// Batches handed to the engine.
     commits: AtomicU64,
+    /// Batches that the store held when it was opened.
+    commits_before: u64,
+    /// How many are safe.
+    synced: Synced,
     failed: AtomicBool,
 }
 
@@ -73,25 +86,38 @@ impl FjallStore {
     /// When another process has it open, it is damaged, or the folder cannot be used.
     pub fn open(folder: &Path, options: FjallOptions) -> StoreResult<FjallStore> {
         let wrap = |e| wrap(folder, e);
-        let db = Database::builder(folder)
-            .cache_size(options.cache_bytes)
-            .max_journaling_size(options.journal_bytes.max(JOURNAL_BYTES_MIN))
-            .worker_threads(options.workers.max(1))
-            .open()
-            .map_err(wrap)?;
+        let synced = Synced::open(folder)?;
+        // What a damaged journal decodes to, the engine asserts here and there; nothing of it is left when it does.
+        let db = catch_unwind(AssertUnwindSafe(|| {
+            Database::builder(folder)
+                .cache_size(options.cache_bytes)
+                .max_journaling_size(options.journal_bytes.max(JOURNAL_BYTES_MIN))
+                .worker_threads(options.workers.max(1))
+                .open()
+        }));
+        let db = db.map_err(|_| StoreError::Damaged {
+            folder: folder.to_owned(),
+            what: "the engine cannot read it; restore it from a backup (`fjord meta restore`)".to_owned(),
+        })?;
+        let db = db.map_err(wrap)?;
         let records = db
             .keyspace(KEYSPACE, || {
                 KeyspaceCreateOptions::default().max_memtable_size(options.memtable_bytes.max(1 << 20))
             })
             .map_err(wrap)?;
         let fence = records.get(keys::FENCE).map_err(wrap)?;
-        let fence = fence.map_or(Ok(0), |v| fence_value(folder, &v))?;
+        let fence = fence.map_or(Ok(0), |v| u64_value(folder, "fence", &v))?;
+        let counted = records.get(keys::COMMITS).map_err(wrap)?;
+        let commits_before = counted.map_or(Ok(0), |v| u64_value(folder, "count of batches", &v))?;
+        synced.check(commits_before)?;
         Ok(FjallStore {
             db,
             records,
             folder: folder.to_owned(),
             fence: Mutex::new(Fence(fence)),
             commits: AtomicU64::new(0),
+            commits_before,
+            synced,
             failed: AtomicBool::new(false),
         })
     }
@@ -177,6 +203,8 @@ impl MetaStore for FjallStore {
                 None => out.remove(&self.records, key.as_slice()),
             }
         }
+        let count = self.commits_before + self.commits.load(Ordering::Acquire) + 1;
+        out.insert(&self.records, keys::COMMITS, count.to_be_bytes());
         out.commit().map_err(|e| {
             self.failed.store(true, Ordering::Release);
             self.wrap(e)
@@ -189,6 +217,7 @@ impl MetaStore for FjallStore {
         let upto = Ticket(self.commits.load(Ordering::Acquire));
         // After a failed fsync the kernel may have dropped the pages: asking again would prove nothing.
         self.sync_journal().inspect_err(|_| self.failed.store(true, Ordering::Release))?;
+        self.synced.note(self.commits_before + upto.0)?;
         Ok(upto)
     }
 
@@ -202,15 +231,47 @@ impl MetaStore for FjallStore {
         Ok(next)
     }
 
+    fn snapshot(&self) -> StoreResult<Option<Snapshot>> {
+        let (snapshot, records) = (self.db.snapshot(), self.records.clone());
+        Ok(Some(Box::new(FjallSnapshot { snapshot, records, folder: self.folder.clone() })))
+    }
+
     fn name(&self) -> &'static str {
         "fjall"
     }
 }
 
-fn fence_value(folder: &Path, value: &[u8]) -> StoreResult<u64> {
+/// The engine keeps what a snapshot can see.
+struct FjallSnapshot {
+    snapshot: fjall::Snapshot,
+    records: Keyspace,
+    folder: PathBuf,
+}
+
+impl Reading for FjallSnapshot {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        let value = self.snapshot.get(&self.records, key).map_err(|e| wrap(&self.folder, e))?;
+        Ok(value.map(|v| Bytes::copy_from_slice(&v)))
+    }
+
+    fn scan(&self, range: Range<&[u8]>, limit: usize) -> StoreResult<Vec<Pair>> {
+        if range.start >= range.end {
+            return Ok(Vec::new());
+        }
+        let pairs = self.snapshot.range(&self.records, range).take(limit);
+        pairs
+            .map(|guard| {
+                let (key, value) = guard.into_inner().map_err(|e| wrap(&self.folder, e))?;
+                Ok((key.to_vec(), Bytes::copy_from_slice(&value)))
+            })
+            .collect()
+    }
+}
+
+fn u64_value(folder: &Path, what: &str, value: &[u8]) -> StoreResult<u64> {
     value.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Damaged {
         folder: folder.to_owned(),
-        what: format!("its fence has {} bytes", value.len()),
+        what: format!("its {what} has {} bytes", value.len()),
     })
 }
 
@@ -258,13 +319,13 @@ mod tests {
     fn what_was_committed_is_there_after_reopening_and_old_fences_stay_void() {
         let folder = tempfile::tempdir().unwrap();
         let old = {
-            let store = open(folder.path());
+            let store = open(&folder.path().join("store"));
             let fence = store.take_over().unwrap();
             store.commit(conformance::put(&[("k", "v")]), fence).unwrap();
             assert_eq!(store.sync().unwrap(), Ticket(1));
             fence
         };
-        let store = open(folder.path());
+        let store = open(&folder.path().join("store"));
         assert_eq!(store.get(b"k").unwrap().unwrap(), "v");
         assert!(store.take_over().unwrap() > old);
         assert!(matches!(store.commit(conformance::put(&[("k", "w")]), old), Err(StoreError::Fenced { .. })));
@@ -274,7 +335,7 @@ mod tests {
     #[test]
     fn what_was_committed_survives_the_end_of_the_process() {
         let (running, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let store = open(running.path());
+        let store = open(&running.path().join("store"));
         let fence = store.take_over().unwrap();
         for i in 0..500 {
             store
@@ -282,12 +343,13 @@ mod tests {
                 .unwrap();
         }
         copy(running.path(), killed.path());
-        let found = open(killed.path());
+        let found = open(&killed.path().join("store"));
         assert_eq!(found.get(b"last").unwrap().unwrap(), "499");
         assert_eq!(found.scan(b"k".as_slice()..b"l", Order::Ascending, usize::MAX).unwrap().len(), 500);
     }
 
     fn copy(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
         for entry in fs::read_dir(from).unwrap() {
             let entry = entry.unwrap();
             let to = to.join(entry.file_name());
@@ -301,10 +363,79 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_stays_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder.path().join("store"));
+        let fence = store.take_over().unwrap();
+        store.commit(conformance::put(&[("a", "1"), ("b", "1")]), fence).unwrap();
+        let then = store.snapshot().unwrap().unwrap();
+        store.commit(conformance::put(&[("a", "2"), ("c", "2")]), fence).unwrap();
+        let pairs = then.scan(b"a".as_slice()..b"z", 10).unwrap();
+        assert_eq!(pairs, [(b"a".to_vec(), "1".into()), (b"b".to_vec(), "1".into())]);
+        assert_eq!((then.get(b"a").unwrap().unwrap(), then.get(b"c").unwrap()), ("1".into(), None));
+    }
+
+    /// A bit flips in the middle of the journal, the journal is cut, or everything is gone: never less than what was synced.
+    #[test]
+    fn lost_batches_are_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let good = folder.path().join("good").join("store");
+        fs::create_dir_all(good.parent().unwrap()).unwrap();
+        {
+            let store = open(&good);
+            let fence = store.take_over().unwrap();
+            for i in 0..200 {
+                store.commit(conformance::put(&[(&format!("k{i}"), "v")]), fence).unwrap();
+            }
+            store.sync().unwrap();
+            // After the sync: what a power failure may take.
+            store.commit(conformance::put(&[("late", "v")]), fence).unwrap();
+            let journal = store.journal().unwrap().unwrap();
+            let name = journal.file_name().unwrap().to_owned();
+            let bytes = fs::read(&journal).unwrap();
+            let used = bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
+            let mut refused = 0;
+            let tries = 24;
+            for n in 0..=tries {
+                let at = folder.path().join(format!("bad{n}"));
+                copy(good.parent().unwrap(), &at);
+                let journal = at.join("store").join(&name);
+                let place = used * n / (tries + 1);
+                let mut bad = bytes.clone();
+                if n % 2 == 0 {
+                    bad[place] ^= 0x10
+                } else {
+                    bad.truncate(place)
+                }
+                fs::write(&journal, bad).unwrap();
+                match FjallStore::open(&at.join("store"), FjallOptions::default()) {
+                    Err(StoreError::Damaged { .. } | StoreError::Io { .. }) => refused += 1,
+                    Err(e) => panic!("{e}"),
+                    // Only a byte that nothing is read from may be damaged unnoticed.
+                    Ok(store) => {
+                        for i in 0..200 {
+                            assert_eq!(
+                                store.get(format!("k{i}").as_bytes()).unwrap().unwrap(),
+                                "v",
+                                "byte {place}"
+                            );
+                        }
+                    }
+                }
+            }
+            assert!(refused >= tries - 1, "{refused} of {tries}");
+        }
+        fs::remove_dir_all(&good).unwrap();
+        let gone = FjallStore::open(&good, FjallOptions::default());
+        let Err(StoreError::Damaged { what, .. }) = gone else { panic!("it was opened as empty") };
+        assert!(what.contains("200"), "{what}");
+    }
+
+    #[test]
     fn a_second_opener_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let _first = open(folder.path());
-        let second = FjallStore::open(folder.path(), FjallOptions::default());
+        let _first = open(&folder.path().join("store"));
+        let second = FjallStore::open(&folder.path().join("store"), FjallOptions::default());
         assert!(matches!(second, Err(StoreError::Locked { .. })));
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::RwLock;
 
-use super::{Batch, Fence, MetaStore, Order, Pair, StoreError, StoreResult, Ticket};
+use super::{Batch, Fence, MetaStore, Order, Pair, Reading, Snapshot, StoreError, StoreResult, Ticket};
 
 /// Keeps everything in a tree. Forgets it when dropped.
 #[derive(Default)]
@@ -21,6 +21,22 @@ struct Inner {
     pairs: BTreeMap<Vec<u8>, Bytes>,
     fence: u64,
     commits: u64,
+}
+
+struct MemorySnapshot(BTreeMap<Vec<u8>, Bytes>);
+
+impl Reading for MemorySnapshot {
+    fn get(&self, key: &[u8]) -> StoreResult<Option<Bytes>> {
+        Ok(self.0.get(key).cloned())
+    }
+
+    fn scan(&self, range: Range<&[u8]>, limit: usize) -> StoreResult<Vec<Pair>> {
+        if range.start >= range.end {
+            return Ok(Vec::new());
+        }
+        let bounds = (Bound::Included(range.start), Bound::Excluded(range.end));
+        Ok(self.0.range::<[u8], _>(bounds).take(limit).map(|(k, v)| (k.clone(), v.clone())).collect())
+    }
 }
 
 impl MetaStore for MemoryStore {
@@ -64,6 +80,10 @@ impl MetaStore for MemoryStore {
         let mut inner = self.inner.write();
         inner.fence += 1;
         Ok(Fence(inner.fence))
+    }
+
+    fn snapshot(&self) -> StoreResult<Option<Snapshot>> {
+        Ok(Some(Box::new(MemorySnapshot(self.inner.read().pairs.clone()))))
     }
 
     fn name(&self) -> &'static str {

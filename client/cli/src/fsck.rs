@@ -1,0 +1,185 @@
+//! `fjord fsck`: whether everything fits together.
+
+use std::{io::IsTerminal, process::ExitCode, time::Duration};
+
+use fjordfs_proto::pb::meta::{FsckReport, MendRequest};
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::{
+    daemon,
+    holdings::{self, Findings},
+    locate::{self, MetaArg},
+    report, rpc,
+    units::{self, ByteSize},
+};
+
+/// Problems and blocks told one by one; --json tells more.
+const TOLD: usize = 20;
+
+/// Check the filesystem while it is in use: names and inodes, extents and blocks, and the shards on targets.
+///
+/// Changes nothing without --repair. With it, counts are set right, entries that lead nowhere are removed, what has no name
+/// gets one in /lost+found, missing shards are made again from the others, and garbage is deleted. Blocks of which too few
+/// shards are left cannot be repaired. Exit status: 0 when all is well, or was repaired; 1 when problems are left.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  fjord fsck
+  fjord fsck --repair
+  fjord fsck --no-shards                metadata only: asks no data server
+  fjord fsck --json | jq .metadata.problems")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    meta: MetaArg,
+    /// Mend what can be mended
+    #[arg(long)]
+    repair: bool,
+    /// Do not look at what targets hold
+    #[arg(long)]
+    no_shards: bool,
+    /// Print JSON; the names of its fields are stable
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed.
+#[derive(Serialize)]
+struct Outcome {
+    clean: bool,
+    metadata: Metadata,
+    shards: Option<Findings>,
+}
+
+#[derive(Serialize)]
+struct Metadata {
+    inodes: u64,
+    entries: u64,
+    extents: u64,
+    orphans: u64,
+    blocks: u64,
+    problem_count: u64,
+    problems: Vec<String>,
+    repairable: u64,
+    repaired: u64,
+    left: u64,
+    problems_left: Vec<String>,
+}
+
+impl From<FsckReport> for Metadata {
+    fn from(r: FsckReport) -> Metadata {
+        Metadata {
+            inodes: r.inodes,
+            entries: r.entries,
+            extents: r.extents,
+            orphans: r.orphans,
+            blocks: r.blocks_live,
+            problem_count: r.problem_count,
+            problems: r.problems,
+            repairable: r.repairable,
+            repaired: r.repaired,
+            left: r.left,
+            problems_left: r.problems_left,
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let meta = locate::cluster(&args.meta, None)?;
+    let outcome = daemon::control_runtime()?.block_on(check(&meta, args))?;
+    if args.json {
+        report::print_json(&outcome)?;
+    } else {
+        report::print(&text(&outcome, args.repair))?;
+    }
+    Ok(if outcome.clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn check(meta: &str, args: &Args) -> anyhow::Result<Outcome> {
+    let bar = progress();
+    let records = |n| bar.set_message(format!("metadata: {} records", units::grouped(n)));
+    let metadata = Metadata::from(rpc::fsck(meta, args.repair, records).await?);
+    let shards = match args.no_shards {
+        true => None,
+        false => Some(holdings::compare(meta, &|what| bar.set_message(what)).await?),
+    };
+    bar.finish_and_clear();
+    if let Some(found) = shards.as_ref().filter(|_| args.repair)
+        && found.missing.len() + found.garbage.len() > 0
+    {
+        let request = MendRequest {
+            cluster_id: found.cluster_id.clone(),
+            missing: found.missing_to_pb(),
+            garbage: found.garbage_to_pb(),
+        };
+        rpc::mend(meta, request).await?;
+    }
+    let whole = |found: &Findings| {
+        found.lost.is_empty()
+            && found.unseen.is_empty()
+            && (args.repair || found.missing.is_empty() && found.garbage.is_empty())
+    };
+    let clean = metadata.left == 0 && shards.as_ref().is_none_or(whole);
+    Ok(Outcome { clean, metadata, shards })
+}
+
+/// A line that says what is being done; none where nobody looks.
+pub(crate) fn progress() -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+fn text(outcome: &Outcome, repair: bool) -> String {
+    let Outcome { clean, metadata: m, shards } = outcome;
+    let mut lines = vec![format!(
+        "metadata: {} inodes, {} names, {} extents, {} blocks",
+        units::grouped(m.inodes),
+        units::grouped(m.entries),
+        units::grouped(m.extents),
+        units::grouped(m.blocks)
+    )];
+    lines.extend(m.problems.iter().take(TOLD).map(|problem| format!("  {problem}")));
+    if m.problem_count > TOLD as u64 {
+        lines.push(format!("  and {} more", units::grouped(m.problem_count - TOLD as u64)));
+    }
+    match (m.problem_count, repair) {
+        (0, _) => {}
+        (n, false) => lines.push(format!("  {n} problems, {} of them can be repaired", m.repairable)),
+        (n, true) => {
+            lines.push(format!("  {n} problems, {} repairs made, {} problems left", m.repaired, m.left))
+        }
+    }
+    if let Some(found) = shards {
+        lines.push(format!("shards: {} on the targets that were listed", units::grouped(found.shards)));
+        for (target, why) in &found.unseen {
+            lines.push(format!("  target t{target} could not be listed: {why}"));
+        }
+        if found.missing_shards() > 0 {
+            let what =
+                if repair { "being restored, `fjord status` shows how far that is" } else { "not restored" };
+            lines.push(format!(
+                "  {} shards of {} blocks are missing: {what}",
+                units::grouped(found.missing_shards() as u64),
+                units::grouped(found.missing.len() as u64)
+            ));
+        }
+        if found.garbage_shards() > 0 {
+            lines.push(format!(
+                "  {} shards with {} are garbage: {}",
+                units::grouped(found.garbage_shards() as u64),
+                ByteSize(found.garbage_bytes),
+                if repair { "being deleted" } else { "`fjord gc run` deletes them" }
+            ));
+        }
+        if !found.lost.is_empty() {
+            let blocks: Vec<String> = found.lost.iter().take(TOLD).map(|b| format!("b{b}")).collect();
+            lines.push(format!("  {} blocks are LOST: {} ...", found.lost.len(), blocks.join(", ")));
+        }
+    }
+    lines.push(if *clean { "all is well".to_owned() } else { "there are problems".to_owned() });
+    lines.join("\n") + "\n"
+}

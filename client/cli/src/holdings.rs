@@ -1,0 +1,323 @@
+//! What targets hold against what extents reach: shards that are missing, blocks that are lost, and garbage.
+//!
+//! The metaserver's snapshot is taken first and the targets are listed then, while clients go on. A shard of a block that nothing in the
+//! snapshot reaches, that is not leased, not being deleted and not newer is garbage for ever, since an id is used once. A shard that
+//! is not there may have been moved or deleted meanwhile: so what seems to be missing is looked at again, with another snapshot and
+//! another map.
+//!
+//! Memory: three words for each run of blocks and one for each block.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Context;
+use fjordfs_dataserver::Peer;
+use fjordfs_proto::{
+    BlockId, ClusterMap, Layout, TargetId,
+    frame::Opcode,
+    pb::{
+        data::{ListShardsReply, ListShardsRequest},
+        meta::{BlockRun, BlocksReply, DeletedBlocks, MissingShards},
+    },
+};
+use serde::Serialize;
+
+use crate::rpc;
+
+/// What the comparison has found.
+#[derive(Default, Serialize)]
+pub(crate) struct Findings {
+    /// Shards of the targets that were listed.
+    pub(crate) shards: u64,
+    /// Shards that the members of their groups do not have, by block.
+    pub(crate) missing: Vec<Missing>,
+    /// Blocks of which too few shards are left, on targets that could all be listed.
+    pub(crate) lost: Vec<u64>,
+    /// Shards that nothing reaches, by target.
+    pub(crate) garbage: BTreeMap<u64, Vec<u64>>,
+    /// Bytes of these.
+    pub(crate) garbage_bytes: u64,
+    /// Targets that could not be listed, and why: what they hold is not counted as missing.
+    pub(crate) unseen: BTreeMap<u64, String>,
+    #[serde(skip)]
+    pub(crate) cluster_id: String,
+}
+
+/// A block whose group lacks shards.
+#[derive(Serialize)]
+pub(crate) struct Missing {
+    block: u64,
+    targets: Vec<u64>,
+    #[serde(skip)]
+    layout: u32,
+}
+
+impl Findings {
+    pub(crate) fn garbage_shards(&self) -> usize {
+        self.garbage.values().map(Vec::len).sum()
+    }
+
+    pub(crate) fn missing_shards(&self) -> usize {
+        self.missing.iter().map(|missing| missing.targets.len()).sum()
+    }
+
+    /// For the metaserver.
+    pub(crate) fn missing_to_pb(&self) -> Vec<MissingShards> {
+        let shards =
+            |m: &Missing| MissingShards { block: m.block, targets: m.targets.clone(), layout: m.layout };
+        self.missing.iter().map(shards).collect()
+    }
+
+    /// For the metaserver.
+    pub(crate) fn garbage_to_pb(&self) -> Vec<DeletedBlocks> {
+        let blocks =
+            |(target, blocks): (&u64, &Vec<u64>)| DeletedBlocks { target: *target, blocks: blocks.clone() };
+        self.garbage.iter().map(blocks).collect()
+    }
+}
+
+/// The metaserver's side.
+struct Known {
+    live: Vec<BlockRun>,
+    /// For each live run, how many blocks are in those before it.
+    before: Vec<usize>,
+    blocks: usize,
+    reserved: Vec<BlockRun>,
+    next_block: u64,
+    map: ClusterMap,
+}
+
+impl Known {
+    async fn ask(meta: &str) -> anyhow::Result<Known> {
+        let (mut live, mut reserved, mut end) = (Vec::new(), Vec::new(), None);
+        rpc::blocks(meta, |reply| {
+            let BlocksReply { live: runs, reserved: taken, next_block, map } = reply;
+            live.extend(runs);
+            reserved.extend(taken);
+            end = map.map(|map| (next_block, map));
+        })
+        .await?;
+        let (next_block, map) = end.context("the list of blocks has no end")?;
+        Ok(Known::new(live, reserved, next_block, ClusterMap::from_pb(map)?))
+    }
+
+    fn new(live: Vec<BlockRun>, reserved: Vec<BlockRun>, next_block: u64, map: ClusterMap) -> Known {
+        let (mut before, mut blocks) = (Vec::with_capacity(live.len()), 0);
+        for run in &live {
+            before.push(blocks);
+            blocks += run.count as usize;
+        }
+        Known { live, before, blocks, reserved, next_block, map }
+    }
+
+    /// Number of a live block among all, and its layout.
+    fn find(&self, block: u64) -> Option<(usize, Layout)> {
+        let at = within(&self.live, block)?;
+        let run = &self.live[at];
+        Some((self.before[at] + (block - run.first) as usize, Layout::from_code(run.layout)?))
+    }
+
+    fn is_garbage(&self, block: u64) -> bool {
+        block < self.next_block
+            && within(&self.live, block).is_none()
+            && within(&self.reserved, block).is_none()
+    }
+
+    /// All live blocks, in the order of their numbers.
+    fn all(&self) -> impl Iterator<Item = (u64, Option<Layout>)> {
+        (self.live.iter())
+            .flat_map(|run| (run.first..run.first + run.count).map(|b| (b, Layout::from_code(run.layout))))
+    }
+}
+
+/// The run that has the block.
+fn within(runs: &[BlockRun], block: u64) -> Option<usize> {
+    let at = runs.partition_point(|run| run.first <= block).checked_sub(1)?;
+    (block - runs[at].first < runs[at].count).then_some(at)
+}
+
+/// Compares everything. `tell` hears what is being done.
+///
+/// # Errors
+/// When there is no metaserver. A data server that does not answer is a finding.
+pub(crate) async fn compare(meta: &str, tell: &dyn Fn(String)) -> anyhow::Result<Findings> {
+    tell("asking for all blocks".to_owned());
+    let known = Known::ask(meta).await?;
+    let mut found = Findings { cluster_id: known.map.cluster_id.clone(), ..Findings::default() };
+    let mut present = vec![0u32; known.blocks];
+    for (target, info) in &known.map.targets {
+        let listed = match info.readable() {
+            true => list(&known, *target, &mut present, &mut found, tell).await,
+            false => Err(anyhow::anyhow!("it is {:?}", info.state)),
+        };
+        if let Err(e) = listed {
+            found.unseen.insert(target.0, format!("{e:#}"));
+        }
+    }
+    let unseen: BTreeSet<TargetId> = found.unseen.keys().copied().map(TargetId).collect();
+    let suspects = lacking(&known, &present, &unseen);
+    if !suspects.is_empty() {
+        tell(format!("looking again at {} blocks", suspects.len()));
+        look_again(meta, suspects, &mut found).await?;
+    }
+    Ok(found)
+}
+
+/// Goes through the listing of a target.
+async fn list(
+    known: &Known,
+    target: TargetId,
+    present: &mut [u32],
+    found: &mut Findings,
+    tell: &dyn Fn(String),
+) -> anyhow::Result<()> {
+    let mut peer = connect(&known.map, target).await?;
+    let (mut after, mut shards, mut garbage, mut bytes) = (0, 0u64, Vec::new(), 0);
+    loop {
+        let page = page(&mut peer, target, after, 0).await?;
+        for shard in &page.shards {
+            shards += 1;
+            if let Some((at, layout)) = known.find(shard.block) {
+                let group = known.map.placement(BlockId(shard.block), layout).unwrap_or_default();
+                if group.get(shard.shard as usize) == Some(&target) {
+                    present[at] |= 1 << shard.shard;
+                }
+            } else if known.is_garbage(shard.block) {
+                garbage.push(shard.block);
+                bytes += u64::from(shard.length);
+            }
+        }
+        tell(format!("target {target}: {shards} shards"));
+        match page.shards.last() {
+            Some(last) if !page.end => after = last.block,
+            _ => break,
+        }
+    }
+    found.shards += shards;
+    found.garbage_bytes += bytes;
+    garbage.dedup();
+    if !garbage.is_empty() {
+        found.garbage.insert(target.0, garbage);
+    }
+    Ok(())
+}
+
+/// Live blocks that some member that was listed has no shard of.
+fn lacking(known: &Known, present: &[u32], unseen: &BTreeSet<TargetId>) -> BTreeSet<u64> {
+    let all = known.all().zip(present);
+    all.filter(|((block, layout), present)| {
+        let Some(layout) = layout else { return false };
+        let group = known.map.placement(BlockId(*block), *layout).unwrap_or_default();
+        group.iter().enumerate().any(|(no, target)| **present >> no & 1 == 0 && !unseen.contains(target))
+    })
+    .map(|((block, _), _)| block)
+    .collect()
+}
+
+/// Asks again who has shards of these blocks, as far as they are still there.
+async fn look_again(meta: &str, suspects: BTreeSet<u64>, found: &mut Findings) -> anyhow::Result<()> {
+    let known = Known::ask(meta).await?;
+    let mut peers: BTreeMap<TargetId, Peer> = BTreeMap::new();
+    for block in suspects {
+        let Some((_, layout)) = known.find(block) else { continue };
+        let group = known.map.placement(BlockId(block), layout).unwrap_or_default();
+        let mut missing = Vec::new();
+        for (target, no) in group.iter().zip(0u32..) {
+            let has = match known.map.targets.get(target).is_some_and(|t| t.readable()) {
+                false => None,
+                true => has(&mut peers, &known.map, *target, block, no).await.ok(),
+            };
+            if has == Some(false) {
+                missing.push(target.0);
+            }
+        }
+        if missing.is_empty() {
+            continue;
+        }
+        if group.len() - missing.len() < layout.needed() {
+            found.lost.push(block);
+        } else {
+            let layout = layout.code();
+            found.missing.push(Missing { block, targets: missing, layout });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a target has a shard now.
+async fn has(
+    peers: &mut BTreeMap<TargetId, Peer>,
+    map: &ClusterMap,
+    target: TargetId,
+    block: u64,
+    no: u32,
+) -> anyhow::Result<bool> {
+    if !peers.get(&target).is_some_and(Peer::is_usable) {
+        peers.insert(target, connect(map, target).await?);
+    }
+    let peer = peers.get_mut(&target).context("no connection")?;
+    // Behind the block before it, the shards of this one come first.
+    let page = page(peer, target, block.saturating_sub(1), 1).await?;
+    Ok(page.shards.iter().any(|shard| (shard.block, shard.shard) == (block, no)))
+}
+
+async fn connect(map: &ClusterMap, target: TargetId) -> anyhow::Result<Peer> {
+    let (_, server) = map.server_of(target).context("its data server is not known")?;
+    Ok(Peer::connect(&server.address, &map.cluster_id, "fjord fsck").await?)
+}
+
+async fn page(peer: &mut Peer, target: TargetId, after: u64, limit: u32) -> anyhow::Result<ListShardsReply> {
+    let request = ListShardsRequest { target: target.0, after_block: after, limit, group: None };
+    Ok(peer.request(Opcode::ListShards, &request, &mut []).await?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fjordfs_proto::{
+        Epoch, Policy, ServerId,
+        cluster::{Era, PgTable, Server, ServerState, Target, TargetState},
+    };
+
+    fn known() -> Known {
+        let target =
+            || Target { server: ServerId(1), domain: "d".into(), state: TargetState::Up, full: false };
+        let server = Server { address: "a:1".into(), name: "a".into(), state: ServerState::Up };
+        let members = [1, 2].map(TargetId).to_vec();
+        let map = ClusterMap {
+            cluster_id: "c".into(),
+            epoch: Epoch(1),
+            servers: BTreeMap::from([(ServerId(1), server)]),
+            targets: (1..=2).map(|id| (TargetId(id), target())).collect(),
+            eras: vec![Era {
+                first_block: BlockId(1),
+                tables: BTreeMap::from([(2, PgTable { width: 2, members, moves: BTreeMap::new() })]),
+            }],
+            default_policy: Policy::replica(2).unwrap(),
+        };
+        let layout = Layout::of(Policy::replica(2).unwrap(), 1).code();
+        let run = |first, count, layout| BlockRun { first, count, layout };
+        Known::new(vec![run(5, 3, layout), run(20, 2, layout)], vec![run(9, 2, 0)], 30, map)
+    }
+
+    #[test]
+    fn only_what_nothing_can_ever_reach_is_garbage() {
+        let known = known();
+        let garbage: Vec<u64> = (1..40).filter(|block| known.is_garbage(*block)).collect();
+        let expected: Vec<u64> = (1..30).filter(|b| ![5, 6, 7, 20, 21, 9, 10].contains(b)).collect();
+        assert_eq!(garbage, expected);
+        assert_eq!(known.find(7).map(|(at, _)| at), Some(2));
+        assert_eq!(known.find(21).map(|(at, _)| at), Some(4));
+        assert!(known.find(8).is_none() && known.find(1).is_none());
+    }
+
+    #[test]
+    fn what_a_target_that_could_not_be_listed_holds_is_not_missing() {
+        let known = known();
+        let present = [3, 1, 0, 3, 2];
+        let lacks =
+            |unseen: &[u64]| lacking(&known, &present, &unseen.iter().copied().map(TargetId).collect());
+        assert_eq!(lacks(&[]), BTreeSet::from([6, 7, 21]));
+        assert_eq!(lacks(&[2]), BTreeSet::from([7, 21]));
+        assert_eq!(lacks(&[1, 2]), BTreeSet::new());
+    }
+}

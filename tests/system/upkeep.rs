@@ -1,0 +1,197 @@
+//! Looking whether everything is there: fsck, gc, backups of the metadata, and what is refused. Waits on states, asserts no times.
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use fjordfs_tests::{
+    Cluster, Run, Setup, rng,
+    wait::{SOON, wait_for},
+};
+use serde_json::Value;
+
+const FILE: usize = 3 << 20;
+
+fn write(folder: &Path, files: std::ops::Range<u64>) {
+    for i in files {
+        fs::write(folder.join(format!("f{i}")), rng::bytes(i, FILE)).unwrap();
+    }
+}
+
+fn assert_same(folder: &Path, files: std::ops::Range<u64>) {
+    for i in files {
+        assert!(fs::read(folder.join(format!("f{i}"))).unwrap() == rng::bytes(i, FILE), "f{i}");
+    }
+}
+
+fn json(run: &Run) -> Value {
+    serde_json::from_str(&run.stdout).unwrap_or_else(|e| panic!("{e}: {} {}", run.stdout, run.stderr))
+}
+
+#[test]
+fn a_check_of_a_filesystem_in_use_finds_nothing() {
+    let mut cluster = Cluster::start("fsck-busy", Setup::policy("replica:2"));
+    let mount = cluster.mount_with("close=sync");
+    write(mount.path(), 0..8);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for worker in 0..2u64 {
+            let (stop, mount) = (&stop, &mount);
+            scope.spawn(move || {
+                let dir = mount.join(format!("w{worker}"));
+                for i in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    fs::create_dir_all(dir.join(format!("d{}", i % 5))).unwrap();
+                    fs::write(dir.join(format!("a{}", i % 7)), rng::bytes(i, 200_000)).unwrap();
+                    fs::hard_link(dir.join(format!("a{}", i % 7)), dir.join(format!("d{}/l{i}", i % 5)))
+                        .unwrap();
+                    if i % 3 == 0 {
+                        fs::remove_dir_all(dir.join(format!("d{}", i % 5))).unwrap();
+                    }
+                }
+            });
+        }
+        for _ in 0..6 {
+            let got = cluster.fjord(["fsck", "--json"]);
+            let told = json(&got);
+            assert_eq!((got.code(), &told["clean"]), (0, &Value::Bool(true)), "{told}");
+            assert!(
+                told["metadata"]["inodes"].as_u64().unwrap() >= 9
+                    && told["shards"]["shards"].as_u64().unwrap() > 0
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    mount.unmount();
+    let told = cluster.fjord(["fsck"]).ok().stdout;
+    assert!(told.contains("all is well"), "{told}");
+    cluster.assert_running();
+}
+
+#[test]
+fn lost_blocks_are_told_and_what_can_be_is_restored() {
+    let mut cluster = Cluster::start("fsck-lost", Setup { servers: 2, ..Setup::policy("replica:2") });
+    let mount = cluster.mount();
+    fs::create_dir(mount.join("once")).unwrap();
+    cluster.fjord(["layout", "set", mount.join("once").to_str().unwrap(), "replica:1"]).ok();
+    write(mount.path(), 0..3);
+    write(&mount.join("once"), 0..8);
+    mount.unmount();
+    cluster.fjord(["fsck"]).ok();
+    // One of the two disks comes back empty.
+    cluster.stop_data(1);
+    let got = cluster.fjord(["fsck"]);
+    assert_eq!(got.code(), 1);
+    fs::remove_dir_all(cluster.target_folder(1, 0).join("volumes")).unwrap();
+    for entry in fs::read_dir(cluster.target_folder(1, 0)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() && !["label.json", "lock"].contains(&path.file_name().unwrap().to_str().unwrap()) {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    cluster.start_data(1);
+    cluster.wait_healthy();
+    let told = wait_for("what has a second copy to be restored", 2 * SOON, || {
+        let told = json(&cluster.fjord(["fsck", "--repair", "--json"]));
+        match told["shards"]["missing"].as_array().map(Vec::len) {
+            Some(0) => Ok(told),
+            _ => Err(told.to_string()),
+        }
+    });
+    let lost = told["shards"]["lost"].as_array().unwrap().len();
+    assert!(lost > 0 && told["clean"] == false && told["metadata"]["problem_count"] == 0, "{told}");
+    let got = cluster.fjord(["fsck"]);
+    assert!(got.code() == 1 && got.stdout.contains("LOST"), "{}", got.stdout);
+    let mount = cluster.mount();
+    assert_same(mount.path(), 0..3);
+    let unreadable = (0..8).filter(|i| fs::read(mount.join(format!("once/f{i}"))).is_err()).count();
+    assert!(unreadable > 0);
+    fs::remove_dir_all(mount.join("once")).unwrap();
+    mount.unmount();
+    wait_for("nothing to be lost any more", 2 * SOON, || {
+        let got = cluster.fjord(["fsck"]);
+        if got.code() == 0 { Ok(()) } else { Err(got.stdout) }
+    });
+}
+
+#[test]
+fn a_backup_made_in_use_is_restored_and_what_came_later_is_garbage() {
+    let mut cluster = Cluster::start("backup", Setup::policy("replica:2"));
+    let mount = cluster.mount();
+    write(mount.path(), 0..5);
+    mount.unmount();
+    let file = cluster.dir("backup").join("monday");
+    let backup = ["meta".into(), "backup".into(), file.clone().into_os_string()];
+    let told = cluster.fjord(backup.clone()).ok().stdout;
+    assert!(told.contains("records in"), "{told}");
+    let mount = cluster.mount();
+    write(mount.path(), 5..9);
+    mount.unmount();
+    let folder = cluster.meta_folder();
+    let restore = |cluster: &Cluster, file: &Path| {
+        let args = ["meta".into(), "restore".into(), file.to_owned().into_os_string(), "--data".into()];
+        cluster.fjord(args.into_iter().chain([folder.clone().into_os_string()]))
+    };
+    restore(&cluster, &file).fails_saying(&["holds metadata already"]);
+    cluster.stop();
+    fs::rename(&folder, cluster.dir("old").join("meta")).unwrap();
+    // A torn and a damaged one are refused, and leave nothing behind.
+    let good = fs::read(&file).unwrap();
+    let bad = cluster.dir("backup").join("bad");
+    fs::write(&bad, &good[..good.len() - 9]).unwrap();
+    restore(&cluster, &bad).fails_saying(&["not complete"]);
+    let mut flipped = good;
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    fs::write(&bad, flipped).unwrap();
+    restore(&cluster, &bad).fails_saying(&["is damaged"]);
+    assert!(!folder.exists());
+    restore(&cluster, &file).ok();
+    cluster.start_all();
+    let mount = cluster.mount();
+    assert_same(mount.path(), 0..5);
+    assert!(!mount.join("f5").exists());
+    write(mount.path(), 20..23);
+    let dry = json(&cluster.fjord(["gc", "run", "--dry-run", "--json"]));
+    assert!(dry["garbage_shards"].as_u64().unwrap() >= 2 && dry["deletions"] == 0, "{dry}");
+    assert_eq!(cluster.fjord(["fsck"]).code(), 1, "garbage is a problem");
+    let run = json(&cluster.fjord(["gc", "run", "--json"]));
+    assert_eq!(run["deletions"], dry["garbage_shards"], "{run}");
+    wait_for("the garbage to be gone", 2 * SOON, || {
+        let got = cluster.fjord(["fsck", "--json"]);
+        if got.code() == 0 { Ok(()) } else { Err(got.stdout) }
+    });
+    wait_for("all deletions to be confirmed", 2 * SOON, || {
+        let told = json(&cluster.fjord(["gc", "status", "--json"]));
+        if told["deletions"] == 0 { Ok(()) } else { Err(told.to_string()) }
+    });
+    assert_same(mount.path(), 0..5);
+    assert_same(mount.path(), 20..23);
+    mount.unmount();
+    cluster.assert_running();
+}
+
+#[test]
+fn a_metaserver_whose_store_is_gone_does_not_begin_anew() {
+    let mut cluster = Cluster::start("store-gone", Setup { servers: 1, ..Setup::policy("replica:1") });
+    let mount = cluster.mount();
+    write(mount.path(), 0..1);
+    mount.unmount();
+    cluster.stop();
+    let store = cluster.meta_folder().join("store");
+    let kept = cluster.dir("kept").join("store");
+    fs::rename(&store, &kept).unwrap();
+    fjordfs_tests::run(cluster.meta_command()).fails_saying(&["batches", "fjord meta restore"]);
+    fs::remove_dir_all(&store).unwrap();
+    fs::rename(&kept, &store).unwrap();
+    cluster.start_all();
+    let mount = cluster.mount();
+    assert_same(mount.path(), 0..1);
+    mount.unmount();
+}
