@@ -24,7 +24,7 @@ use fjordfs_proto::{
     pb::{
         self,
         meta::{
-            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
+            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, MetaStatusReply, RebalanceReply,
             RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply,
             Time, WantedReply, WantedRequest,
         },
@@ -44,6 +44,7 @@ use crate::{
     refusal::Refusal,
     session::Sessions,
     store::{Fence, MetaStore, StoreError, Ticket},
+    store_label,
     txn::Txn,
 };
 
@@ -69,6 +70,9 @@ const LEASE_MAX: Duration = Duration::from_secs(5);
 /// Longest time for which a start waits for what clients of before have decided by themselves. One that is silent is
 /// waited for no longer than [`LEASE_MAX`].
 const GRACE_MAX: Duration = Duration::from_secs(15);
+
+/// A store that does not take the first batch for so long is given up, so that it can be asked again who owns it.
+const START_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Both clocks, read once per burst.
 #[derive(Clone, Copy, Debug)]
@@ -157,8 +161,12 @@ impl Core {
         now: Moment,
     ) -> Result<Core, FsError> {
         let fence = store.take_over().map_err(|e| FsError::from(&e))?;
+        store_label::check(&*store)?;
         let mut txn = Txn::new(store.clone())?;
         txn.begin();
+        if txn.get(keys::FORMAT)? != Some(store_label::format()) {
+            txn.put(keys::FORMAT.to_vec(), store_label::format());
+        }
         let counters = txn.counters();
         if counters.next_inode == 0 {
             *counters = records::Counters {
@@ -223,7 +231,11 @@ impl Core {
             core.end_recovery();
         }
         core.commit()?;
-        core.store.sync().map_err(|e| FsError::from(&e))?;
+        let safe = match core.store.late() {
+            Some(late) => late.settle(START_PATIENCE),
+            None => core.store.sync(),
+        };
+        safe.map_err(|e| FsError::from(&e))?;
         Ok(core)
     }
 
@@ -439,6 +451,18 @@ impl Core {
                 rebalancing: counters.rebalancing,
                 ..self.healing(now)
             }),
+        }
+    }
+
+    /// What the owner's state says of the metaserver.
+    pub(crate) fn meta_status(&mut self) -> MetaStatusReply {
+        MetaStatusReply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            engine: self.store.name().into(),
+            fence: self.fence.0,
+            inodes: self.txn.counters().inodes,
+            sessions: self.sessions.ids().count() as u64,
+            ..MetaStatusReply::default()
         }
     }
 

@@ -23,6 +23,7 @@
 //! | `healing` | which groups are to be compared and completed, and how far that is |
 //! | `service` | gRPC |
 //! | [`fsck`] | the checker |
+//! | [`migrate`] | moving everything to another engine |
 
 mod acl;
 mod block_ids;
@@ -39,6 +40,7 @@ mod leases;
 mod liveness;
 mod locks;
 mod membership;
+pub mod migrate;
 mod names;
 mod opens;
 mod ops;
@@ -49,6 +51,7 @@ mod server;
 mod service;
 mod session;
 pub mod store;
+mod store_label;
 mod syncer;
 #[cfg(test)]
 mod testing;

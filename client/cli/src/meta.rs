@@ -1,5 +1,8 @@
 //! `fjord meta`: the metaserver.
 
+mod migrate;
+mod status;
+
 use std::{
     path::PathBuf,
     process::ExitCode,
@@ -11,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer, StartError, store::Place};
+use fjordfs_metaserver::{Config, MetaServer, StartError, store::{PASSWORD_VARIABLE, Place}};
 use fjordfs_proto::Policy;
 
 use crate::{
@@ -38,6 +41,8 @@ Examples:
   fjord meta --store etcd://a:2379,b:2379,c:2379/fjord --listen 0.0.0.0:7440
   fjord meta --store postgres://fjord@a,b/fjord --listen 0.0.0.0:7440
   fjord meta handover --meta a:7440,b:7440
+  fjord meta status --meta a:7440,b:7440
+  fjord meta migrate fjall:/var/lib/fjord/meta etcd://a:2379,b:2379,c:2379/fjord
   fjord meta --config /etc/fjord/meta.toml")]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -84,16 +89,23 @@ enum Verb {
         #[command(flatten)]
         meta: MetaArg,
     },
+    Status(status::Args),
+    Migrate(migrate::Args),
 }
 
 /// After it was the owner, a metaserver leaves the store to others for so long.
 const YIELD: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(Verb::Handover { meta }) = &args.verb {
-        let address = locate::cluster(meta, None)?;
-        daemon::runtime()?.block_on(rpc::hand_over(&address))?;
-        return Ok(ExitCode::SUCCESS);
+    match &args.verb {
+        Some(Verb::Handover { meta }) => {
+            let address = locate::cluster(meta, None)?;
+            daemon::runtime()?.block_on(rpc::hand_over(&address))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Verb::Status(args)) => return status::run(args),
+        Some(Verb::Migrate(args)) => return migrate::run(args),
+        None => {}
     }
     let config = settings(args)?;
     daemon::control_runtime()?.block_on(async {
@@ -156,16 +168,28 @@ async fn own(config: &Config, signals: &mut Signals) -> anyhow::Result<Option<Me
     }
 }
 
+/// A store named on the command line.
+fn place(text: &str) -> anyhow::Result<Place> {
+    anyhow::ensure!(
+        !Place::shows_password(text),
+        "a password on the command line is seen by everybody on this host: put it into {PASSWORD_VARIABLE}, or into a \
+         file that the address names with ?password-file="
+    );
+    Ok(text.parse()?)
+}
+
 /// Flags over file over defaults.
 fn settings(args: Args) -> anyhow::Result<Config> {
     let file: MetaFile = config::load(args.config.as_deref())?;
+    let on_command_line = args.store.is_some();
     // A flag wins over either key of the file.
     let (data, store) = if args.data.is_some() || args.store.is_some() {
         (args.data, args.store)
     } else {
         (file.data, file.store)
     };
-    let (data, store) = match store.map(|store| store.parse()).transpose()? {
+    let place = |store: String| if on_command_line { place(&store) } else { Ok(store.parse()?) };
+    let (data, store) = match store.map(place).transpose()? {
         Some(Place::Fjall(data)) => (data, None),
         Some(place) => (PathBuf::new(), Some(place)),
         None => {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    ChangeTargetRequest, HandOverRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
+    ChangeTargetRequest, HandOverRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
     cluster_client::ClusterClient,
 };
 use tonic::{
@@ -74,6 +74,15 @@ pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
         Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
         Err(e) => Err(unlike(meta, &e)),
     }
+}
+
+/// How the metaserver and its store are.
+///
+/// # Errors
+/// Names the address and what to try.
+pub(crate) async fn meta_status(meta: &str) -> anyhow::Result<MetaStatusReply> {
+    let mut client = connect(meta).await?;
+    client.meta_status(MetaStatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
 }
 
 fn unlike(meta: &str, e: &Status) -> anyhow::Error {

@@ -2,7 +2,7 @@
 
 use fjordfs_proto::pb::meta::{
     ChangeTargetReply, ChangeTargetRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest,
-    RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply,
+    MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply,
     StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
@@ -74,5 +74,9 @@ impl Cluster for ClusterService {
     async fn hand_over(&self, _: Request<HandOverRequest>) -> Result<Response<HandOverReply>, Status> {
         self.call(Job::HandOver).await?;
         Ok(Response::new(HandOverReply {}))
+    }
+
+    async fn meta_status(&self, _: Request<MetaStatusRequest>) -> Result<Response<MetaStatusReply>, Status> {
+        self.call(Job::MetaStatus).await
     }
 }
