@@ -24,9 +24,9 @@ use fjordfs_proto::{
     pb::{
         self,
         meta::{
-            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, MetaStatusReply, RebalanceReply,
-            RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply,
-            Time, WantedReply, WantedRequest,
+            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, MetaStatusReply,
+            RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply,
+            StatusReply, Time, WantedReply, WantedRequest,
         },
     },
 };

@@ -25,9 +25,9 @@ use fjordfs_proto::{
     pb::common::ClusterMap,
     pb::meta::{
         ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello,
-        MetaStatusReply,
-        RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest, Request, Response,
-        ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome, response::Result as Reply,
+        MetaStatusReply, RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest, Request,
+        Response, ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome,
+        response::Result as Reply,
     },
 };
 use tokio::sync::{mpsc, oneshot};
@@ -312,7 +312,10 @@ impl Executor {
                 _ => 1,
             };
             self.execute(job, now);
-            if requests >= BURST_REQUESTS_MAX || self.core.writes() >= self.burst_writes || self.lost.is_some() {
+            if requests >= BURST_REQUESTS_MAX
+                || self.core.writes() >= self.burst_writes
+                || self.lost.is_some()
+            {
                 break;
             }
             next = self.jobs.try_recv().ok();

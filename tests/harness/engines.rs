@@ -45,7 +45,9 @@ impl Certificates {
             ("server", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
             ("client", "extendedKeyUsage=clientAuth"),
         ] {
-            openssl(&format!("req {new} -keyout {name}.key -out {name}.csr -subj /CN={name} -addext {extensions}"));
+            openssl(&format!(
+                "req {new} -keyout {name}.key -out {name}.csr -subj /CN={name} -addext {extensions}"
+            ));
             openssl(&format!(
                 "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {name}.crt -days 2 -copy_extensions copy"
             ));
@@ -89,8 +91,7 @@ impl Etcd {
         }
         let members = [None, None, None];
         let encrypted = certificates.is_some();
-        let mut etcd =
-            Etcd { folder, client_ports: ports(), peer_ports: ports(), members, args, encrypted };
+        let mut etcd = Etcd { folder, client_ports: ports(), peer_ports: ports(), members, args, encrypted };
         (0..3).for_each(|n| etcd.start_member(n));
         for port in etcd.client_ports {
             if encrypted {
@@ -290,7 +291,8 @@ impl Postgres {
         self.sql(0, &sql);
         let data = self.data(0);
         let way = if certificates.is_some() { "hostssl" } else { "host" };
-        let rules = format!("{way} all fjord 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 trust\n");
+        let rules =
+            format!("{way} all fjord 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 trust\n");
         std::fs::write(data.join("pg_hba.conf"), rules).expect("cannot write pg_hba.conf");
         if let Some(made) = certificates {
             for file in ["server.crt", "server.key", "ca.crt"] {

@@ -14,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer, StartError, store::{PASSWORD_VARIABLE, Place}};
+use fjordfs_metaserver::{
+    Config, MetaServer, StartError,
+    store::{PASSWORD_VARIABLE, Place},
+};
 use fjordfs_proto::Policy;
 
 use crate::{

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    ChangeTargetRequest, HandOverRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest,
-    cluster_client::ClusterClient,
+    ChangeTargetRequest, HandOverRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest,
+    StatusReply, StatusRequest, cluster_client::ClusterClient,
 };
 use tonic::{
     Code, Response, Status,

@@ -2,8 +2,9 @@
 
 use fjordfs_proto::pb::meta::{
     ChangeTargetReply, ChangeTargetRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest,
-    MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest, StatusReply,
-    StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
+    MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest,
+    ScrubReply, ScrubRequest, StatusReply, StatusRequest, WantedReply, WantedRequest,
+    cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};

@@ -341,7 +341,9 @@ impl RemoteStore {
             match deadline {
                 None => self.shared.progress.wait(&mut state),
                 Some(at) => {
-                    if self.shared.progress.wait_until(&mut state, at).timed_out() && state.acknowledged < upto {
+                    if self.shared.progress.wait_until(&mut state, at).timed_out()
+                        && state.acknowledged < upto
+                    {
                         let why = state.trouble.clone().unwrap_or_else(|| "it is too slow".into());
                         let source = io::Error::new(io::ErrorKind::TimedOut, why.clone());
                         state.failed.get_or_insert(Failure::Other(why));

@@ -128,7 +128,8 @@ impl FromStr for Place {
         match text.strip_prefix("etcd://") {
             Some(rest) => etcd(rest).map_err(wrong),
             None => Err(wrong(
-                "write fjall:FOLDER, etcd://HOST:PORT,HOST:PORT/PREFIX or postgres://USER@HOST/DATABASE".into(),
+                "write fjall:FOLDER, etcd://HOST:PORT,HOST:PORT/PREFIX or postgres://USER@HOST/DATABASE"
+                    .into(),
             )),
         }
     }
@@ -186,7 +187,9 @@ fn postgres(text: &str) -> Result<Place, String> {
     access.check(POSTGRES_FILES)?;
     match (encrypted, &access.ca) {
         (Some(true), None) => {
-            return Err("encryption needs sslrootcert=FILE, the authority of the servers' certificates".into());
+            return Err(
+                "encryption needs sslrootcert=FILE, the authority of the servers' certificates".into()
+            );
         }
         (Some(false), Some(_)) => return Err("sslmode=disable contradicts sslrootcert=".into()),
         _ => {}
@@ -273,7 +276,10 @@ mod tests {
         let files = format!("password-file={}", file.display());
         for (text, user) in [
             (format!("etcd://me@a:1/x?ca=/ca&cert=/c&key=/k&{files}"), "me@"),
-            (format!("postgres://me@h/d?sslmode=verify-full&sslrootcert=/ca&sslcert=/c&sslkey=/k&{files}"), "me@"),
+            (
+                format!("postgres://me@h/d?sslmode=verify-full&sslrootcert=/ca&sslcert=/c&sslkey=/k&{files}"),
+                "me@",
+            ),
         ] {
             let place = place(&text);
             let (Place::Etcd { access, .. } | Place::Postgres { access, .. }) = &place else { panic!() };
@@ -283,7 +289,9 @@ mod tests {
             assert!(place.to_string().contains(user));
             assert!(!Place::shows_password(&text), "{text}");
         }
-        for text in ["etcd://me:secret@a:1/x", "postgres://me:secret@h/d", "postgres://h/d?user=me&password=secret"] {
+        for text in
+            ["etcd://me:secret@a:1/x", "postgres://me:secret@h/d", "postgres://h/d?user=me&password=secret"]
+        {
             let place = place(text);
             assert!(!format!("{place} {place:?}").contains("secret"), "{place:?}");
             assert!(Place::shows_password(text), "{text}");

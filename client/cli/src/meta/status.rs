@@ -81,7 +81,8 @@ impl Status {
         let seconds = after.uptime_ms.saturating_sub(before.uptime_ms).max(1) as f64 / 1000.0;
         let same = before.fence == after.fence && before.uptime_ms <= after.uptime_ms;
         // Another owner counts from its own beginning.
-        let rate = |before: u64, after: u64| if same { after.saturating_sub(before) as f64 / seconds } else { 0.0 };
+        let rate =
+            |before: u64, after: u64| if same { after.saturating_sub(before) as f64 / seconds } else { 0.0 };
         let earlier = before.shared.clone().unwrap_or_default();
         Status {
             answering: after.shared.as_ref().is_none_or(|store| store.answering),
@@ -107,7 +108,8 @@ impl Status {
 
     fn text(&self) -> String {
         let mut out = String::new();
-        let answers = if self.answering { "serving" } else { "NOT ANSWERING: the store does not confirm its owner" };
+        let answers =
+            if self.answering { "serving" } else { "NOT ANSWERING: the store does not confirm its owner" };
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,

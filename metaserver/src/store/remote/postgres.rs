@@ -134,9 +134,10 @@ impl Postgres {
     fn fault(&self, e: &tokio_postgres::Error) -> Fault {
         let Some(code) = e.code() else { return Fault::Unavailable(said(e)) };
         match code.code().get(..2).unwrap_or_default() {
-            _ if *code == SqlState::DISK_FULL => {
-                Fault::Unavailable(format!("its disk is full, operations wait until there is space: {}", said(e)))
-            }
+            _ if *code == SqlState::DISK_FULL => Fault::Unavailable(format!(
+                "its disk is full, operations wait until there is space: {}",
+                said(e)
+            )),
             // Who we are, which database, what we may do, and statements that it does not know. A table that two make
             // at the same time is none of these.
             "28" | "3D" | "42" | "0A" | "22" => {
@@ -154,7 +155,13 @@ impl Postgres {
         }
     }
 
-    async fn apply_on(&self, session: &Session, expected: &[u8], next: &[u8], writes: &[Write]) -> Result<bool, Fault> {
+    async fn apply_on(
+        &self,
+        session: &Session,
+        expected: &[u8],
+        next: &[u8],
+        writes: &[Write],
+    ) -> Result<bool, Fault> {
         let removed: Vec<&[u8]> =
             writes.iter().filter(|(_, v)| v.is_none()).map(|(k, _)| k.as_slice()).collect();
         let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =

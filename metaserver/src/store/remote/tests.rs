@@ -1,9 +1,9 @@
 //! The contract on real servers, and what is peculiar to engines across a network.
 
-#[allow(unreachable_pub, reason = "shared with the tests of the whole system")]
+mod access;
+#[allow(unreachable_pub, dead_code, reason = "shared with the tests of the whole system")]
 #[path = "../../../../tests/harness/engines.rs"]
 mod engines;
-mod access;
 mod faulty;
 
 use std::sync::{Arc, atomic::AtomicBool};

@@ -11,11 +11,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
-use futures_util::{
-    FutureExt, StreamExt,
-    future::BoxFuture,
-    stream::FuturesOrdered,
-};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
 
 use super::{
     Fault,
@@ -26,6 +22,9 @@ use crate::store::StoreResult;
 
 /// Transactions under way: beyond a few the engine only queues them.
 const DEPTH: usize = 4;
+/// Beside others only such goes that has half of what the engine takes, or so many writes. Small ones beside each other
+/// cost the engine more than they gain: waiting for the one under way, they become one.
+const WORTHWHILE: usize = 256;
 
 /// A transaction under way.
 struct Sent {
@@ -94,7 +93,8 @@ impl Worker {
 
     /// What became of transactions of which not all are known to have succeeded. None is under way.
     async fn settle(&mut self, open: Vec<(Sent, Outcome)>) -> StoreResult<()> {
-        let known = open.iter().rposition(|(_, outcome)| matches!(outcome, Ok(true))).map_or(0, |last| last + 1);
+        let known =
+            open.iter().rposition(|(_, outcome)| matches!(outcome, Ok(true))).map_or(0, |last| last + 1);
         let mut unsafe_yet = Vec::new();
         for (n, (sent, outcome)) in open.into_iter().enumerate() {
             if n < known {
@@ -122,11 +122,15 @@ impl Worker {
         Ok(())
     }
 
-    /// Batches from the front of the queue; of a key, the last write counts. One that needs more than a transaction only
-    /// when it would be `alone`.
+    /// Batches from the front of the queue; of a key, the last write counts. A few writes, or one batch that needs more than
+    /// a transaction, only when they would be `alone`.
     fn next_group(&self, alone: bool) -> Option<Group> {
         let limits = self.link.limits();
         let mut state = self.shared.state.lock();
+        let queued: usize = state.queue.iter().map(|(_, batch)| batch.len()).sum();
+        if !alone && queued < WORTHWHILE.min(limits.writes / 2) {
+            return None;
+        }
         let mut merged: BTreeMap<Vec<u8>, Option<bytes::Bytes>> = BTreeMap::new();
         let mut bytes = 0;
         let mut ticket = None;

@@ -132,7 +132,8 @@ impl Worker {
             }
             Request::Report { report, then } => self.report(report, then),
             Request::Release { reply } => {
-                let late = Err(self.link.error("it does not answer: the next owner waits for silence".into()));
+                let late =
+                    Err(self.link.error("it does not answer: the next owner waits for silence".into()));
                 let release = async {
                     self.flush().await?;
                     self.step(Vec::new(), |o| o.released = true).await

@@ -33,7 +33,8 @@ fn etcd_with_users() {
     let etcd = Etcd::start();
     let base64 = |text: &str| {
         // Keys of one letter, as etcd's JSON interface wants them.
-        let out = std::process::Command::new("sh").arg("-c").arg(format!("printf '{text}' | base64")).output();
+        let out =
+            std::process::Command::new("sh").arg("-c").arg(format!("printf '{text}' | base64")).output();
         String::from_utf8(out.unwrap().stdout).unwrap().trim().to_owned()
     };
     etcd.call("/v3/auth/user/add", r#"{"name": "root", "password": "root"}"#);
@@ -88,7 +89,11 @@ fn postgres_with_passwords_and_encrypted() {
     postgres.guard("secret", Some(&made));
     let (right, wrong) = (password_file("secret"), password_file("hidden-word"));
     let with = |file: &tempfile::NamedTempFile, ca: &Certificates| {
-        format!("{url}?sslmode=verify-full&sslrootcert={}&password-file={}", ca.file("ca.crt"), file.path().display())
+        format!(
+            "{url}?sslmode=verify-full&sslrootcert={}&password-file={}",
+            ca.file("ca.crt"),
+            file.path().display()
+        )
     };
     works(&with(&right, &made));
     let text = refusal(&with(&wrong, &made));
