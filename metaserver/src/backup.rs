@@ -41,6 +41,7 @@ use crate::{
         Batch, FjallOptions, FjallStore, Late, MetaStore, Order, Pair, Place, Reading, RemoteStore,
         StoreError,
     },
+    store_label::Closed,
 };
 
 const MAGIC: &[u8; 8] = b"fjordbak";
@@ -314,8 +315,8 @@ fn load(file: &Path, store: &dyn MetaStore, name: &str) -> Result<(About, u64), 
         return Err(BackupError::NotEmpty(name.to_owned()));
     }
     let fence = store.take_over()?;
-    let marker = vec![keys::RESTORING];
-    store.commit(Batch { writes: vec![(marker.clone(), Some(Bytes::new()))] }, fence)?;
+    let marker = keys::CLOSED.to_vec();
+    store.commit(Batch { writes: vec![(marker.clone(), Some(Closed::restoring().encode()))] }, fence)?;
     store.sync()?;
     let mut writes = Vec::new();
     let mut source = open(file)?;

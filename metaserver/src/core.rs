@@ -26,9 +26,9 @@ use fjordfs_proto::{
     pb::{
         self,
         meta::{
-            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, RebalanceReply,
-            RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply, StatusReply,
-            Time, WantedReply, WantedRequest,
+            ChangeTargetReply, ChangeTargetRequest, HeartbeatReply, HeartbeatRequest, MetaStatusReply,
+            RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, Request, Response, ScrubReply,
+            StatusReply, Time, WantedReply, WantedRequest,
         },
     },
 };
@@ -47,6 +47,7 @@ use crate::{
     session::Sessions,
     snapshot::{self, Keeper},
     store::{Fence, MetaStore, Snapshot, StoreError, Ticket},
+    store_label,
     txn::Txn,
 };
 
@@ -72,6 +73,9 @@ const LEASE_MAX: Duration = Duration::from_secs(5);
 /// Longest time for which a start waits for what clients of before have decided by themselves. One that is silent is
 /// waited for no longer than [`LEASE_MAX`].
 const GRACE_MAX: Duration = Duration::from_secs(15);
+
+/// A store that does not take the first batch for so long is given up, so that it can be asked again who owns it.
+const START_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Both clocks, read once per burst.
 #[derive(Clone, Copy, Debug)]
@@ -161,13 +165,13 @@ impl Core {
         config: &Config,
         now: Moment,
     ) -> Result<Core, FsError> {
-        if store.get(&[keys::RESTORING]).map_err(|e| FsError::from(&e))?.is_some() {
-            let what = "a backup was being loaded into it and is not all there: empty it and restore again";
-            return Err(FsError::new(Errno::EIO, what));
-        }
         let fence = store.take_over().map_err(|e| FsError::from(&e))?;
+        store_label::check(&*store)?;
         let mut txn = Txn::new(store.clone())?;
         txn.begin();
+        if txn.get(keys::FORMAT)? != Some(store_label::format()) {
+            txn.put(keys::FORMAT.to_vec(), store_label::format());
+        }
         let counters = txn.counters();
         if counters.next_inode == 0 {
             *counters = records::Counters {
@@ -233,7 +237,11 @@ impl Core {
             core.end_recovery();
         }
         core.commit()?;
-        core.store.sync().map_err(|e| FsError::from(&e))?;
+        let safe = match core.store.late() {
+            Some(late) => late.settle(START_PATIENCE),
+            None => core.store.sync(),
+        };
+        safe.map_err(|e| FsError::from(&e))?;
         Ok(core)
     }
 
@@ -452,6 +460,18 @@ impl Core {
                 rebalancing: counters.rebalancing,
                 ..self.healing(now)
             }),
+        }
+    }
+
+    /// What the owner's state says of the metaserver.
+    pub(crate) fn meta_status(&mut self) -> MetaStatusReply {
+        MetaStatusReply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            engine: self.store.name().into(),
+            fence: self.fence.0,
+            inodes: self.txn.counters().inodes,
+            sessions: self.sessions.ids().count() as u64,
+            ..MetaStatusReply::default()
         }
     }
 

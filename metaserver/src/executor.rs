@@ -25,9 +25,9 @@ use fjordfs_proto::{
     pb::common::ClusterMap,
     pb::meta::{
         ChangeTargetReply, ChangeTargetRequest, GivenBack, HeartbeatReply, HeartbeatRequest, Hello,
-        MendReply, MendRequest, RebalanceReply, RebalanceRequest, Recall, RegisterReply, RegisterRequest,
-        Request, Response, ScrubReply, StatusReply, Time, WantedReply, WantedRequest, Welcome,
-        response::Result as Reply,
+        MendReply, MendRequest, MetaStatusReply, RebalanceReply, RebalanceRequest, Recall, RegisterReply,
+        RegisterRequest, Request, Response, ScrubReply, StatusReply, Time, WantedReply, WantedRequest,
+        Welcome, response::Result as Reply,
     },
 };
 use tokio::sync::{mpsc, oneshot};
@@ -45,8 +45,12 @@ use held::Held;
 
 /// Requests of one burst: bounds how long the first of them waits for the last.
 const BURST_REQUESTS_MAX: usize = 4096;
-/// Keys written by one burst, after which it is committed.
+/// Keys written by one burst, after which it is committed; less when the engine wants smaller batches.
 const BURST_WRITES_MAX: usize = 16384;
+/// Bursts that wait for an engine across a network, beyond which no background work is begun.
+const BURSTS_UNTOLD_MAX: usize = 64;
+/// What is committed last gets this long to arrive at an engine across a network when the server stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
 /// How often timeouts are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// The metadata disk counts as full below this share of it, within these bounds: room for tables being merged.
@@ -99,6 +103,7 @@ pub(crate) enum Job {
     /// Mend what a check has found.
     Repair(Vec<Fix>, Caller<u64>),
     Mend(Box<MendRequest>, Caller<MendReply>),
+    MetaStatus(Caller<MetaStatusReply>),
     /// Let go of the store and stop; a standby goes on.
     HandOver(Caller<()>),
     /// The store got further, or lost its owner.
@@ -182,21 +187,32 @@ pub(crate) struct Executor {
     /// Epoch of the map that streams were sent.
     epoch: Epoch,
     next_tick: Instant,
+    /// Keys written by one burst, after which it is committed.
+    burst_writes: usize,
+    /// The store, as the administrator named it.
+    place: String,
+    since: Instant,
+    /// Requests of clients so far.
+    operations: u64,
 }
 
 impl Executor {
-    /// `folder` is where the store's disk is watched, if it is here.
+    /// `folder` is where the store's disk is watched, if it is here; `place` names the store for people.
     pub(crate) fn new(
         core: Core,
         store: Arc<dyn MetaStore>,
         syncer: Syncer,
         folder: Option<PathBuf>,
+        place: String,
     ) -> (Jobs, Executor) {
         let (submit, jobs) = Jobs::channel();
         if let Some(late) = store.late() {
             let jobs = submit.clone();
             late.watch(Box::new(move || jobs.submit(Job::Progress)));
         }
+        // With room for the records that an operation and the end of the burst add.
+        let batch_writes = store.late().map_or(usize::MAX, |late| late.batch_writes() / 4 * 3);
+        let burst_writes = BURST_WRITES_MAX.min(batch_writes.max(1));
         let executor = Executor {
             epoch: core.members().map().epoch,
             core,
@@ -214,6 +230,10 @@ impl Executor {
             postponed: Held::default(),
             ready: Vec::new(),
             next_tick: Instant::now(),
+            burst_writes,
+            place,
+            since: Instant::now(),
+            operations: 0,
         };
         (submit, executor)
     }
@@ -234,7 +254,8 @@ impl Executor {
                 self.core.set_low_space(self.folder.as_deref().and_then(low_space));
                 self.core.tick(now);
             }
-            more = self.core.background(now);
+            // What clients ask is bounded by what they have under way; this is not.
+            more = self.untold.len() < BURSTS_UNTOLD_MAX && self.core.background(now);
             self.finish();
             more |= !self.ready.is_empty();
         }
@@ -255,7 +276,7 @@ impl Executor {
         }
         let store = self.store.clone();
         let Some(late) = store.late() else { return Ok(()) };
-        store.sync().map_err(|e| FsError::from(&e))?;
+        late.settle(STOP_PATIENCE).map_err(|e| FsError::from(&e))?;
         self.tell();
         late.release().map_err(|e| FsError::from(&e))
     }
@@ -297,7 +318,10 @@ impl Executor {
                 _ => 1,
             };
             self.execute(job, now);
-            if requests >= BURST_REQUESTS_MAX || self.core.writes() >= BURST_WRITES_MAX {
+            if requests >= BURST_REQUESTS_MAX
+                || self.core.writes() >= self.burst_writes
+                || self.lost.is_some()
+            {
                 break;
             }
             next = self.jobs.try_recv().ok();
@@ -322,6 +346,13 @@ impl Executor {
                 if self.is_current(session, &outbox) && self.core.hear(session, now) {
                     for (request, permit) in requests {
                         self.request(session, &outbox, request, permit, now);
+                        // Each is whole by itself: a client's message may become several batches.
+                        if self.core.writes() >= self.burst_writes {
+                            self.finish();
+                            if self.lost.is_some() {
+                                return;
+                            }
+                        }
                     }
                 }
             }
@@ -381,6 +412,7 @@ impl Executor {
                 let result = self.core.mend(&request, now);
                 self.reply(true, caller, result.map(|deletions| MendReply { deletions }));
             }
+            Job::MetaStatus(caller) => self.meta_status(caller, now),
             Job::HandOver(caller) => match self.store.late() {
                 Some(_) => self.reply(false, caller, Ok(())),
                 None => {
@@ -394,6 +426,21 @@ impl Executor {
         }
     }
 
+    /// Answered at once, also while the store is away: it is asked then, too.
+    fn meta_status(&mut self, caller: Caller<MetaStatusReply>, now: Moment) {
+        let mut reply = self.core.meta_status();
+        reply.store.clone_from(&self.place);
+        reply.uptime_ms = now.mono.duration_since(self.since).as_millis() as u64;
+        reply.operations = self.operations;
+        // A caller that went away needs no answer.
+        match self.store.late() {
+            None => drop(caller.send(Ok(reply))),
+            Some(late) => late.report(Box::new(move |report| {
+                drop(caller.send(Ok(MetaStatusReply { shared: Some(report), ..reply })));
+            })),
+        }
+    }
+
     fn request(
         &mut self,
         session: SessionId,
@@ -402,6 +449,7 @@ impl Executor {
         permit: Permit,
         now: Moment,
     ) {
+        self.operations += 1;
         match self.core.request(session, request, now) {
             Outcome::Answered(Answer { response, sync, recalls }) => {
                 self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync, recalls });
@@ -572,7 +620,7 @@ impl Executor {
         // Behind the answers of the burst that ended the recalls: nothing waits for them any more.
         let ended = self.core.take_ended_recalls();
         free.extend(self.held.release(&ended));
-        self.ready = self.postponed.release(&ended);
+        self.ready.extend(self.postponed.release(&ended));
         free
     }
 

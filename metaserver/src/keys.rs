@@ -21,7 +21,8 @@
 //! 'M'                                          common.v1.ClusterMap the cluster map
 //! 'T'     target u64                           TargetRecord         what is known of a target besides its place in the map
 //! 'W'     width u32                            (empty)              a policy of this width is in use: every era has tables for it
-//! '!'                                          (empty)              a backup is being loaded, so the rest is incomplete
+//! 'F'                                          u32 big-endian       format version of the records, as in the label of a folder
+//! '!'                                          text                 why this store is not to be served: it was moved, or a move did not end
 //! 0x00    "commits"                            u64 big-endian       batches applied so far, of the embedded engine; as the next one
 //! 0x00    "fence"                              u64 big-endian       the owner's epoch; belongs to the store itself
 //! ```
@@ -69,6 +70,11 @@ pub(crate) fn all(prefix: u8) -> Range<Key> {
     under(vec![prefix])
 }
 
+/// All records but the engine's own.
+pub(crate) fn everything() -> Range<Key> {
+    vec![1]..vec![u8::MAX]
+}
+
 /// First id of a key.
 pub(crate) fn first_id(key: &[u8]) -> Option<u64> {
     id_at(key, 1)
@@ -103,8 +109,8 @@ pub(crate) const COUNTERS: u8 = b'C';
 pub(crate) const MAP: u8 = b'M';
 pub(crate) const TARGET: u8 = b'T';
 pub(crate) const WIDTH: u8 = b'W';
-/// A backup is being loaded: the rest is incomplete.
-pub(crate) const RESTORING: u8 = b'!';
+pub(crate) const FORMAT: &[u8] = b"F";
+pub(crate) const CLOSED: &[u8] = b"!";
 /// The store's own records.
 pub(crate) const FENCE: &[u8] = b"\0fence";
 pub(crate) const COMMITS: &[u8] = b"\0commits";

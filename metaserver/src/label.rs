@@ -64,6 +64,14 @@ pub enum FolderError {
     /// Another metaserver runs on it.
     #[error("{} is in use by another metaserver: stop it first", .0.display())]
     Locked(PathBuf),
+    /// It belongs to another cluster.
+    #[error("{} belongs to cluster {found}: name another folder", folder.display())]
+    OtherCluster {
+        /// The folder.
+        folder: PathBuf,
+        /// Its cluster.
+        found: String,
+    },
     /// There is no metadata in it.
     #[error("{} holds no metadata: name the metaserver's data folder", .0.display())]
     Empty(PathBuf),
@@ -92,6 +100,19 @@ pub(crate) struct Folder {
 impl Folder {
     /// Claims `folder`; a new one gets a label with a new cluster id.
     pub(crate) fn claim(folder: &Path) -> Result<Folder, FolderError> {
+        Folder::claim_or_make(folder, || uuid::Uuid::new_v4().to_string())
+    }
+
+    /// Claims a folder that is new, or a cluster's already.
+    pub(crate) fn claim_for(folder: &Path, cluster_id: &str) -> Result<Folder, FolderError> {
+        let claimed = Folder::claim_or_make(folder, || cluster_id.to_owned())?;
+        if claimed.cluster_id != cluster_id {
+            return Err(FolderError::OtherCluster { folder: folder.to_owned(), found: claimed.cluster_id });
+        }
+        Ok(claimed)
+    }
+
+    fn claim_or_make(folder: &Path, cluster_id: impl FnOnce() -> String) -> Result<Folder, FolderError> {
         let at = |path: &Path| {
             let path = path.to_owned();
             move |source| FolderError::Io { path, source }
@@ -108,7 +129,7 @@ impl Folder {
             Some(label) if label.format_version == FORMAT_VERSION => label,
             // From here on an older release would take the records for damaged.
             Some(older) => write(folder, older.cluster_id).map_err(at(&folder.join(LABEL)))?,
-            None => write(folder, uuid::Uuid::new_v4().to_string()).map_err(at(&folder.join(LABEL)))?,
+            None => write(folder, cluster_id()).map_err(at(&folder.join(LABEL)))?,
         };
         Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
     }

@@ -119,7 +119,7 @@ impl MetaServer {
         })?;
         let syncer = Syncer::start(store.clone(), config.log_sync).map_err(StartError::Thread)?;
         let watched = folder.is_some().then(|| config.data.clone());
-        let (jobs, executor) = Executor::new(core, store, syncer, watched);
+        let (jobs, executor) = Executor::new(core, store, syncer, watched, named(&config));
         let ended = Arc::new(Notify::new());
         let serving =
             start_serving(listener, executor, jobs.clone(), ended.clone()).map_err(StartError::Thread)?;
@@ -189,7 +189,7 @@ fn open_folder(config: &Config) -> Result<Opened, StartError> {
 fn open_place(config: &Config, place: &Place, stop: &Arc<AtomicBool>) -> Result<Opened, StartError> {
     drop(listen(config)?);
     let store = RemoteStore::open(place, config.engine.cache_bytes)?;
-    if !store.await_silence(stop.clone())? {
+    if !store.await_silence(stop.clone(), Some(&config.listen.to_string()))? {
         return Err(StartError::Stopped);
     }
     let known = cluster_of(&store).map_err(|source| metadata_error(config, source))?;

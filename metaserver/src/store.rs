@@ -27,15 +27,16 @@ use std::{
     ops::Range,
     path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use bytes::Bytes;
-use fjordfs_proto::{FsError, error::Errno};
+use fjordfs_proto::{FsError, error::Errno, pb::meta::StoreReport};
 
 pub use fjall::{FjallOptions, FjallStore};
 pub use memory::MemoryStore;
 pub use remote::RemoteStore;
-pub use url::Place;
+pub use url::{PASSWORD_VARIABLE, Place};
 
 /// The smallest key above `key`.
 pub(crate) fn successor(key: &[u8]) -> Vec<u8> {
@@ -198,6 +199,31 @@ pub trait MetaStore: Send + Sync + 'static {
     }
 }
 
+/// Pairs of one page of [`each_page`].
+const PAGE: usize = 1024;
+
+/// Calls `f` with all pairs of a range, some at a time and in order; whatever is written meanwhile is seen or not.
+///
+/// # Errors
+/// The engine's, and those of `f`, which end it.
+pub fn each_page<E: From<StoreError>>(
+    store: &dyn MetaStore,
+    range: Range<Vec<u8>>,
+    mut f: impl FnMut(Vec<Pair>) -> Result<(), E>,
+) -> Result<(), E> {
+    let Range { mut start, end } = range;
+    loop {
+        let page = store.scan(&start..&end, Order::Ascending, PAGE)?;
+        let more = page.len() == PAGE;
+        let Some((last, _)) = page.last() else { return Ok(()) };
+        start = successor(last);
+        f(page)?;
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
 /// An engine whose `commit` returns before the batch is safe, and whose ownership others may want.
 pub trait Late {
     /// Calls `notify` whenever the answers below may have changed; from a thread that must not be held up.
@@ -212,9 +238,22 @@ pub trait Late {
     /// Whether nobody else can own the store at this moment. While it is false, nobody may be answered.
     fn is_owner(&self) -> bool;
 
+    /// Like [`MetaStore::sync`], for so long at most.
+    ///
+    /// # Errors
+    /// When it took longer: the store is of no use to this process any more.
+    fn settle(&self, patience: Duration) -> StoreResult<Ticket>;
+
+    /// Writes that a batch should have at most. One of more takes several times the work.
+    fn batch_writes(&self) -> usize;
+
     /// Waits until the present owner has been silent for so long that it answers nobody, or has let go; false when
     /// `stop` was set before.
-    fn await_silence(&self, stop: Arc<AtomicBool>) -> StoreResult<bool>;
+    /// Meanwhile this process is known to others as a standby called `name`.
+    fn await_silence(&self, stop: Arc<AtomicBool>, name: Option<&str>) -> StoreResult<bool>;
+
+    /// Calls `then` with how the store is, as far as that shows within some seconds; from a thread that must not be held up.
+    fn report(&self, then: Box<dyn FnOnce(StoreReport) + Send>);
 
     /// Lets go of the store, after everything committed: the next owner need not wait.
     fn release(&self) -> StoreResult<()>;

@@ -186,6 +186,11 @@ impl Cluster {
         *self.metaserver(n) = Some(process);
     }
 
+    /// Metaservers that are started from now on find the metadata there.
+    pub fn set_store(&mut self, store: String) {
+        self.setup.store = Some(store);
+    }
+
     /// Metaserver `n`, if it has not been killed. Taken out and dropped, it gets kill -9.
     pub fn metaserver(&mut self, n: usize) -> &mut Option<Process> {
         if n == 0 { &mut self.meta } else { &mut self.standbys[n - 1] }

@@ -25,42 +25,135 @@ fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
     }
 }
 
+/// An authority, and the certificates of a server on loopback and of a client, in a folder.
+pub struct Certificates {
+    folder: tempfile::TempDir,
+}
+
+impl Certificates {
+    /// Makes them.
+    pub fn make() -> Certificates {
+        let folder = tempfile::tempdir().expect("no temporary folder");
+        let openssl = |args: &str| {
+            let out = Command::new("openssl").args(args.split(' ')).current_dir(folder.path()).output();
+            let out = out.expect("cannot start openssl: install it");
+            assert!(out.status.success(), "openssl {args}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        let new = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+        openssl(&format!("req -x509 {new} -keyout ca.key -out ca.crt -days 2 -subj /CN=test-ca"));
+        for (name, extensions) in [
+            ("server", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
+            ("client", "extendedKeyUsage=clientAuth"),
+        ] {
+            openssl(&format!(
+                "req {new} -keyout {name}.key -out {name}.csr -subj /CN={name} -addext {extensions}"
+            ));
+            openssl(&format!(
+                "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {name}.crt -days 2 -copy_extensions copy"
+            ));
+        }
+        Certificates { folder }
+    }
+
+    /// `ca.crt`, `server.crt`, `server.key`, `client.crt` or `client.key`.
+    pub fn file(&self, name: &str) -> String {
+        text(&self.folder.path().join(name)).to_owned()
+    }
+}
+
 /// Three members on this host.
 pub struct Etcd {
     folder: tempfile::TempDir,
     client_ports: [u16; 3],
     peer_ports: [u16; 3],
     members: [Option<Child>; 3],
+    args: Vec<String>,
+    encrypted: bool,
 }
 
 impl Etcd {
     /// Starts the members and waits until they answer.
     pub fn start() -> Etcd {
+        Etcd::start_with(Vec::new(), None)
+    }
+
+    /// With more arguments, and with encrypted connections of clients, who must have a certificate, too.
+    pub fn start_with(mut args: Vec<String>, certificates: Option<&Certificates>) -> Etcd {
         let folder = tempfile::tempdir().expect("no temporary folder");
         let ports = || [free_port(), free_port(), free_port()];
-        let mut etcd =
-            Etcd { folder, client_ports: ports(), peer_ports: ports(), members: [None, None, None] };
+        if let Some(made) = certificates {
+            for (arg, file) in
+                [("cert-file", "server.crt"), ("key-file", "server.key"), ("trusted-ca-file", "ca.crt")]
+            {
+                args.push(format!("--{arg}={}", made.file(file)));
+            }
+            args.push("--client-cert-auth".into());
+        }
+        let members = [None, None, None];
+        let encrypted = certificates.is_some();
+        let mut etcd = Etcd { folder, client_ports: ports(), peer_ports: ports(), members, args, encrypted };
         (0..3).for_each(|n| etcd.start_member(n));
         for port in etcd.client_ports {
-            wait_until("etcd", || healthy(port));
+            if encrypted {
+                wait_until("etcd", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+            } else {
+                wait_until("etcd", || healthy(port));
+            }
         }
         etcd
+    }
+
+    /// A call of etcd's JSON interface, on the first member that answers; the body of the answer.
+    pub fn call(&self, path: &str, body: &str) -> String {
+        let answers = self.client_ports.iter().filter_map(|port| post(*port, path, body));
+        answers.into_iter().next().unwrap_or_else(|| panic!("no member answers {path} {body}"))
+    }
+
+    /// The same on every member.
+    pub fn call_each(&self, path: &str, body: &str) -> Vec<String> {
+        self.client_ports.iter().filter_map(|port| post(*port, path, body)).collect()
+    }
+
+    /// The member that leads.
+    pub fn leader(&self) -> usize {
+        let is_leader = |n: &usize| {
+            let status = post(self.client_ports[*n], "/v3/maintenance/status", "{}").unwrap_or_default();
+            let after = |key: &str| {
+                let rest = status.split(&format!("\"{key}\":\"")).nth(1);
+                rest.and_then(|rest| rest.split('"').next()).map(str::to_owned)
+            };
+            after("leader").is_some_and(|leader| after("member_id") == Some(leader))
+        };
+        let mut found = None;
+        wait_until("a leader of etcd", || {
+            found = (0..3).find(is_leader);
+            found.is_some()
+        });
+        found.expect("there is a leader")
+    }
+
+    /// Sends a signal to a member.
+    pub fn signal_member(&self, n: usize, signal: rustix::process::Signal) {
+        let pid = self.members[n].as_ref().and_then(|m| rustix::process::Pid::from_raw(m.id().cast_signed()));
+        rustix::process::kill_process(pid.expect("it runs"), signal).expect("it runs");
     }
 
     /// Starts a member that does not run.
     pub fn start_member(&mut self, n: usize) {
         let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let scheme = if self.encrypted { "https" } else { "http" };
+        let client = format!("{scheme}://127.0.0.1:{}", self.client_ports[n]);
         let cluster: Vec<String> =
             self.peer_ports.iter().enumerate().map(|(n, port)| format!("m{n}={}", url(*port))).collect();
         let log = std::fs::File::create(self.folder.path().join(format!("m{n}.log"))).expect("no log");
         let member = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "etcd", "--name", &format!("m{n}"), "--data-dir"])
             .arg(self.folder.path().join(format!("m{n}")))
-            .args(["--listen-client-urls", &url(self.client_ports[n])])
-            .args(["--advertise-client-urls", &url(self.client_ports[n])])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &url(self.peer_ports[n])])
             .args(["--initial-advertise-peer-urls", &url(self.peer_ports[n])])
             .args(["--initial-cluster", &cluster.join(",")])
+            .args(&self.args)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
@@ -87,6 +180,18 @@ impl Drop for Etcd {
     fn drop(&mut self) {
         (0..3).for_each(|n| self.kill_member(n));
     }
+}
+
+fn post(port: u16, path: &str, body: &str) -> Option<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+    let length = body.len();
+    write!(stream, "POST {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    head.contains(" 200 ").then(|| body.to_owned())
 }
 
 /// By etcd's own health check, which commits something.
@@ -180,6 +285,52 @@ impl Postgres {
         });
     }
 
+    /// From now on the primary asks for passwords, and speaks encrypted when there are `certificates`.
+    pub fn guard(&mut self, password: &str, certificates: Option<&Certificates>) {
+        let sql = format!("ALTER USER fjord PASSWORD '{password}'");
+        self.sql(0, &sql);
+        let data = self.data(0);
+        let way = if certificates.is_some() { "hostssl" } else { "host" };
+        let rules =
+            format!("{way} all fjord 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 trust\n");
+        std::fs::write(data.join("pg_hba.conf"), rules).expect("cannot write pg_hba.conf");
+        if let Some(made) = certificates {
+            for file in ["server.crt", "server.key", "ca.crt"] {
+                let copy = data.join(file);
+                std::fs::copy(made.file(file), &copy).expect("cannot copy a certificate");
+                let run = |program: &str, what: &str| {
+                    let done = Command::new(program).arg(what).arg(&copy).status();
+                    assert!(done.is_ok_and(|s| s.success()), "{program} {what}");
+                };
+                run("chmod", "600");
+                if rustix::process::geteuid().is_root() {
+                    run("chown", "postgres:");
+                }
+            }
+            self.sql_settings(&["ssl=on", "ssl_ca_file='ca.crt'"]);
+        }
+        self.run("pg_ctl", &["reload", "-D", text(&data)]);
+    }
+
+    fn sql_settings(&self, settings: &[&str]) {
+        let file = self.data(0).join("postgresql.auto.conf");
+        let before = std::fs::read_to_string(&file).unwrap_or_default();
+        std::fs::write(file, before + "\n" + &settings.join("\n") + "\n").expect("cannot write settings");
+    }
+
+    /// Runs a statement in the database `postgres` of a server.
+    pub fn sql(&self, n: usize, sql: &str) {
+        let port = self.ports[n].to_string();
+        self.run("psql", &["-h", "127.0.0.1", "-p", &port, "-U", "fjord", "-d", "postgres", "-c", sql]);
+    }
+
+    /// Sends a signal to a server and all of its processes.
+    pub fn signal_server(&self, n: usize, signal: rustix::process::Signal) {
+        let group =
+            self.servers[n].as_ref().and_then(|s| rustix::process::Pid::from_raw(s.id().cast_signed()));
+        rustix::process::kill_process_group(group.expect("it runs"), signal).expect("it runs");
+    }
+
     /// Ends a server at once, without a checkpoint or goodbyes.
     pub fn kill_server(&mut self, n: usize) {
         let Some(mut server) = self.servers[n].take() else { return };
@@ -200,9 +351,7 @@ impl Postgres {
     pub fn url(&mut self) -> String {
         self.databases += 1;
         let name = format!("fjord{}", self.databases);
-        let port = self.ports[0].to_string();
-        let sql = format!("CREATE DATABASE {name}");
-        self.run("psql", &["-h", "127.0.0.1", "-p", &port, "-U", "fjord", "-d", "postgres", "-c", &sql]);
+        self.sql(0, &format!("CREATE DATABASE {name}"));
         let [a, b] = self.ports;
         format!("postgres://fjord@127.0.0.1:{a},127.0.0.1:{b}/{name}")
     }

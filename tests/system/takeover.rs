@@ -159,3 +159,111 @@ fn the_store_is_handed_over() {
         cluster.metaserver(n).as_mut().unwrap().assert_running();
     }
 }
+
+/// Work goes on through `trouble` of the store; then nothing is missing.
+fn works_through(cluster: &Cluster, trouble: impl FnOnce()) {
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let stop = AtomicBool::new(false);
+    let (there, folder) = std::thread::scope(|scope| {
+        let folder = a.path().join("work");
+        let worker = scope.spawn(|| (work(&folder, &stop), folder.clone()));
+        std::thread::sleep(Duration::from_secs(1));
+        trouble();
+        // Something that needs the store: it ends only when that is of use again.
+        fs::create_dir(b.path().join("after")).unwrap();
+        stop.store(true, Ordering::Relaxed);
+        worker.join().unwrap()
+    });
+    assert!(there.len() > 2, "hardly anything was done");
+    assert_eq!(found(&folder), there);
+    assert_eq!(found(&b.path().join("work")), there);
+}
+
+#[test]
+fn the_leader_of_etcd_is_killed_and_then_the_quorum() {
+    let mut etcd = Etcd::start();
+    let cluster = cluster("takeover-etcd-leader", etcd.url("fjord"));
+    works_through(&cluster, || {
+        let leader = etcd.leader();
+        etcd.kill_member(leader);
+        std::thread::sleep(Duration::from_secs(3));
+        // One of three decides nothing: operations wait.
+        let next = etcd.leader();
+        etcd.kill_member(next);
+        std::thread::sleep(Duration::from_secs(4));
+        etcd.start_member(leader);
+        etcd.start_member(next);
+    });
+}
+
+#[test]
+fn etcd_stands_still_for_a_while() {
+    let etcd = Etcd::start();
+    let cluster = cluster("takeover-etcd-still", etcd.url("fjord"));
+    works_through(&cluster, || {
+        (0..3).for_each(|n| etcd.signal_member(n, Signal::STOP));
+        std::thread::sleep(Duration::from_secs(5));
+        (0..3).for_each(|n| etcd.signal_member(n, Signal::CONT));
+    });
+}
+
+#[test]
+fn the_primary_of_postgres_is_killed_and_its_standby_promoted() {
+    let mut postgres = Postgres::start();
+    let url = postgres.url();
+    let cluster = cluster("takeover-promotion", url);
+    works_through(&cluster, || {
+        postgres.kill_server(0);
+        std::thread::sleep(Duration::from_secs(1));
+        postgres.promote();
+    });
+}
+
+#[test]
+fn the_store_is_shown_and_moved() {
+    let (etcd, mut postgres) = (Etcd::start(), Postgres::start());
+    let (from, to) = (etcd.url("fjord"), postgres.url());
+    let mut cluster = cluster("takeover-migrate", from.clone());
+    {
+        let mount = cluster.mount();
+        for n in 0..300 {
+            fs::write(mount.path().join(format!("f{n}")), n.to_string()).unwrap();
+        }
+    }
+    let seen = wait_for("both standbys", TAKE_OVER_MAX, || {
+        let seen = cluster.fjord(["meta", "status"]).ok();
+        if seen.matches("standby ").count() == 2 { Ok(seen) } else { Err(seen) }
+    });
+    for what in ["serving", "leader", "follower", "0 batches behind"] {
+        assert!(seen.contains(what), "{what}: {seen}");
+    }
+    let migrate =
+        |from: &str, to: &str| fjordfs_tests::fjord(["meta", "migrate", from, to]).output().unwrap();
+    let refused = migrate(&from, &to);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("a metaserver runs on"), "{said}");
+    for n in 0..3 {
+        cluster.metaserver(n).take().unwrap().stop();
+    }
+    let moved = migrate(&from, &to);
+    let said = String::from_utf8_lossy(&moved.stdout).into_owned() + &String::from_utf8_lossy(&moved.stderr);
+    assert!(moved.status.success() && said.contains("read back and identical"), "{said}");
+    let again = migrate(&from, &postgres.url());
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(!again.status.success() && said.contains("was moved to postgres://"), "{said}");
+    let there = migrate(&to, &to.clone());
+    assert!(!there.status.success());
+    // The old store refuses to be served, the new one serves what was in it.
+    cluster.start_metaserver(1);
+    wait_for("the refusal", TAKE_OVER_MAX, || {
+        let log = cluster.metaserver(1).as_ref().unwrap().log();
+        log.contains("was moved to postgres://").then_some(()).ok_or(log)
+    });
+    *cluster.metaserver(1) = None;
+    cluster.set_store(to);
+    cluster.start_metaserver(0);
+    let mount = cluster.mount();
+    for n in 0..300 {
+        assert_eq!(fs::read_to_string(mount.path().join(format!("f{n}"))).unwrap(), n.to_string());
+    }
+}

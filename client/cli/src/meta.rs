@@ -1,5 +1,8 @@
 //! `fjord meta`: the metaserver.
 
+mod migrate;
+mod status;
+
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context;
-use fjordfs_metaserver::{Config, MetaServer, StartError, backup, store::Place};
+use fjordfs_metaserver::{
+    Config, MetaServer, StartError, backup,
+    store::{PASSWORD_VARIABLE, Place},
+};
 use fjordfs_proto::Policy;
 
 use crate::{
@@ -40,6 +46,8 @@ Examples:
   fjord meta handover --meta a:7440,b:7440
   fjord meta backup /backup/meta-monday
   fjord meta restore /backup/meta-monday --data /var/lib/fjord/meta
+  fjord meta status --meta a:7440,b:7440
+  fjord meta migrate fjall:/var/lib/fjord/meta etcd://a:2379,b:2379,c:2379/fjord
   fjord meta --config /etc/fjord/meta.toml")]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -106,6 +114,8 @@ enum Verb {
         #[arg(long, value_name = "URL", conflicts_with = "data")]
         store: Option<String>,
     },
+    Status(status::Args),
+    Migrate(migrate::Args),
 }
 
 /// After it was the owner, a metaserver leaves the store to others for so long.
@@ -120,6 +130,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Some(Verb::Backup { file, meta }) => return back_up(file, meta),
         Some(Verb::Restore { file, data, store }) => return restore(file, data.as_deref(), store.as_deref()),
+        Some(Verb::Status(args)) => return status::run(args),
+        Some(Verb::Migrate(args)) => return migrate::run(args),
         None => {}
     }
     let config = settings(args)?;
@@ -214,16 +226,28 @@ async fn own(config: &Config, signals: &mut Signals) -> anyhow::Result<Option<Me
     }
 }
 
+/// A store named on the command line.
+fn place(text: &str) -> anyhow::Result<Place> {
+    anyhow::ensure!(
+        !Place::shows_password(text),
+        "a password on the command line is seen by everybody on this host: put it into {PASSWORD_VARIABLE}, or into a \
+         file that the address names with ?password-file="
+    );
+    Ok(text.parse()?)
+}
+
 /// Flags over file over defaults.
 fn settings(args: Args) -> anyhow::Result<Config> {
     let file: MetaFile = config::load(args.config.as_deref())?;
+    let on_command_line = args.store.is_some();
     // A flag wins over either key of the file.
     let (data, store) = if args.data.is_some() || args.store.is_some() {
         (args.data, args.store)
     } else {
         (file.data, file.store)
     };
-    let (data, store) = match store.map(|store| store.parse()).transpose()? {
+    let place = |store: String| if on_command_line { place(&store) } else { Ok(store.parse()?) };
+    let (data, store) = match store.map(place).transpose()? {
         Some(Place::Fjall(data)) => (data, None),
         Some(place) => (PathBuf::new(), Some(place)),
         None => {

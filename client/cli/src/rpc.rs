@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
     BackupRequest, BlocksReply, BlocksRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest,
-    MendRequest, RebalanceRequest, ScrubRequest, StatusReply, StatusRequest, cluster_client::ClusterClient,
+    MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest, StatusReply,
+    StatusRequest, cluster_client::ClusterClient,
 };
 use tonic::{
     Code, Response, Status, Streaming,
@@ -144,6 +145,15 @@ pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
         Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
         Err(e) => Err(unlike(meta, &e)),
     }
+}
+
+/// How the metaserver and its store are.
+///
+/// # Errors
+/// Names the address and what to try.
+pub(crate) async fn meta_status(meta: &str) -> anyhow::Result<MetaStatusReply> {
+    let mut client = connect(meta).await?;
+    client.meta_status(MetaStatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
 }
 
 fn unlike(meta: &str, e: &Status) -> anyhow::Error {

@@ -94,7 +94,7 @@ fn a_restore_that_was_interrupted_is_not_opened() {
         .into_iter()
         .map(|(k, v)| (k, Some(v)))
         .collect();
-    writes.push((vec![keys::RESTORING], Some(Bytes::new())));
+    writes.push((keys::CLOSED.to_vec(), Some(Closed::restoring().encode())));
     store.commit(Batch { writes }, fence).unwrap();
     let opened = crate::core::Core::open(store, "cluster", &w.config, w.now);
     assert!(opened.err().unwrap().message.contains("restore again"));

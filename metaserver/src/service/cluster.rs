@@ -3,8 +3,9 @@
 use fjordfs_proto::pb::meta::{
     BackupReply, BackupRequest, BlocksReply, BlocksRequest, ChangeTargetReply, ChangeTargetRequest,
     FsckReply, FsckRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest, MendReply,
-    MendRequest, RebalanceReply, RebalanceRequest, RegisterReply, RegisterRequest, ScrubReply, ScrubRequest,
-    StatusReply, StatusRequest, WantedReply, WantedRequest, cluster_server::Cluster,
+    MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply,
+    RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest, WantedReply, WantedRequest,
+    cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -112,5 +113,9 @@ impl Cluster for ClusterService {
     async fn hand_over(&self, _: Request<HandOverRequest>) -> Result<Response<HandOverReply>, Status> {
         self.call(Job::HandOver).await?;
         Ok(Response::new(HandOverReply {}))
+    }
+
+    async fn meta_status(&self, _: Request<MetaStatusRequest>) -> Result<Response<MetaStatusReply>, Status> {
+        self.call(Job::MetaStatus).await
     }
 }

@@ -11,20 +11,26 @@
 //! the engine applies transactions of one owner only, in order and each once, and a time-out is harmless: the owner's
 //! record tells what became of the transaction, and repeating it cannot apply it twice, even when the first attempt
 //! is still on its way. A batch above the engine's limits is decided by one transaction and rolled forward
-//! ([`worker`]).
+//! ([`parts`]).
 //!
 //! # Ownership
 //! A standby watches the owner's record and takes over when it has not changed for [`TAKE_OVER_SILENCE`]. The owner changes it
 //! at least every [`HEARTBEAT`], and must not answer anybody when its last change was begun longer than [`OWNERSHIP`] ago:
-//! somebody else may answer by then. All by each host's own clock.
+//! somebody else may answer by then. All by each host's own clock. A clock that stands still with its host, as that of a
+//! virtual machine that is moved or kept as a snapshot, deceives its owner: writes of it are refused as always, but for the
+//! rest of its time it can answer reads of what the next owner has changed.
 //!
 //! # Group commit
-//! One transaction is under way; what is committed meanwhile shares the next.
+//! A few transactions are under way; what is committed meanwhile shares the next ([`window`]).
 
 mod cache;
 mod etcd;
 mod owner;
+mod parts;
 mod postgres;
+mod standby;
+mod takeover;
+mod window;
 mod worker;
 
 #[cfg(test)]
@@ -49,6 +55,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{Batch, Fence, Late, MetaStore, Order, Pair, StoreError, StoreResult, Ticket, url::Place};
 use cache::Cache;
+use fjordfs_proto::pb::meta::StoreReport;
 use owner::{Owner, Write};
 use worker::{Request, Worker};
 
@@ -59,6 +66,7 @@ pub(crate) const TAKE_OVER_SILENCE: Duration = Duration::from_millis(3000);
 /// How long the owner may answer after the start of a transaction that succeeded. The difference to the above covers
 /// clocks that run apart.
 const OWNERSHIP: Duration = Duration::from_millis(2500);
+const _: () = assert!(OWNERSHIP.as_millis() < TAKE_OVER_SILENCE.as_millis());
 
 /// Why a call of an engine failed.
 #[derive(Debug)]
@@ -80,13 +88,15 @@ struct Limits {
 /// One engine.
 trait Link: Send + Sync {
     /// Applies all writes and makes `next` the owner's record, if that is `expected` (empty: there is none). False, and
-    /// without effect, if it is not.
-    fn apply<'a>(
-        &'a self,
-        expected: &'a [u8],
-        next: &'a [u8],
-        writes: &'a [Write],
-    ) -> BoxFuture<'a, Result<bool, Fault>>;
+    /// without effect, if it is not. Ends after some seconds at most, with [`Fault::Unavailable`] when nothing is known.
+    ///
+    /// True means that nothing which the engine is meant to survive undoes it.
+    fn apply(
+        self: Arc<Self>,
+        expected: Bytes,
+        next: Bytes,
+        writes: Arc<[Write]>,
+    ) -> BoxFuture<'static, Result<bool, Fault>>;
 
     /// The first pairs of a range, as of a moment after the call.
     fn scan(
@@ -97,6 +107,12 @@ trait Link: Send + Sync {
     ) -> BoxFuture<'_, Result<Vec<Pair>, Fault>>;
 
     fn limits(&self) -> Limits;
+
+    /// Sets or removes a key, whoever owns the store: one of [`owner::STANDBYS`].
+    fn note(&self, key: Vec<u8>, value: Option<Bytes>) -> BoxFuture<'_, Result<(), Fault>>;
+
+    /// What its servers say of themselves, a line each, for people. Ends after some seconds at most.
+    fn health(&self) -> BoxFuture<'_, Vec<String>>;
 
     /// The store as the user named it, without a password.
     fn place(&self) -> &str;
@@ -114,6 +130,10 @@ struct State {
     /// Start of the last transaction that is known to have succeeded.
     confirmed: Option<Instant>,
     failed: Option<Failure>,
+    /// What the store said when it was last of no use; none once it is again.
+    trouble: Option<String>,
+    /// Transactions that are known to have succeeded.
+    transactions: u64,
 }
 
 /// What ended this process's ownership.
@@ -121,13 +141,12 @@ struct State {
 enum Failure {
     Fenced { current: Fence },
     Other(String),
-    NoSpace,
 }
 
 struct Shared {
     cache: Mutex<Cache>,
     /// Keys that the store has as of a ticket, and of which the cache does not know yet.
-    landed: Mutex<Vec<(u64, Vec<Vec<u8>>)>>,
+    landed: Mutex<Vec<(u64, Arc<[Write]>)>>,
     state: Mutex<State>,
     progress: Condvar,
     notify: Mutex<Option<Notify>>,
@@ -142,13 +161,14 @@ impl Shared {
         let mut state = self.state.lock();
         state.fence = Some(owner.fence());
         state.confirmed = Some(sent);
-        state.failed = None;
     }
 
     fn confirm(&self, sent: Instant) {
         let mut state = self.state.lock();
         let lapsed = state.confirmed.is_none_or(|at| at.elapsed() > OWNERSHIP);
         state.confirmed = state.confirmed.max(Some(sent));
+        state.trouble = None;
+        state.transactions += 1;
         drop(state);
         if lapsed {
             self.tell();
@@ -162,15 +182,20 @@ impl Shared {
     /// The cache, up to date with what the store has acknowledged.
     fn cache(&self) -> MutexGuard<'_, Cache> {
         let mut cache = self.cache.lock();
-        for (ticket, keys) in std::mem::take(&mut *self.landed.lock()) {
-            cache.acknowledged(keys.iter(), ticket);
+        for (ticket, writes) in std::mem::take(&mut *self.landed.lock()) {
+            cache.acknowledged(writes.iter().map(|(key, _)| key), ticket);
         }
         cache
     }
 
-    /// Does not wait for the cache: whoever reads holds it, and waits for this thread.
-    fn acknowledge(&self, keys: Vec<Vec<u8>>, ticket: u64) {
-        self.landed.lock().push((ticket, keys));
+    /// The store has these writes, and reads of it show them. Does not wait for the cache: whoever reads holds it, and
+    /// waits for this thread.
+    fn land(&self, writes: Arc<[Write]>, ticket: u64) {
+        self.landed.lock().push((ticket, writes));
+    }
+
+    /// What was committed up to `ticket` is safe.
+    fn acknowledge(&self, ticket: u64) {
         self.state.lock().acknowledged = ticket;
         self.tell();
     }
@@ -181,7 +206,6 @@ impl Shared {
         state.queue.clear();
         state.failed = Some(match e {
             StoreError::Fenced { current, .. } => Failure::Fenced { current },
-            StoreError::NoSpace { .. } => Failure::NoSpace,
             other => Failure::Other(other.to_string()),
         });
         drop(state);
@@ -198,6 +222,10 @@ impl Shared {
     fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Relaxed)
     }
+
+    fn set_trouble(&self, why: String) {
+        self.state.lock().trouble = Some(why);
+    }
 }
 
 /// See the module.
@@ -207,13 +235,14 @@ pub struct RemoteStore {
     thread: Option<JoinHandle<()>>,
     place: String,
     engine: &'static str,
+    batch_writes: usize,
 }
 
 impl RemoteStore {
     /// Connects to the engine at `place`; it is not owned yet. `cache_bytes` bounds what is remembered of it.
     ///
     /// # Errors
-    /// When it is of no use: wrong credentials, an unknown database. One that cannot be reached is waited for later.
+    /// When it is of no use: wrong credentials, an unknown database, too old a version. One that cannot be reached is waited for later.
     pub fn open(place: &Place, cache_bytes: u64) -> StoreResult<RemoteStore> {
         let engine = match place {
             Place::Postgres { .. } => "postgres",
@@ -221,6 +250,28 @@ impl RemoteStore {
         };
         let to = place.clone();
         RemoteStore::start(place.to_string(), engine, cache_bytes, move || Box::pin(connect(to)))
+    }
+
+    /// Whether nobody owns the store, so far as that shows within the time in which an owner gives signs.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn is_free(&self) -> StoreResult<bool> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (done, waiting) = mpsc::channel::<()>();
+        let waker = stop.clone();
+        let timer = std::thread::Builder::new().name("meta-wait".into()).spawn(move || {
+            // Longer than an owner's silence; ended early by the answer.
+            let _ = waiting.recv_timeout(TAKE_OVER_SILENCE + TAKE_OVER_SILENCE / 2);
+            waker.store(true, Ordering::Relaxed);
+        });
+        let timer = timer.map_err(|e| self.error(e))?;
+        let free = self.await_silence(stop, None);
+        drop(done);
+        if timer.join().is_err() {
+            return Err(self.error(io::Error::other("a thread panicked")));
+        }
+        free
     }
 
     fn start(
@@ -253,8 +304,9 @@ impl RemoteStore {
         });
         let thread = thread.map_err(|e| io_error(&place, e))?;
         let gone = || Err(io_error(&place, io::Error::other("its thread ended at once")));
-        opened.recv().unwrap_or_else(|_| gone())?;
-        Ok(RemoteStore { shared, requests: Some(requests), thread: Some(thread), place, engine })
+        let limits = opened.recv().unwrap_or_else(|_| gone())?;
+        let (requests, thread) = (Some(requests), Some(thread));
+        Ok(RemoteStore { shared, requests, thread, place, engine, batch_writes: limits.writes })
     }
 
     fn ask<T>(&self, request: impl FnOnce(mpsc::SyncSender<StoreResult<T>>) -> Request) -> StoreResult<T> {
@@ -275,9 +327,33 @@ impl RemoteStore {
             Some(Failure::Fenced { current }) => {
                 Err(StoreError::Fenced { ours: state.fence.unwrap_or(Fence(0)), current: *current })
             }
-            Some(Failure::NoSpace) => Err(StoreError::NoSpace { folder: self.place.clone().into() }),
             Some(Failure::Other(why)) => Err(self.error(io::Error::other(why.clone()))),
         }
+    }
+
+    /// Waits until everything committed so far is safe. When that has not come by the `deadline`, nothing is
+    /// committed any more.
+    fn wait(&self, deadline: Option<Instant>) -> StoreResult<Ticket> {
+        let mut state = self.shared.state.lock();
+        let upto = state.issued;
+        while state.acknowledged < upto {
+            self.failure(&state)?;
+            match deadline {
+                None => self.shared.progress.wait(&mut state),
+                Some(at) => {
+                    if self.shared.progress.wait_until(&mut state, at).timed_out()
+                        && state.acknowledged < upto
+                    {
+                        let why = state.trouble.clone().unwrap_or_else(|| "it is too slow".into());
+                        let source = io::Error::new(io::ErrorKind::TimedOut, why.clone());
+                        state.failed.get_or_insert(Failure::Other(why));
+                        return Err(self.error(source));
+                    }
+                }
+            }
+        }
+        self.failure(&state)?;
+        Ok(Ticket(state.acknowledged))
     }
 
     fn fetch(&self, range: Range<Vec<u8>>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
@@ -301,12 +377,12 @@ async fn serve(
     connecting: BoxFuture<'static, StoreResult<Arc<dyn Link>>>,
     shared: Arc<Shared>,
     requests: tokio::sync::mpsc::UnboundedReceiver<Request>,
-    ready: &mpsc::SyncSender<StoreResult<()>>,
+    ready: &mpsc::SyncSender<StoreResult<Limits>>,
 ) {
     match connecting.await {
         Ok(link) => {
             // The opener waits for this.
-            let _ = ready.send(Ok(()));
+            let _ = ready.send(Ok(link.limits()));
             let holder = uuid::Uuid::new_v4().as_u64_pair().0;
             Worker { link, shared, requests, owner: None, holder, postponed: VecDeque::new() }.run().await;
         }
@@ -316,10 +392,8 @@ async fn serve(
 
 async fn connect(place: Place) -> StoreResult<Arc<dyn Link>> {
     Ok(match &place {
-        Place::Etcd { hosts, prefix, writes_max } => {
-            Arc::new(etcd::Etcd::open(&place, hosts, prefix, *writes_max)?)
-        }
-        Place::Postgres { url } => Arc::new(postgres::Postgres::open(&place, url).await?),
+        Place::Etcd { .. } => Arc::new(etcd::Etcd::open(&place).await?),
+        Place::Postgres { .. } => Arc::new(postgres::Postgres::open(&place).await?),
         Place::Fjall(_) => {
             return Err(io_error(&place.to_string(), io::Error::other("it is a folder of this host")));
         }
@@ -336,33 +410,25 @@ impl MetaStore for RemoteStore {
     }
 
     fn scan(&self, range: Range<&[u8]>, order: Order, limit: usize) -> StoreResult<Vec<Pair>> {
-        self.shared
-            .cache
-            .lock()
-            .scan(range, order, limit, |range, order, limit| self.fetch(range, order, limit))
+        self.shared.cache().scan(range, order, limit, |range, order, limit| self.fetch(range, order, limit))
     }
 
     fn commit(&self, batch: Batch, fence: Fence) -> StoreResult<Ticket> {
-        let ticket = {
-            let state = self.shared.state.lock();
-            self.failure(&state)?;
-            let current = state.fence.unwrap_or(Fence(0));
-            if current != fence {
-                return Err(StoreError::Fenced { ours: fence, current });
-            }
-            state.issued + 1
-        };
-        {
-            let mut cache = self.shared.cache();
-            for (key, value) in &batch.writes {
-                cache.write(key.clone(), value.clone(), ticket);
-            }
-        }
+        // The cache first, as readers do; so tickets are given out in the order of what the cache shows.
+        let mut cache = self.shared.cache();
         let mut state = self.shared.state.lock();
         self.failure(&state)?;
-        state.issued = ticket;
+        let current = state.fence.unwrap_or(Fence(0));
+        if current != fence {
+            return Err(StoreError::Fenced { ours: fence, current });
+        }
+        state.issued += 1;
+        let ticket = state.issued;
+        for (key, value) in &batch.writes {
+            cache.write(key.clone(), value.clone(), ticket);
+        }
         state.queue.push_back((ticket, batch.writes));
-        drop(state);
+        drop((state, cache));
         if let Some(requests) = &self.requests {
             // A thread that has ended has left a failure.
             let _ = requests.send(Request::Wake);
@@ -371,17 +437,12 @@ impl MetaStore for RemoteStore {
     }
 
     fn sync(&self) -> StoreResult<Ticket> {
-        let mut state = self.shared.state.lock();
-        let upto = state.issued;
-        while state.acknowledged < upto {
-            self.failure(&state)?;
-            self.shared.progress.wait(&mut state);
-        }
-        self.failure(&state)?;
-        Ok(Ticket(state.acknowledged))
+        self.wait(None)
     }
 
     fn take_over(&self) -> StoreResult<Fence> {
+        // What was lost with an ownership is still in memory here.
+        self.failure(&self.shared.state.lock())?;
         let fence = self.ask(|reply| Request::TakeOver { reply })?;
         // Others may have written since.
         self.shared.cache().clear();
@@ -413,8 +474,36 @@ impl Late for RemoteStore {
         state.failed.is_none() && state.confirmed.is_some_and(|at| at.elapsed() < OWNERSHIP)
     }
 
-    fn await_silence(&self, stop: Arc<AtomicBool>) -> StoreResult<bool> {
-        self.ask(|reply| Request::AwaitSilence { stop, reply })
+    fn settle(&self, patience: Duration) -> StoreResult<Ticket> {
+        self.wait(Some(Instant::now() + patience))
+    }
+
+    fn batch_writes(&self) -> usize {
+        self.batch_writes
+    }
+
+    fn await_silence(&self, stop: Arc<AtomicBool>, name: Option<&str>) -> StoreResult<bool> {
+        let name = name.map(str::to_owned);
+        self.ask(|reply| Request::AwaitSilence { stop, name, reply })
+    }
+
+    fn report(&self, then: Box<dyn FnOnce(StoreReport) + Send>) {
+        let report = {
+            let state = self.shared.state.lock();
+            StoreReport {
+                committed: state.issued,
+                safe: state.acknowledged,
+                transactions: state.transactions,
+                trouble: state.trouble.clone().unwrap_or_default(),
+                ..StoreReport::default()
+            }
+        };
+        let cached_bytes = self.shared.cache().bytes() as u64;
+        let report = StoreReport { answering: self.is_owner(), cached_bytes, ..report };
+        if let Some(requests) = &self.requests {
+            // A thread that has ended answers nobody.
+            let _ = requests.send(Request::Report { report, then });
+        }
     }
 
     fn release(&self) -> StoreResult<()> {

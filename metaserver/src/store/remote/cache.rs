@@ -63,6 +63,11 @@ impl Cache {
         }
     }
 
+    /// What it holds takes about so many bytes, unacknowledged writes not counted.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
         *self = Cache::new(self.bytes_max);
@@ -116,7 +121,7 @@ impl Cache {
         fetch: impl Fn(Range<Key>, Order, usize) -> StoreResult<Vec<Pair>>,
     ) -> StoreResult<Vec<Pair>> {
         let mut out = Vec::new();
-        let (mut from, mut to) = (range.start.to_vec(), range.end.to_vec());
+        let (mut from, mut to) = (range.start.to_vec(), range.end.min(END).to_vec());
         while from < to && out.len() < limit {
             let room = limit - out.len();
             let page = room.clamp(PAGE_PAIRS, PAGE_PAIRS_MAX);

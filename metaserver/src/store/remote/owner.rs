@@ -9,6 +9,9 @@ pub(super) const OWNER: &[u8] = b"\0owner";
 /// Range of the parts of a batch that is too large for one transaction.
 pub(super) const INTENTS: (&[u8], &[u8]) = (b"\0intent", b"\0intenu");
 
+/// Range of the signs that standbys give.
+pub(super) const STANDBYS: (&[u8], &[u8]) = (b"\0standby", b"\0standbz");
+
 const VERSION: u8 = 1;
 
 /// Every transaction names the record that it expects, and writes the next: so a transaction is applied at most once, in
@@ -68,6 +71,11 @@ pub(super) type Write = (Vec<u8>, Option<Bytes>);
 /// Key of one part.
 pub(super) fn intent(index: u32) -> Vec<u8> {
     [INTENTS.0, &index.to_be_bytes()].concat()
+}
+
+/// Key of a standby's signs.
+pub(super) fn standby(holder: u64) -> Vec<u8> {
+    [STANDBYS.0, &holder.to_be_bytes()].concat()
 }
 
 /// What a write takes in a transaction, about.

@@ -1,18 +1,16 @@
 //! The contract on real servers, and what is peculiar to engines across a network.
 
-#[allow(unreachable_pub, reason = "shared with the tests of the whole system")]
+mod access;
+#[allow(unreachable_pub, dead_code, reason = "shared with the tests of the whole system")]
 #[path = "../../../../tests/harness/engines.rs"]
 mod engines;
 mod faulty;
 
-use std::{
-    sync::{Arc, atomic::AtomicBool},
-    time::Instant,
-};
+use std::sync::{Arc, atomic::AtomicBool};
 
 use bytes::Bytes;
 
-use super::{RemoteStore, TAKE_OVER_SILENCE};
+use super::RemoteStore;
 use crate::store::{
     Batch, Late, MetaStore, Order, Place, StoreError,
     conformance::{self, put},
@@ -106,19 +104,17 @@ fn pages_are_read_both_ways(url: &str) {
 fn a_standby_waits_for_silence_or_release(url: &str) {
     let go_on = || Arc::new(AtomicBool::new(false));
     let (owner, standby) = (open(url), open(url));
-    assert!(standby.await_silence(go_on()).unwrap(), "nobody owns it");
+    assert!(standby.await_silence(go_on(), None).unwrap(), "nobody owns it");
     owner.take_over().unwrap();
-    assert!(!standby.await_silence(Arc::new(AtomicBool::new(true))).unwrap(), "it was told to stop");
+    assert!(!standby.await_silence(Arc::new(AtomicBool::new(true)), None).unwrap(), "it was told to stop");
     owner.release().unwrap();
-    assert!(standby.await_silence(go_on()).unwrap(), "released");
+    assert!(standby.await_silence(go_on(), None).unwrap(), "released");
     let fence = owner.take_over().unwrap();
-    let begun = Instant::now();
     // Without a release, as in a crash.
     drop(owner);
-    assert!(standby.await_silence(go_on()).unwrap());
-    assert!(begun.elapsed() + super::HEARTBEAT >= TAKE_OVER_SILENCE, "the owner was not given its time");
+    assert!(standby.await_silence(go_on(), None).unwrap());
     let second = open(url);
-    assert!(second.await_silence(go_on()).unwrap());
+    assert!(second.await_silence(go_on(), None).unwrap());
     let before = fence;
     let fence = standby.take_over().unwrap();
     assert!(fence > before);
@@ -187,12 +183,4 @@ fn postgres_fails_over_to_its_standby() {
     other.take_over().unwrap();
     assert_eq!(other.get(b"count").unwrap().unwrap(), "100");
     assert_eq!(all(&other).len(), 101);
-}
-
-#[test]
-fn a_store_that_is_of_no_use_is_named() {
-    let mut postgres = Postgres::start();
-    let wrong = postgres.url().replace("/fjord1", "/nothere");
-    let error = RemoteStore::open(&wrong.parse().unwrap(), CACHE_BYTES).err().unwrap().to_string();
-    assert!(error.contains("nothere"), "{error}");
 }

@@ -17,14 +17,14 @@ use crate::store::{
 type Pairs = Arc<Mutex<BTreeMap<Vec<u8>, Bytes>>>;
 
 /// The owner record that it expects, the one that it writes, and its writes.
-type Transaction = (Vec<u8>, Vec<u8>, Vec<Write>);
+type Transaction = (Bytes, Bytes, Arc<[Write]>);
 
 /// One process's way to the engine.
 struct Faulty {
     pairs: Pairs,
     chance: Mutex<Chance>,
-    /// A transaction that will arrive after a later one.
-    late: Mutex<Option<Transaction>>,
+    /// Transactions that will arrive after later ones.
+    late: Mutex<Vec<Transaction>>,
     /// Calls until the process is cut off for good.
     left: Mutex<u32>,
 }
@@ -58,13 +58,24 @@ fn apply(pairs: &Pairs, expected: &[u8], next: &[u8], writes: &[Write]) -> bool 
 }
 
 impl Link for Faulty {
-    fn apply<'a>(
-        &'a self,
-        expected: &'a [u8],
-        next: &'a [u8],
-        writes: &'a [Write],
-    ) -> BoxFuture<'a, Result<bool, Fault>> {
+    fn apply(
+        self: Arc<Self>,
+        expected: Bytes,
+        next: Bytes,
+        writes: Arc<[Write]>,
+    ) -> BoxFuture<'static, Result<bool, Fault>> {
         Box::pin(async move {
+            assert!(writes.len() <= self.limits().writes, "the engine would refuse it");
+            let (hit, kind, turns) = {
+                let mut chance = self.chance.lock();
+                (chance.below(100) < chance.faults, chance.below(3), chance.below(4))
+            };
+            // Those that are sent together arrive in any order.
+            if self.chance.lock().faults > 0 {
+                for _ in 0..turns {
+                    tokio::task::yield_now().await;
+                }
+            }
             {
                 let mut left = self.left.lock();
                 if *left == 0 {
@@ -73,26 +84,21 @@ impl Link for Faulty {
                 }
                 *left -= 1;
             }
-            assert!(writes.len() <= self.limits().writes, "the engine would refuse it");
             let lost = || Err(Fault::Unavailable("lost".into()));
-            let (hit, kind) = {
-                let mut chance = self.chance.lock();
-                (chance.below(100) < chance.faults, chance.below(3))
-            };
-            let before = self.late.lock().take();
+            let before = if hit { Vec::new() } else { std::mem::take(&mut *self.late.lock()) };
             let result = match (hit, kind) {
-                (false, _) => Ok(apply(&self.pairs, expected, next, writes)),
+                (false, _) => Ok(apply(&self.pairs, &expected, &next, &writes)),
                 (true, 0) => lost(),
                 (true, 1) => {
-                    apply(&self.pairs, expected, next, writes);
+                    apply(&self.pairs, &expected, &next, &writes);
                     lost()
                 }
                 (true, _) => {
-                    *self.late.lock() = Some((expected.to_vec(), next.to_vec(), writes.to_vec()));
+                    self.late.lock().push((expected, next, writes));
                     lost()
                 }
             };
-            if let Some((expected, next, writes)) = before {
+            for (expected, next, writes) in before {
                 apply(&self.pairs, &expected, &next, &writes);
             }
             result
@@ -119,6 +125,19 @@ impl Link for Faulty {
         Limits { writes: 7, bytes: 400 }
     }
 
+    fn note(&self, key: Vec<u8>, value: Option<Bytes>) -> BoxFuture<'_, Result<(), Fault>> {
+        let mut pairs = self.pairs.lock();
+        match value {
+            Some(value) => pairs.insert(key, value),
+            None => pairs.remove(&key),
+        };
+        Box::pin(async { Ok(()) })
+    }
+
+    fn health(&self) -> BoxFuture<'_, Vec<String>> {
+        Box::pin(async { vec!["test".into()] })
+    }
+
     fn place(&self) -> &str {
         "test"
     }
@@ -128,7 +147,7 @@ fn open(pairs: &Pairs, seed: u64, faults: u64, left: u32) -> RemoteStore {
     let link = Faulty {
         pairs: pairs.clone(),
         chance: Mutex::new(Chance { seed, faults }),
-        late: Mutex::new(None),
+        late: Mutex::default(),
         left: Mutex::new(left),
     };
     let link: Arc<dyn Link> = Arc::new(link);
@@ -159,7 +178,7 @@ fn found(store: &RemoteStore) -> BTreeMap<Vec<u8>, Bytes> {
 
 #[test]
 fn lost_and_late_messages_change_nothing() {
-    for seed in 1..6 {
+    for seed in 1..13 {
         let pairs = Pairs::default();
         let store = open(&pairs, seed, 30, u32::MAX);
         let fence = store.take_over().unwrap();

@@ -1,0 +1,76 @@
+//! What a store says of itself, whichever engine keeps it: the format of its records, and whether they may be served.
+
+use bytes::Bytes;
+use fjordfs_proto::{FsError, FsResult, error::Errno};
+
+use crate::{
+    keys,
+    label::FORMAT_VERSION,
+    store::{MetaStore, StoreResult},
+};
+
+/// First byte of the record at [`keys::CLOSED`]; the rest is a sentence for people.
+const UNFINISHED: u8 = b'u';
+const MOVED: u8 = b'm';
+
+/// Why a store is not to be served.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Closed {
+    /// A migration into it, or a restore, did not end.
+    Unfinished(String),
+    /// Its records are elsewhere now.
+    Moved(String),
+}
+
+impl Closed {
+    /// While a backup is loaded.
+    pub(crate) fn restoring() -> Closed {
+        let what = "a backup was being loaded into it and is not all there: empty it and restore again";
+        Closed::Unfinished(what.to_owned())
+    }
+
+    pub(crate) fn encode(&self) -> Bytes {
+        let (mark, text) = match self {
+            Closed::Unfinished(text) => (UNFINISHED, text),
+            Closed::Moved(text) => (MOVED, text),
+        };
+        [&[mark], text.as_bytes()].concat().into()
+    }
+
+    fn text(&self) -> &str {
+        let (Closed::Unfinished(text) | Closed::Moved(text)) = self;
+        text
+    }
+}
+
+/// Whether the store is closed.
+pub(crate) fn closed(store: &dyn MetaStore) -> StoreResult<Option<Closed>> {
+    let Some(value) = store.get(keys::CLOSED)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(value.get(1..).unwrap_or_default()).into_owned();
+    // What this release does not know is at least not open.
+    let unfinished = value.first() == Some(&UNFINISHED);
+    Ok(Some(if unfinished { Closed::Unfinished(text) } else { Closed::Moved(text) }))
+}
+
+/// Refuses a store that is closed, or that a newer release has written.
+pub(crate) fn check(store: &dyn MetaStore) -> FsResult<()> {
+    let engine = |e| FsError::from(&e);
+    if let Some(closed) = closed(store).map_err(engine)? {
+        return Err(FsError::new(Errno::EIO, closed.text().to_owned()));
+    }
+    let found = store.get(keys::FORMAT).map_err(engine)?;
+    let version = found.and_then(|v| v.as_ref().try_into().ok()).map_or(0, u32::from_be_bytes);
+    if version > FORMAT_VERSION {
+        let text = format!(
+            "its records have format version {version}, this release knows {FORMAT_VERSION}: use the release that wrote \
+             them, or a newer one"
+        );
+        return Err(FsError::new(Errno::EIO, text));
+    }
+    Ok(())
+}
+
+/// The record at [`keys::FORMAT`].
+pub(crate) fn format() -> Bytes {
+    Bytes::copy_from_slice(&FORMAT_VERSION.to_be_bytes())
+}
