@@ -54,7 +54,7 @@ impl DataClient {
         let cluster_id = map.borrow().cluster_id.clone();
         DataClient {
             local: LocalReads::new(engine.clone(), options),
-            pool: Pool::new(engine, cluster_id, options.description.clone(), options.local_sockets),
+            pool: Pool::new(engine, cluster_id, options),
             map,
             parity: ParityBuffers::new(options.parity_max()),
             health: Health::new(options.hedge_delay),

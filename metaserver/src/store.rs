@@ -30,6 +30,7 @@ use std::{
 
 use bytes::Bytes;
 use fjordfs_proto::{FsError, error::Errno};
+use futures_util::future::BoxFuture;
 
 pub use fjall::{FjallOptions, FjallStore};
 pub use memory::MemoryStore;
@@ -154,6 +155,11 @@ pub trait MetaStore: Send + Sync + 'static {
 
     /// For people: `fjord status`.
     fn name(&self) -> &'static str;
+
+    /// A sync that holds up no thread while it waits; then this is used instead of [`MetaStore::sync`] while the metaserver runs.
+    fn sync_waiting(&self) -> Option<BoxFuture<'static, StoreResult<Ticket>>> {
+        None
+    }
 
     /// An engine across a network says here how far it is.
     fn late(&self) -> Option<&dyn Late> {

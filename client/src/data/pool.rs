@@ -14,7 +14,10 @@ use super::{
     connection::{Connection, Peer},
     socket::Way,
 };
-use crate::engine::{Engine, LaneId, lane};
+use crate::{
+    Network, Options,
+    engine::{Engine, LaneId, lane},
+};
 
 /// After a failed attempt, the server is not tried again for this long: its other users get the same error at once
 /// and go to another copy.
@@ -26,6 +29,7 @@ pub(super) struct Pool {
     client: String,
     /// Whether servers on this host are reached through their Unix sockets.
     local: bool,
+    network: Option<Arc<dyn Network>>,
     buffers: Arc<Buffers>,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
     /// How servers are reached, as far as that was said.
@@ -46,12 +50,13 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(engine: Arc<Engine>, cluster_id: String, client: String, local: bool) -> Pool {
+    pub(super) fn new(engine: Arc<Engine>, cluster_id: String, options: &Options) -> Pool {
         Pool {
             engine,
             cluster_id,
-            client,
-            local,
+            client: options.description.clone(),
+            local: options.local_sockets && options.network.is_none(),
+            network: options.network.clone(),
             buffers: Arc::default(),
             slots: Mutex::default(),
             said: Mutex::default(),
@@ -79,6 +84,7 @@ impl Pool {
             cluster_id: self.cluster_id.clone(),
             client: self.client.clone(),
             local: self.local,
+            network: self.network.clone(),
         };
         match Connection::open(&self.engine, &peer, &self.buffers).await {
             Ok(connection) => {

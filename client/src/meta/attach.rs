@@ -14,12 +14,14 @@ use fjordfs_proto::{
     error::Errno,
     pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, Welcome, meta_client},
 };
+use futures_util::TryFutureExt;
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::{Options, locks::Locks};
+use crate::{Network, Options, locks::Locks};
 
 /// How to reach the server, and who we are.
 pub(super) struct Peer {
@@ -28,6 +30,7 @@ pub(super) struct Peer {
     /// Position of the address that answered last.
     at: AtomicUsize,
     description: String,
+    network: Option<Arc<dyn Network>>,
     delegations: bool,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
     locks: Arc<Locks>,
@@ -133,7 +136,15 @@ impl Peer {
             .initial_connection_window_size(8 << 20)
             .http2_keep_alive_interval(patience.ping)
             .keep_alive_timeout(patience.ping);
-        let channel = endpoint.connect().await.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
+        let channel = match &self.network {
+            None => endpoint.connect().await,
+            Some(network) => {
+                let (network, address) = (network.clone(), address.to_owned());
+                let connect = move |_| network.connect(&address).map_ok(TokioIo::new);
+                endpoint.connect_with_connector(tower::service_fn(connect)).await
+            }
+        };
+        let channel = channel.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
         let mut client = meta_client::MetaClient::new(channel)
             .max_decoding_message_size(META_MESSAGE_MAX)
             .max_encoding_message_size(META_MESSAGE_MAX);
@@ -195,6 +206,7 @@ pub(super) async fn attach_first(
         address: address.to_owned(),
         at: AtomicUsize::new(0),
         description: options.description.clone(),
+        network: options.network.clone(),
         delegations: options.defer,
         handles,
         locks,
