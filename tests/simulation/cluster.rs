@@ -98,10 +98,6 @@ impl Cluster {
         self.check_namespace();
     }
 
-    pub(crate) fn meta_runs(&self) -> bool {
-        self.meta.is_some()
-    }
-
     /// What is committed must make sense at any moment.
     pub(crate) fn check_namespace(&self) -> Report {
         let report = fsck::check(&self.disk).unwrap();
@@ -130,10 +126,6 @@ impl Cluster {
             server.lock().unwrap().lose_unsynced();
         }
         self.net.kill(host);
-    }
-
-    pub(crate) fn data_runs(&self, at: usize) -> bool {
-        self.data[at].1.is_some()
     }
 
     // ---- clients ----

@@ -89,10 +89,6 @@ impl Flash {
         trace(format_args!("h{}: {} shards lost", self.name, before - self.shards.len()));
     }
 
-    pub(crate) fn target(&self) -> u64 {
-        self.target
-    }
-
     pub(crate) fn holds(&self, key: Key) -> bool {
         self.shards.contains_key(&key)
     }

@@ -15,7 +15,10 @@ use fjordfs_tests::history::{
     appends::{self, Progress},
 };
 
-use crate::{fate, run::violation};
+use crate::{
+    fate,
+    run::{trace, violation},
+};
 
 /// One client, from its start to its end.
 pub(crate) type Actor = u32;
@@ -82,6 +85,7 @@ impl Records {
     }
 
     pub(crate) fn begin_write(&self, register: &str, actor: Actor, value: u64) -> Begun {
+        trace(format_args!("c{actor} writes {value}: {register}"));
         let mut state = self.state();
         let operations = state.registers.entry(register.to_owned()).or_default();
         operations.push(Operation {
@@ -100,10 +104,12 @@ impl Records {
         if let Some(write) = self.state().registers.get_mut(&begun.register).and_then(|o| o.get_mut(begun.at))
         {
             write.ended = now();
+            trace(format_args!("c{} has written {}: {}", write.actor, write.value, begun.register));
         }
     }
 
     pub(crate) fn read(&self, register: &str, actor: Actor, value: u64, began: Time) {
+        trace(format_args!("c{actor} has read {value} since {:.6}: {register}", began as f64 / 1e9));
         let read = Operation { actor, value, is_write: false, began, ended: now(), synced: false };
         self.state().registers.entry(register.to_owned()).or_default().push(read);
     }
@@ -131,6 +137,14 @@ impl Records {
         for appended in state.appends.values_mut().filter(|appended| appended.actor == actor) {
             appended.progress.sure = appended.synced;
         }
+    }
+
+    /// Whether something that was not synced may be what a register holds, so that it need not be readable after a power failure.
+    pub(crate) fn may_be_unreadable(&self, register: &str) -> bool {
+        let state = self.state();
+        let writes = || state.registers.get(register).into_iter().flatten().filter(|o| o.is_write);
+        let safe = writes().filter(|o| o.synced).map(|o| o.began).max().unwrap_or(0);
+        writes().any(|o| !o.synced && o.ended >= safe)
     }
 
     // ---- the log ----

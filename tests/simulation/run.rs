@@ -116,6 +116,8 @@ struct Plan {
     meta_power: bool,
     data_kills: bool,
     data_power: bool,
+    /// All hosts of the cluster lose their power at once.
+    outages: bool,
     client_crashes: bool,
     short_partitions: bool,
     long_partitions: bool,
@@ -134,6 +136,7 @@ impl Plan {
             meta_power,
             data_kills: random.random_ratio(1, 2),
             data_power: random.random_ratio(1, 6),
+            outages: meta_power && random.random(),
             client_crashes: random.random_ratio(1, 3),
             short_partitions: random.random_ratio(1, 2),
             long_partitions: random.random_ratio(1, 5),
@@ -285,7 +288,12 @@ impl World {
             }
             3 if meta_kills || meta_power => {
                 let power = meta_power && self.random.random();
+                let outage = power && self.plan.outages && self.random.random();
                 self.cluster.kill_meta(power);
+                if outage {
+                    (0..self.cluster.servers()).for_each(|at| self.cluster.kill_data(at, true));
+                    (0..self.cluster.servers()).for_each(|at| self.cluster.start_data(at));
+                }
                 tokio::time::sleep(down).await;
                 self.cluster.start_meta();
             }
@@ -405,7 +413,7 @@ impl World {
                 }
                 let shards =
                     (0..8).filter(|shard| flashes().any(|flash| flash.holds((block, *shard)))).count();
-                if shards == 0 {
+                if shards == 0 && !self.plan.outages {
                     violation(format!("block {block} of {ino} is nowhere"));
                 }
             }

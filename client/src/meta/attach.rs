@@ -12,7 +12,7 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, META_MESSAGE_MAX, PROTOCOL_VERSION, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, Welcome, meta_client},
+    pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, SlotAnswered, Welcome, meta_client},
 };
 use futures_util::TryFutureExt;
 use hyper_util::rt::TokioIo;
@@ -101,13 +101,17 @@ impl Peer {
         self: &Arc<Self>,
         session: u64,
         cluster_id: &str,
+        answered: &[SlotAnswered],
     ) -> Result<Attached, AttachError> {
         let addresses: Vec<&str> = self.address.split(',').collect();
         let mut why = String::new();
         let first = self.at.load(Ordering::Relaxed);
         for at in first..first + addresses.len() {
             let address = addresses[at % addresses.len()];
-            match self.attach_at(address, &Patience::with(addresses.len()), session, cluster_id).await {
+            match self
+                .attach_at(address, &Patience::with(addresses.len()), session, cluster_id, answered)
+                .await
+            {
                 Err(AttachError::Unreachable(e)) if why.is_empty() => why = e,
                 Err(AttachError::Unreachable(e)) => why = format!("{why}; {address}: {e}"),
                 other => {
@@ -125,6 +129,7 @@ impl Peer {
         patience: &Patience,
         session: u64,
         cluster_id: &str,
+        answered: &[SlotAnswered],
     ) -> Result<Attached, AttachError> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|e| {
@@ -159,6 +164,7 @@ impl Peer {
             handles,
             delegations: self.delegations,
             locks: self.locks.declared(),
+            answered: answered.to_vec(),
         };
         let first = ClientMessage { hello: Some(hello), ..Default::default() };
         let greeted = Instant::now();
@@ -211,7 +217,7 @@ pub(super) async fn attach_first(
         handles,
         locks,
     });
-    match peer.attach(0, "").await {
+    match peer.attach(0, "", &[]).await {
         Ok(attached) => Ok(attached),
         Err(AttachError::Unreachable(why)) => Err(FsError::new(
             Errno::ETIMEDOUT,
