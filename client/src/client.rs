@@ -67,7 +67,11 @@ impl Client {
     /// # Errors
     /// `ETIMEDOUT` when nobody answers there, `EPROTO` when the metaserver refuses this client.
     pub async fn connect(meta: &str, options: Options) -> FsResult<Client> {
-        let engine = Arc::new(Engine::start(options.threads)?);
+        let engine = match options.network {
+            Some(_) => Engine::of_caller()?,
+            None => Engine::start(options.threads)?,
+        };
+        let engine = Arc::new(engine);
         let (address, session_options, alive) = (meta.to_owned(), options.clone(), engine.alive());
         let session =
             engine.spawn_session(async move { MetaClient::connect(&address, &session_options, alive).await });

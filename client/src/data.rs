@@ -55,7 +55,7 @@ impl DataClient {
         let memory = memory::Pool::new(options.arena_max(), options.memory_max);
         DataClient {
             local: LocalReads::new(engine.clone(), memory.clone(), options),
-            pool: Pool::new(engine, memory, cluster_id, options.description.clone(), options.local_sockets),
+            pool: Pool::new(engine, memory, cluster_id, options),
             map,
             parity: ParityBuffers::new(options.parity_max()),
             health: Health::new(options.hedge_delay),

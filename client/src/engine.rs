@@ -47,10 +47,19 @@ pub(crate) struct Engine {
     session: Handle,
     alive: Alive,
     /// Dropped, it ends the session's thread.
-    _session_alive: oneshot::Sender<()>,
+    _session_alive: Option<oneshot::Sender<()>>,
 }
 
 impl Engine {
+    /// Leaves all work to the runtime of the caller.
+    pub(crate) fn of_caller() -> FsResult<Engine> {
+        let handle = Handle::try_current()
+            .map_err(|e| FsError::new(Errno::EINVAL, format!("a client over its own network: {e}")))?;
+        // Nobody lingers: the runtime ends when its owner wants.
+        let (alive, _) = mpsc::channel(1);
+        Ok(Engine { runtime: None, session: handle.clone(), handle, alive, _session_alive: None })
+    }
+
     pub(crate) fn start(threads: usize) -> FsResult<Engine> {
         let failed = |e| FsError::new(Errno::EAGAIN, format!("cannot start the client's threads: {e}"));
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -76,7 +85,7 @@ impl Engine {
                 }
             })
             .map_err(failed)?;
-        Ok(Engine { runtime: Some(runtime), handle, session, alive, _session_alive: session_alive })
+        Ok(Engine { runtime: Some(runtime), handle, session, alive, _session_alive: Some(session_alive) })
     }
 
     /// For the session's driver.

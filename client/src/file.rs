@@ -296,9 +296,18 @@ impl File {
     /// # Errors
     /// As [`File::flush`], and `EIO` when a server could not sync.
     pub async fn fsync(&self) -> FsResult<()> {
+        let leases = self.handle.client.meta.leases();
+        let losses = leases.losses();
         self.handle.client.flush(&self.handle.state).await?;
         self.handle.state.take_error()?;
-        self.handle.client.sync_file(self.ino()).await
+        self.handle.client.sync_file(self.ino()).await?;
+        match leases.losses() == losses {
+            true => Ok(()),
+            false => Err(FsError::new(
+                Errno::EIO,
+                format!("{}: lost in a power failure of the metaserver", self.ino()),
+            )),
+        }
     }
 
     /// Flushes and closes this handle.
@@ -349,11 +358,7 @@ impl Inner {
 
     /// Makes everything that this client has written to an inode power-safe.
     pub(crate) async fn sync_file(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
-        let shards = self.unsynced.lock().remove(&ino).unwrap_or_default();
-        let (data, meta) = tokio::join!(self.data.sync(&shards), self.sync_log());
-        if data.is_err() {
-            self.unsynced.lock().entry(ino).or_default().extend(shards);
-        }
+        let (data, meta) = tokio::join!(self.sync_stored_of(ino), self.sync_log());
         data.and(meta)
     }
 

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fjordfs_proto::{
     FsError, FsResult, HandleId, InodeId,
+    error::Errno,
     operation::access_is_due,
     pb::meta::{
         Accessed, Attr, Close, DirEntry, ExtentsReply, Recall, Time, request::Op, response::Result as Reply,
@@ -118,6 +119,8 @@ pub(crate) enum Keep {
     FlushAll(oneshot::Sender<Vec<InodeId>>),
     /// Something that was decided about these inodes was refused.
     Refused(Vec<InodeId>, FsError),
+    /// What was committed to any file, and not synced, may be gone.
+    Lost(FsError),
 }
 
 /// Whom the leases tell, and in what order: one who works on the client's files.
@@ -141,6 +144,8 @@ struct State {
     keeper: Option<mpsc::UnboundedSender<Keep>>,
     /// The first refusal of a deferred operation that nobody has been told of.
     refusal: Option<FsError>,
+    /// How often the metaserver has lost what it had answered.
+    losses: u64,
     /// Of the last operation, asked or decided.
     sequence: u64,
     /// `None` without a stream.
@@ -205,6 +210,7 @@ impl Leases {
             decides,
             keeper: None,
             refusal: None,
+            losses: 0,
             sequence: 0,
             good_until: None,
             listener: None,
@@ -356,7 +362,27 @@ impl Leases {
         self.state.lock().refusal.take()
     }
 
+    /// How often the metaserver has lost what it had answered. A sync that began before a loss must not succeed after it.
+    pub(crate) fn losses(&self) -> u64 {
+        self.state.lock().losses
+    }
+
     // ---- for the stream ----
+
+    /// The metaserver has lost something that it had answered and not synced. Whoever has a file open is told, and the next
+    /// sync.
+    pub(crate) fn lost(&self) {
+        let why = "the metaserver has lost what was not synced, in a power failure";
+        tracing::error!("{why}: the next fsync of every file reports it");
+        let error = FsError::new(Errno::EIO, why);
+        let mut state = self.state.lock();
+        state.losses += 1;
+        state.refusal.get_or_insert_with(|| error.clone());
+        if let Some(keeper) = &state.keeper {
+            // A client that is gone needs no report.
+            let _ = keeper.send(Keep::Lost(error));
+        }
+    }
 
     /// When what is deferred must be sent; `None` when there is nothing.
     pub(crate) fn deferred_due(&self) -> Option<Instant> {

@@ -31,6 +31,7 @@
 //! | `keeper` | commits what was written before others may see |
 //! | `meta` | the session stream |
 //! | `engine` | threads |
+//! | [`network`](Network) | other ways to the servers than TCP |
 
 mod batch;
 mod blocks;
@@ -48,6 +49,7 @@ mod locks;
 mod memory;
 mod meta;
 mod namespace;
+mod network;
 mod options;
 mod path;
 mod prefetch;
@@ -65,6 +67,7 @@ pub use fjordfs_proto::{
 };
 pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
+pub use network::{Network, Wire};
 pub use options::Options;
 pub use path::OpenOptions;
 pub use prefetch::{Planned, Prefetch};

@@ -469,23 +469,6 @@ impl Inner {
             }
         }
     }
-
-    /// Makes everything that this client has stored power-safe.
-    pub(crate) async fn sync_stored(self: &Arc<Self>) -> FsResult<()> {
-        let stored = std::mem::take(&mut *self.unsynced.lock());
-        let shards: Vec<_> = stored.values().flatten().cloned().collect();
-        if shards.is_empty() {
-            return Ok(());
-        }
-        let outcome = self.data.sync(&shards).await;
-        if outcome.is_err() {
-            let mut unsynced = self.unsynced.lock();
-            for (ino, shards) in stored {
-                unsynced.entry(ino).or_default().extend(shards);
-            }
-        }
-        outcome
-    }
 }
 
 fn entry_of(result: response::Result) -> FsResult<Attr> {

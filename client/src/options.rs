@@ -1,6 +1,8 @@
 //! What a client can be told.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use crate::Network;
 
 /// Settings of a [`crate::Client`]. All have defaults that suit a training node.
 #[derive(Clone, Debug)]
@@ -33,6 +35,9 @@ pub struct Options {
     pub local_reads: bool,
     /// Threads of the engine that carries connections and background work, and as many that batches are read on.
     pub threads: usize,
+    /// Servers are reached through this instead of TCP and Unix sockets, and the client has no threads of its own: for programs with
+    /// one runtime that does everything.
+    pub network: Option<Arc<dyn Network>>,
 }
 
 impl Default for Options {
@@ -50,6 +55,7 @@ impl Default for Options {
             local_sockets: true,
             local_reads: true,
             threads: 2,
+            network: None,
         }
     }
 }

@@ -20,6 +20,7 @@
 
 mod flusher;
 pub(crate) mod packer;
+mod stored;
 mod unit;
 
 use std::sync::Arc;

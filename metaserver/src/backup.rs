@@ -301,7 +301,7 @@ pub fn restore(file: &Path, data: &Path, store: Option<&Place>) -> Result<(About
         }
         Some(place) => {
             let store = RemoteStore::open(place, FjallOptions::default().cache_bytes)?;
-            store.await_silence(Default::default())?;
+            store.await_silence(Default::default(), None)?;
             let loaded = load(file, &store, &place.to_string())?;
             store.release()?;
             Ok(loaded)

@@ -22,7 +22,6 @@ use std::{
 
 use fjordfs_proto::{
     ClusterMap, Epoch, FsError, FsResult, InodeId, Policy, ROOT_INODE, ServerId, SessionId,
-    error::Errno,
     pb::{
         self,
         meta::{

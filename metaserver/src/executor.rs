@@ -677,7 +677,8 @@ impl Executor {
     }
 }
 
-fn moment() -> Moment {
+/// Both clocks, now.
+pub(crate) fn moment() -> Moment {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
     Moment { wall, mono: Instant::now() }

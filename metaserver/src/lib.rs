@@ -103,4 +103,5 @@ mod xattrs;
 
 pub use config::{Config, PORT_DEFAULT};
 pub use label::FolderError;
-pub use server::{MetaServer, StartError, StopError};
+pub use server::{MetaServer, StartError, StopError, serve_store};
+pub use service::Connection;

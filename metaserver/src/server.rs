@@ -1,14 +1,16 @@
 //! Starting and stopping a metaserver.
 
 use std::{
+    convert::Infallible,
     io,
     net::{SocketAddr, TcpListener},
     sync::{Arc, atomic::AtomicBool, mpsc},
     thread::JoinHandle,
-    time::{Duration, Instant, SystemTime},
+    time::Duration,
 };
 
-use fjordfs_proto::{FsError, FsResult, pb::meta::Time};
+use fjordfs_proto::{FsError, FsResult};
+use futures_util::Stream;
 use tokio::{
     runtime::Runtime,
     sync::{Notify, oneshot},
@@ -16,10 +18,10 @@ use tokio::{
 
 use crate::{
     Config,
-    core::{Core, Moment, cluster_of},
-    executor::{Executor, Job, Jobs},
+    core::{Core, cluster_of},
+    executor::{Executor, Job, Jobs, moment},
     label::{Folder, FolderError},
-    service,
+    service::{self, Connection},
     store::{FjallStore, Late, MetaStore, Place, RemoteStore, StoreError},
     syncer::Syncer,
 };
@@ -108,14 +110,12 @@ impl MetaServer {
             Some(place) => open_place(&config, place, stop)?,
         };
         let address = listener.local_addr().map_err(|e| listen_error(&config, e))?;
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let wall = Time { sec: since.as_secs() as i64, nsec: since.subsec_nanos() };
-        let now = Moment { wall, mono: Instant::now() };
-        let core = Core::open(store.clone(), &cluster_id, &config, now).map_err(|source| {
-            match store.late().map(Late::acknowledged) {
-                Some(Err(StoreError::Fenced { .. })) => StartError::Overtaken,
-                _ => metadata_error(&config, source),
-            }
+        let core = Core::open(store.clone(), &cluster_id, &config, moment()).map_err(|source| match store
+            .late()
+            .map(Late::acknowledged)
+        {
+            Some(Err(StoreError::Fenced { .. })) => StartError::Overtaken,
+            _ => metadata_error(&config, source),
         })?;
         let syncer = Syncer::start(store.clone(), config.log_sync).map_err(StartError::Thread)?;
         let watched = folder.is_some().then(|| config.data.clone());
@@ -254,24 +254,56 @@ fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-/// Runs until the executor stops. It ends the streams, without which connections would never drain.
+/// Runs until the executor stops.
 fn serve(
     runtime: Runtime,
     listener: tokio::net::TcpListener,
     executor: Executor,
     jobs: Jobs,
 ) -> FsResult<()> {
-    let (stop, stopping) = oneshot::channel();
-    let result = runtime.block_on(async move {
-        let server = tokio::spawn(async { report(service::serve(listener, jobs, stopping).await) });
-        let result = executor.run().await;
-        // A server that ended by itself does not listen any more.
-        let _ = stop.send(());
-        let _ = tokio::time::timeout(STOP_TIMEOUT, server).await;
-        result
-    });
+    let result = runtime.block_on(serve_connections(service::connections(listener), executor, jobs));
     runtime.shutdown_timeout(STOP_TIMEOUT);
     result
+}
+
+/// Runs until the executor stops. It ends the streams, without which connections would never drain.
+async fn serve_connections<I, IO>(connections: I, executor: Executor, jobs: Jobs) -> FsResult<()>
+where
+    I: Stream<Item = Result<IO, Infallible>> + Send + 'static,
+    IO: Connection,
+{
+    let (stop, stopping) = oneshot::channel();
+    let server = tokio::spawn(async { report(service::serve(connections, jobs, stopping).await) });
+    let result = executor.run().await;
+    // A server that ended by itself does not listen any more.
+    let _ = stop.send(());
+    let _ = tokio::time::timeout(STOP_TIMEOUT, server).await;
+    result
+}
+
+/// Serves the metadata in `store` over `connections`, in the runtime of the caller, until the store is lost; a metaserver for
+/// programs that have an engine or a network of their own. Of `config` it takes what is said about sessions, data servers and
+/// the default policy. Dropped, it ends as by a kill.
+///
+/// # Errors
+/// When the records in the store make no sense, or when it fails.
+pub async fn serve_store<I, IO>(
+    store: Arc<dyn MetaStore>,
+    cluster_id: &str,
+    config: &Config,
+    connections: I,
+) -> FsResult<()>
+where
+    I: Stream<Item = Result<IO, Infallible>> + Send + 'static,
+    IO: Connection,
+{
+    let core = Core::open(store.clone(), cluster_id, config, moment())?;
+    let syncer = Syncer::start(store.clone(), config.log_sync).map_err(|e| {
+        FsError::new(fjordfs_proto::error::Errno::EAGAIN, format!("cannot start a thread: {e}"))
+    })?;
+    let place = store.name().to_owned();
+    let (jobs, executor) = Executor::new(core, store, syncer, None, place);
+    serve_connections(connections, executor, jobs).await
 }
 
 fn report(ended: Result<(), tonic::transport::Error>) {

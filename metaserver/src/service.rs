@@ -13,10 +13,14 @@ use fjordfs_proto::{
 };
 use futures_util::{Stream, stream};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::oneshot,
 };
-use tonic::{Status, transport::Server};
+use tonic::{
+    Status,
+    transport::{Server, server::Connected},
+};
 
 use crate::{executor::Jobs, refusal::Refusal};
 
@@ -47,11 +51,15 @@ fn stopped() -> Status {
 }
 
 /// Serves until `stop` is resolved.
-pub(crate) async fn serve(
-    listener: TcpListener,
+pub(crate) async fn serve<I, IO>(
+    connections: I,
     jobs: Jobs,
     stop: oneshot::Receiver<()>,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), tonic::transport::Error>
+where
+    I: Stream<Item = Result<IO, Infallible>>,
+    IO: Connection,
+{
     let meta = meta_server::MetaServer::new(attach::MetaService::new(jobs.clone()))
         .max_decoding_message_size(META_MESSAGE_MAX)
         .max_encoding_message_size(META_MESSAGE_MAX);
@@ -65,16 +73,21 @@ pub(crate) async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(meta)
         .add_service(cluster)
-        .serve_with_incoming_shutdown(connections(listener), async {
+        .serve_with_incoming_shutdown(connections, async {
             // A dropped sender means the same as a message.
             let _ = stop.await;
         })
         .await
 }
 
+/// What requests come in through.
+pub trait Connection: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Connected + Send + Unpin + 'static> Connection for T {}
+
 /// Accepted connections with TCP_NODELAY, which tonic leaves off here: without it a small answer waits 40 ms for
 /// the peer's delayed acknowledgement.
-fn connections(listener: TcpListener) -> impl Stream<Item = Result<TcpStream, Infallible>> {
+pub(crate) fn connections(listener: TcpListener) -> impl Stream<Item = Result<TcpStream, Infallible>> {
     stream::unfold(listener, |listener| async move {
         loop {
             match listener.accept().await {

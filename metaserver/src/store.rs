@@ -32,6 +32,7 @@ use std::{
 
 use bytes::Bytes;
 use fjordfs_proto::{FsError, error::Errno, pb::meta::StoreReport};
+use futures_util::future::BoxFuture;
 
 pub use fjall::{FjallOptions, FjallStore};
 pub use memory::MemoryStore;
@@ -191,6 +192,11 @@ pub trait MetaStore: Send + Sync + 'static {
     /// Everything as it is now. `None`: the engine cannot keep that while commits go on.
     fn snapshot(&self) -> StoreResult<Option<Snapshot>> {
         Ok(None)
+    }
+
+    /// A sync that holds up no thread while it waits; then this is used instead of [`MetaStore::sync`] while the metaserver runs.
+    fn sync_waiting(&self) -> Option<BoxFuture<'static, StoreResult<Ticket>>> {
+        None
     }
 
     /// An engine across a network says here how far it is.

@@ -1,7 +1,8 @@
 //! Makes commits survive power failure: within a bounded time in the background, and at once for those who wait.
 //!
-//! One thread. All who wait when a sync begins are served by it; who comes during it is served by the next. So a hundred
-//! clients that fsync together cost one or two syncs of the log, and the executor never waits.
+//! One thread, or a task when the engine's syncs hold up no thread. All who wait when a sync begins are served by it; who
+//! comes during it is served by the next. So a hundred clients that fsync together cost one or two syncs of the log, and the
+//! executor never waits.
 
 use std::{
     sync::Arc,
@@ -11,8 +12,9 @@ use std::{
 
 use fjordfs_proto::{FsError, FsResult};
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::Notify;
 
-use crate::store::{MetaStore, Ticket};
+use crate::store::{MetaStore, StoreResult, Ticket};
 
 type Waiter = Box<dyn FnOnce(FsResult<()>) + Send>;
 
@@ -26,26 +28,33 @@ struct State {
     stop: bool,
 }
 
+#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
+    /// For the thread.
     wake: Condvar,
+    /// For the task.
+    notify: Notify,
 }
 
-/// Handle of the thread.
+/// Handle of the thread or task.
 pub(crate) struct Syncer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Syncer {
-    /// Starts the thread. A commit is synced at most `interval` after it was noted.
+    /// Starts it. A commit is synced at most `interval` after it was noted.
     pub(crate) fn start(store: Arc<dyn MetaStore>, interval: Duration) -> std::io::Result<Syncer> {
-        let shared = Arc::new(Shared { state: Mutex::default(), wake: Condvar::new() });
-        let thread = {
-            let shared = shared.clone();
-            let name = std::thread::Builder::new().name("meta-syncer".into());
-            name.spawn(move || run(&shared, &*store, interval))?
-        };
+        let shared = Arc::new(Shared::default());
+        let own = shared.clone();
+        // Nothing has begun while it is not waited for.
+        if store.sync_waiting().is_some() {
+            tokio::spawn(async move { run_waiting(&own, &*store, interval).await });
+            return Ok(Syncer { shared, thread: None });
+        }
+        let name = std::thread::Builder::new().name("meta-syncer".into());
+        let thread = name.spawn(move || run(&own, &*store, interval))?;
         Ok(Syncer { shared, thread: Some(thread) })
     }
 
@@ -54,7 +63,7 @@ impl Syncer {
         let mut state = self.shared.state.lock();
         if state.dirty.is_none() {
             state.dirty = Some(Instant::now());
-            self.shared.wake.notify_one();
+            self.shared.wake();
         }
     }
 
@@ -70,7 +79,7 @@ impl Syncer {
             return then(Ok(()));
         }
         state.waiters.push((ticket, Box::new(then)));
-        self.shared.wake.notify_one();
+        self.shared.wake();
     }
 
     /// The error that ended all syncing.
@@ -78,7 +87,7 @@ impl Syncer {
         self.shared.state.lock().failed.clone()
     }
 
-    /// Syncs what is left and ends the thread.
+    /// Syncs what is left and ends the thread; a task ends by itself.
     pub(crate) fn stop(mut self) -> FsResult<()> {
         self.end();
         self.failure().map_or(Ok(()), Err)
@@ -86,7 +95,7 @@ impl Syncer {
 
     fn end(&mut self) {
         self.shared.state.lock().stop = true;
-        self.shared.wake.notify_one();
+        self.shared.wake();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -101,26 +110,37 @@ impl Drop for Syncer {
     }
 }
 
-fn run(shared: &Shared, store: &dyn MetaStore, interval: Duration) {
-    loop {
-        let (waiters, stop) = {
-            let mut state = shared.state.lock();
-            loop {
-                let due = state.dirty.map(|since| since + interval);
-                if state.stop || !state.waiters.is_empty() || due.is_some_and(|due| due <= Instant::now()) {
-                    break;
-                }
-                match due {
-                    Some(due) => drop(shared.wake.wait_until(&mut state, due)),
-                    None => shared.wake.wait(&mut state),
-                }
-            }
-            state.dirty = None;
-            (std::mem::take(&mut state.waiters), state.stop)
-        };
-        let result = store.sync().map_err(|e| FsError::from(&e));
+/// What is to be done next.
+enum Turn {
+    /// Nothing before then, or before somebody comes.
+    Wait(Option<Instant>),
+    Sync {
+        waiters: Vec<(Ticket, Waiter)>,
+        stop: bool,
+    },
+}
+
+impl State {
+    fn turn(&mut self, interval: Duration) -> Turn {
+        let due = self.dirty.map(|since| since + interval);
+        if !self.stop && self.waiters.is_empty() && due.is_none_or(|due| due > Instant::now()) {
+            return Turn::Wait(due);
+        }
+        self.dirty = None;
+        Turn::Sync { waiters: std::mem::take(&mut self.waiters), stop: self.stop }
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        self.wake.notify_one();
+        self.notify.notify_one();
+    }
+
+    fn synced(&self, result: StoreResult<Ticket>, waiters: Vec<(Ticket, Waiter)>) {
+        let result = result.map_err(|e| FsError::from(&e));
         {
-            let mut state = shared.state.lock();
+            let mut state = self.state.lock();
             match &result {
                 Ok(upto) => state.durable = *upto,
                 Err(e) => {
@@ -134,8 +154,45 @@ fn run(shared: &Shared, store: &dyn MetaStore, interval: Duration) {
         for (_, then) in waiters {
             then(result.as_ref().map(drop).map_err(Clone::clone));
         }
-        if stop {
-            return;
+    }
+}
+
+fn run(shared: &Shared, store: &dyn MetaStore, interval: Duration) {
+    let mut state = shared.state.lock();
+    loop {
+        match state.turn(interval) {
+            Turn::Wait(Some(due)) => drop(shared.wake.wait_until(&mut state, due)),
+            Turn::Wait(None) => shared.wake.wait(&mut state),
+            Turn::Sync { waiters, stop } => {
+                drop(state);
+                shared.synced(store.sync(), waiters);
+                if stop {
+                    return;
+                }
+                state = shared.state.lock();
+            }
+        }
+    }
+}
+
+async fn run_waiting(shared: &Shared, store: &dyn MetaStore, interval: Duration) {
+    loop {
+        let turn = shared.state.lock().turn(interval);
+        match turn {
+            Turn::Wait(Some(due)) => {
+                drop(tokio::time::timeout_at(due.into(), shared.notify.notified()).await);
+            }
+            Turn::Wait(None) => shared.notify.notified().await,
+            Turn::Sync { waiters, stop } => {
+                let result = match store.sync_waiting() {
+                    Some(sync) => sync.await,
+                    None => store.sync(),
+                };
+                shared.synced(result, waiters);
+                if stop {
+                    return;
+                }
+            }
         }
     }
 }

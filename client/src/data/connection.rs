@@ -51,7 +51,7 @@ use super::{
     memory::Pool,
     socket::{Room, Socket, Way},
 };
-use crate::engine::Engine;
+use crate::{Network, engine::Engine};
 
 /// How long a server may take to accept and greet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -66,6 +66,8 @@ pub(super) struct Peer {
     pub(super) client: String,
     /// Whether a Unix socket may be used.
     pub(super) local: bool,
+    /// In place of TCP.
+    pub(super) network: Option<Arc<dyn Network>>,
 }
 
 /// An open connection.
@@ -127,7 +129,14 @@ impl Connection {
             "asked for".to_owned()
         };
         let address = peer.address.clone();
-        let connecting = async move { Socket::tcp(&address).await.map_err(|e| e.to_string()) };
+        let network = peer.network.clone();
+        let connecting = async move {
+            let socket = match network {
+                None => Socket::tcp(&address).await,
+                Some(network) => network.connect(&address).await.map(Socket::over),
+            };
+            socket.map_err(|e| e.to_string())
+        };
         Connection::make(engine, peer, memory, Way::Tcp(why), connecting).await.map_err(|why| {
             FsError::new(Errno::EIO, format!("data server {} at {}: {why}", peer.server, peer.address))
         })

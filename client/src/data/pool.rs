@@ -14,7 +14,10 @@ use super::{
     memory,
     socket::Way,
 };
-use crate::engine::{Engine, LaneId, lane};
+use crate::{
+    Network, Options,
+    engine::{Engine, LaneId, lane},
+};
 
 /// After a failed attempt, the server is not tried again for this long: its other users get the same error at once
 /// and go to another copy.
@@ -26,6 +29,7 @@ pub(super) struct Pool {
     client: String,
     /// Whether servers on this host are reached through their Unix sockets.
     local: bool,
+    network: Option<Arc<dyn Network>>,
     memory: memory::Pool,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
     /// How servers are reached, as far as that was said.
@@ -50,10 +54,18 @@ impl Pool {
         engine: Arc<Engine>,
         memory: memory::Pool,
         cluster_id: String,
-        client: String,
-        local: bool,
+        options: &Options,
     ) -> Pool {
-        Pool { engine, cluster_id, client, local, memory, slots: Mutex::default(), said: Mutex::default() }
+        Pool {
+            engine,
+            cluster_id,
+            client: options.description.clone(),
+            local: options.local_sockets && options.network.is_none(),
+            network: options.network.clone(),
+            memory,
+            slots: Mutex::default(),
+            said: Mutex::default(),
+        }
     }
 
     /// A usable connection of this thread's lane to `server`, which the map says is at `address`.
@@ -77,6 +89,7 @@ impl Pool {
             cluster_id: self.cluster_id.clone(),
             client: self.client.clone(),
             local: self.local,
+            network: self.network.clone(),
         };
         match Connection::open(&self.engine, &peer, &self.memory).await {
             Ok(connection) => {

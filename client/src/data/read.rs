@@ -39,7 +39,7 @@ impl DataClient {
     /// Reads a range; shorter only at the end of the block, or of the zeros that its last shard is filled up with.
     ///
     /// # Errors
-    /// `ENOENT` when every shard says that there is no such block (the caller's extents are stale), else `EIO` naming
+    /// `ENOENT` when a shard is not where it should be (the caller's extents may be stale), else `EIO` naming
     /// what each of them said.
     pub(crate) async fn read(self: &Arc<Self>, range: BlockRange) -> FsResult<Bytes> {
         let mut pieces = range.pieces();
@@ -278,7 +278,7 @@ impl BlockRange {
 
 fn all_failed(range: BlockRange, failures: &[FsError]) -> FsError {
     let told: Vec<&str> = failures.iter().map(|e| e.message.as_str()).collect();
-    let gone = !failures.is_empty() && failures.iter().all(|e| e.errno == Errno::ENOENT);
+    let gone = failures.iter().any(|e| e.errno == Errno::ENOENT);
     let errno = if gone { Errno::ENOENT } else { Errno::EIO };
     let what = match range.layout {
         Layout::Copies(_) => "no copy could be read".to_owned(),

@@ -8,10 +8,13 @@ use std::{
     io::{self, IoSlice},
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
-    task::{Context, Poll, ready},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
 };
 
 use fjordfs_proto::{ServerId, frame::local_name};
+use parking_lot::Mutex;
 use rustix::{
     io::Errno,
     net::{
@@ -20,9 +23,11 @@ use rustix::{
     },
 };
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd},
     net::TcpStream,
 };
+
+use crate::Wire;
 
 /// Asked for as the buffer of a Unix socket, bytes: a whole answer of a sequential read fits, so the server sends it
 /// with one system call. The kernel takes the memory only while bytes wait.
@@ -55,18 +60,37 @@ impl fmt::Display for Way {
 }
 
 /// A connected socket, used without blocking. Belongs to the runtime that it was made in.
-///
+#[derive(Debug)]
+pub(super) struct Socket(Kind);
+
+enum Kind {
+    Kernel(Descriptor),
+    /// Of a network that the program has put in the place of the kernel's.
+    Other(Arc<Mutex<Box<dyn Wire>>>),
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kind::Kernel(descriptor) => descriptor.fmt(f),
+            Kind::Other(_) => f.write_str("Other"),
+        }
+    }
+}
+
 /// Its runtime watches for bytes to receive. It watches for room to send only while that is waited for, through a second
 /// descriptor: a Unix socket has room again each time that its peer has read, and would wake the thread for every request.
 #[derive(Debug)]
-pub(super) struct Socket {
+struct Descriptor {
     fd: AsyncFd<OwnedFd>,
     local: bool,
 }
 
 /// A wait for room to send.
-#[derive(Debug)]
-pub(super) struct Room(AsyncFd<OwnedFd>);
+pub(super) enum Room {
+    Kernel(AsyncFd<OwnedFd>),
+    Other(Arc<Mutex<Box<dyn Wire>>>),
+}
 
 impl Socket {
     /// Connects to a server on this host.
@@ -76,19 +100,69 @@ impl Socket {
     pub(super) fn local(cluster_id: &str, server: ServerId) -> Result<Socket, String> {
         let fd = connect_local(cluster_id, server)?;
         let fd = watch(fd, Interest::READABLE).map_err(|e| e.to_string())?;
-        Ok(Socket { fd, local: true })
+        Ok(Socket(Kind::Kernel(Descriptor { fd, local: true })))
     }
 
     /// Connects to `HOST:PORT`.
     pub(super) async fn tcp(address: &str) -> io::Result<Socket> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        Ok(Socket { fd: watch(stream.into_std()?.into(), Interest::READABLE)?, local: false })
+        let fd = watch(stream.into_std()?.into(), Interest::READABLE)?;
+        Ok(Socket(Kind::Kernel(Descriptor { fd, local: false })))
+    }
+
+    /// A connection that was made otherwise.
+    pub(super) fn over(wire: Box<dyn Wire>) -> Socket {
+        Socket(Kind::Other(Arc::new(Mutex::new(wire))))
     }
 
     /// Receives what is there, at most what fits; 0 is the end of the stream. When nothing is there, the waker of
     /// `context` is woken once something is.
     pub(super) fn poll_receive(
+        &self,
+        context: &mut Context<'_>,
+        into: &mut [MaybeUninit<u8>],
+    ) -> Poll<io::Result<usize>> {
+        match &self.0 {
+            Kind::Kernel(descriptor) => descriptor.poll_receive(context, into),
+            Kind::Other(wire) => {
+                let mut buffer = ReadBuf::uninit(into);
+                ready!(Pin::new(&mut *wire.lock()).poll_read(context, &mut buffer))?;
+                Poll::Ready(Ok(buffer.filled().len()))
+            }
+        }
+    }
+
+    /// Sends as much as is taken now.
+    ///
+    /// # Errors
+    /// `WouldBlock` when that is nothing: see [`Socket::room`].
+    pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        match &self.0 {
+            Kind::Kernel(descriptor) => descriptor.send(parts),
+            Kind::Other(wire) => {
+                let mut context = Context::from_waker(Waker::noop());
+                match Pin::new(&mut *wire.lock()).poll_write_vectored(&mut context, parts) {
+                    Poll::Ready(result) => result,
+                    Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+                }
+            }
+        }
+    }
+
+    /// To wait for room to send. To be made and used in the socket's runtime.
+    pub(super) fn room(&self) -> io::Result<Room> {
+        match &self.0 {
+            Kind::Kernel(Descriptor { fd, .. }) => {
+                watch(fd.get_ref().try_clone()?, Interest::WRITABLE).map(Room::Kernel)
+            }
+            Kind::Other(wire) => Ok(Room::Other(wire.clone())),
+        }
+    }
+}
+
+impl Descriptor {
+    fn poll_receive(
         &self,
         context: &mut Context<'_>,
         into: &mut [MaybeUninit<u8>],
@@ -120,11 +194,7 @@ impl Socket {
         self.local && missing >= CLOSE_BEHIND
     }
 
-    /// Sends as much as the kernel takes.
-    ///
-    /// # Errors
-    /// `WouldBlock` when it takes nothing: see [`Socket::room`].
-    pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
             match rustix::net::sendmsg(&self.fd, parts, &mut SendAncillaryBuffer::default(), flags) {
@@ -133,17 +203,15 @@ impl Socket {
             }
         }
     }
-
-    /// To wait for room to send. To be made and used in the socket's runtime.
-    pub(super) fn room(&self) -> io::Result<Room> {
-        watch(self.fd.get_ref().try_clone()?, Interest::WRITABLE).map(Room)
-    }
 }
 
 impl Room {
-    /// Ready when the kernel may take more than it did when this was made.
+    /// Ready when more may be taken than when this was made.
     pub(super) fn poll(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.poll_write_ready(context).map_ok(drop)
+        match self {
+            Room::Kernel(fd) => fd.poll_write_ready(context).map_ok(drop),
+            Room::Other(wire) => Pin::new(&mut *wire.lock()).poll_flush(context),
+        }
     }
 }
 

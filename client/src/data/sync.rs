@@ -52,6 +52,16 @@ impl Unsynced {
         Unsynced { target, block: BlockId(0), shard: 0, needed: 1, connection: None }
     }
 
+    /// Where it is.
+    pub(crate) fn place(&self) -> (TargetId, BlockId, u32) {
+        (self.target, self.block, self.shard)
+    }
+
+    /// The block that it is of; `None` for whatever others have put.
+    pub(crate) fn block(&self) -> Option<BlockId> {
+        self.connection.is_some().then_some(self.block)
+    }
+
     /// Whether the server has been there without a break since the put.
     fn unbroken(&self) -> bool {
         self.connection.as_ref().is_none_or(|c| c.upgrade().is_some_and(|c| c.usable()))

@@ -12,6 +12,7 @@ use fjordfs_proto::{
     pb::meta::{ExtentsReply, GetExtents, request::Op, response},
 };
 use futures_util::future::try_join_all;
+use tokio::time::Instant;
 
 use super::{
     FileState, Handle,
@@ -70,23 +71,30 @@ impl Cursor {
     }
 }
 
+/// Since when blocks have not been found, and what was said of the last one.
+type Gone = (Instant, FsError);
+
 impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
         self.note_access();
+        let mut gone = None;
         for _ in 0..ATTEMPTS {
             let plan = self.state.lock().view.plan_read(offset, len as u64);
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
                 ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
                 ReadPlan::Parts(parts) => match self.fetch(offset, parts).await {
-                    // The block is gone, so the extents were stale: look again.
-                    Err(e) if e.errno == Errno::ENOENT => 0,
+                    // Perhaps the extents were stale and the block is gone: look again.
+                    Err(e) if e.errno == Errno::ENOENT => {
+                        gone = Some(self.perhaps_stale(gone, e)?);
+                        0
+                    }
                     result => return result,
                 },
             };
             self.client.fetch_extents(&self.state, missing).await?;
         }
-        Err(self.always_changed())
+        Err(self.never_found(gone))
     }
 
     async fn fetch(&self, offset: u64, parts: Vec<Part>) -> FsResult<Vec<Bytes>> {
@@ -111,22 +119,40 @@ impl Handle {
 
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
         self.note_access();
+        let mut gone = None;
         for _ in 0..ATTEMPTS {
             let plan = self.state.lock().view.plan_read(offset, memory.len() as u64);
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
                 ReadPlan::Parts(parts) => match self.fill(offset, &parts, memory).await {
-                    Err(e) if e.errno == Errno::ENOENT => 0,
+                    Err(e) if e.errno == Errno::ENOENT => {
+                        gone = Some(self.perhaps_stale(gone, e)?);
+                        0
+                    }
                     result => return result,
                 },
             };
             self.client.fetch_extents(&self.state, missing).await?;
         }
-        Err(self.always_changed())
+        Err(self.never_found(gone))
     }
 
-    fn always_changed(&self) -> FsError {
-        FsError::new(Errno::EIO, format!("{}: changed all the while it was read", self.state.ino))
+    /// Another attempt, unless they have taken as long as an operation may.
+    fn perhaps_stale(&self, gone: Option<Gone>, e: FsError) -> FsResult<Gone> {
+        let since = gone.map_or_else(Instant::now, |(since, _)| since);
+        match since.elapsed() < self.client.options.operation_timeout {
+            true => Ok((since, e)),
+            false => Err(self.never_found(Some((since, e)))),
+        }
+    }
+
+    /// `gone`: why the last attempt failed.
+    fn never_found(&self, gone: Option<Gone>) -> FsError {
+        let why = gone.map_or_else(|| "it changed all the while".to_owned(), |(_, e)| e.message);
+        FsError::new(
+            Errno::EIO,
+            format!("{} was looked up again and again and not read: {why}", self.state.ino),
+        )
     }
 
     /// Puts parts into memory, one after the other, and says how many bytes they are.

@@ -12,14 +12,16 @@ use std::{
 use fjordfs_proto::{
     ClusterMap, FsError, FsResult, HandleId, InodeId, META_MESSAGE_MAX, PROTOCOL_VERSION, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, Welcome, meta_client},
+    pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, SlotAnswered, Welcome, meta_client},
 };
+use futures_util::TryFutureExt;
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::{Options, locks::Locks};
+use crate::{Network, Options, locks::Locks};
 
 /// How to reach the server, and who we are.
 pub(super) struct Peer {
@@ -28,6 +30,7 @@ pub(super) struct Peer {
     /// Position of the address that answered last.
     at: AtomicUsize,
     description: String,
+    network: Option<Arc<dyn Network>>,
     delegations: bool,
     handles: Arc<Mutex<HashMap<HandleId, InodeId>>>,
     locks: Arc<Locks>,
@@ -98,13 +101,17 @@ impl Peer {
         self: &Arc<Self>,
         session: u64,
         cluster_id: &str,
+        answered: &[SlotAnswered],
     ) -> Result<Attached, AttachError> {
         let addresses: Vec<&str> = self.address.split(',').collect();
         let mut why = String::new();
         let first = self.at.load(Ordering::Relaxed);
         for at in first..first + addresses.len() {
             let address = addresses[at % addresses.len()];
-            match self.attach_at(address, &Patience::with(addresses.len()), session, cluster_id).await {
+            match self
+                .attach_at(address, &Patience::with(addresses.len()), session, cluster_id, answered)
+                .await
+            {
                 Err(AttachError::Unreachable(e)) if why.is_empty() => why = e,
                 Err(AttachError::Unreachable(e)) => why = format!("{why}; {address}: {e}"),
                 other => {
@@ -122,6 +129,7 @@ impl Peer {
         patience: &Patience,
         session: u64,
         cluster_id: &str,
+        answered: &[SlotAnswered],
     ) -> Result<Attached, AttachError> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|e| {
@@ -133,7 +141,15 @@ impl Peer {
             .initial_connection_window_size(8 << 20)
             .http2_keep_alive_interval(patience.ping)
             .keep_alive_timeout(patience.ping);
-        let channel = endpoint.connect().await.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
+        let channel = match &self.network {
+            None => endpoint.connect().await,
+            Some(network) => {
+                let (network, address) = (network.clone(), address.to_owned());
+                let connect = move |_| network.connect(&address).map_ok(TokioIo::new);
+                endpoint.connect_with_connector(tower::service_fn(connect)).await
+            }
+        };
+        let channel = channel.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
         let mut client = meta_client::MetaClient::new(channel)
             .max_decoding_message_size(META_MESSAGE_MAX)
             .max_encoding_message_size(META_MESSAGE_MAX);
@@ -148,6 +164,7 @@ impl Peer {
             handles,
             delegations: self.delegations,
             locks: self.locks.declared(),
+            answered: answered.to_vec(),
         };
         let first = ClientMessage { hello: Some(hello), ..Default::default() };
         let greeted = Instant::now();
@@ -195,11 +212,12 @@ pub(super) async fn attach_first(
         address: address.to_owned(),
         at: AtomicUsize::new(0),
         description: options.description.clone(),
+        network: options.network.clone(),
         delegations: options.defer,
         handles,
         locks,
     });
-    match peer.attach(0, "").await {
+    match peer.attach(0, "", &[]).await {
         Ok(attached) => Ok(attached),
         Err(AttachError::Unreachable(why)) => Err(FsError::new(
             Errno::ETIMEDOUT,

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use fjordfs_proto::{
     operation::is_mutation,
-    pb::meta::{ClientMessage, Request, request::Op},
+    pb::meta::{ClientMessage, Request, SlotAnswered, request::Op},
 };
 
 use super::{
@@ -138,10 +138,11 @@ impl Queue {
     }
 
     /// The request that an answer is for.
-    pub(super) fn answered(&mut self, id: u64) -> Option<Unanswered> {
+    /// `done` when it was answered with success.
+    pub(super) fn answered(&mut self, id: u64, done: bool) -> Option<Unanswered> {
         let unanswered = self.unanswered.remove(&id)?;
         if let Some(slot) = unanswered.slot {
-            self.slots.give_back(slot);
+            self.slots.give_back(slot, done);
         }
         Some(unanswered)
     }
@@ -151,6 +152,16 @@ impl Queue {
         let mut messages = Messages::default();
         self.unanswered.values().for_each(|unanswered| messages.add(unanswered.request.clone()));
         messages.finish()
+    }
+
+    /// What the metaserver must know of, when it greets this session again.
+    pub(super) fn done(&self) -> Vec<SlotAnswered> {
+        self.slots.done().map(|Slot { index, sequence }| SlotAnswered { slot: index, sequence }).collect()
+    }
+
+    /// It does not, and that has been told.
+    pub(super) fn forget_done(&mut self) {
+        self.slots.forget_done();
     }
 
     /// A session that knows nothing of the former one's slots.
@@ -258,7 +269,7 @@ mod tests {
         queue.tell(ClientMessage { beat: 1, ..ClientMessage::default() });
         assert_eq!(sent(&mut queue), [10, 11]);
         let ids: Vec<u64> = queue.unanswered.keys().copied().collect();
-        assert!(queue.answered(ids[0]).is_some() && queue.answered(ids[0]).is_none());
+        assert!(queue.answered(ids[0], true).is_some() && queue.answered(ids[0], true).is_none());
         assert_eq!(sent(&mut queue), [12, 1001], "the notice comes behind all of it");
         assert_eq!(queue.take_all().len(), 10);
         assert!(queue.is_idle());

@@ -12,11 +12,17 @@ pub(super) struct Slot {
 pub(super) struct Slots {
     free: Vec<u32>,
     last: Vec<u64>,
+    /// Of each slot, the last mutation that was answered with success; 0 is none.
+    done: Vec<u64>,
 }
 
 impl Slots {
     pub(super) fn new(count: u32) -> Slots {
-        Slots { free: (0..count).rev().collect(), last: vec![0; count as usize] }
+        Slots {
+            free: (0..count).rev().collect(),
+            last: vec![0; count as usize],
+            done: vec![0; count as usize],
+        }
     }
 
     /// How many there are.
@@ -37,9 +43,23 @@ impl Slots {
         Some(Slot { index, sequence: *sequence })
     }
 
-    /// The slot's mutation is answered.
-    pub(super) fn give_back(&mut self, slot: Slot) {
+    /// The slot's mutation is answered, with success if `done`.
+    pub(super) fn give_back(&mut self, slot: Slot, done: bool) {
         self.free.push(slot.index);
+        if done {
+            self.done[slot.index as usize] = slot.sequence;
+        }
+    }
+
+    /// Slots with the last sequence that was answered with success. The metaserver remembers no others.
+    pub(super) fn done(&self) -> impl Iterator<Item = Slot> + '_ {
+        let slots = self.done.iter().zip(0..).filter(|(sequence, _)| **sequence != 0);
+        slots.map(|(sequence, index)| Slot { index, sequence: *sequence })
+    }
+
+    /// That some of it is lost is known.
+    pub(super) fn forget_done(&mut self) {
+        self.done.fill(0);
     }
 }
 
@@ -53,7 +73,10 @@ mod tests {
         let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
         assert_ne!(a.index, b.index);
         assert_eq!(slots.take(), None);
-        slots.give_back(a);
+        slots.give_back(b, false);
+        assert_eq!(slots.done().next(), None);
+        slots.give_back(a, true);
+        assert_eq!(slots.done().collect::<Vec<_>>(), [a]);
         assert_eq!(slots.take(), Some(Slot { index: a.index, sequence: a.sequence + 1 }));
     }
 }

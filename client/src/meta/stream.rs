@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use fjordfs_proto::{
     ClusterMap, FsError, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Response, ServerMessage, Welcome},
+    pb::meta::{ClientMessage, Response, ServerMessage, Welcome, response::Result as Reply},
 };
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -261,7 +261,8 @@ impl Driver {
 
     fn answered(&mut self, response: Response) {
         let Response { id, result, serial, changed, delegated } = response;
-        let Some(Unanswered { request, sent, answer, .. }) = self.queue.answered(id) else { return };
+        let done = !matches!(result, None | Some(Reply::Error(_)));
+        let Some(Unanswered { request, sent, answer, .. }) = self.queue.answered(id, done) else { return };
         let (Some(op), result) = (request.op, result_of(result)) else { return };
         match answer {
             Answer::Caller(reply) => {
@@ -284,11 +285,15 @@ impl Driver {
             if self.calls.is_closed() && self.queue.is_idle() && self.leases.deferred_due().is_none() {
                 return None;
             }
-            match self.peer.attach(self.session, &self.cluster_id).await {
+            match self.peer.attach(self.session, &self.cluster_id, &self.queue.done()).await {
                 Ok(attached) => {
                     let welcome = &attached.welcome;
                     if self.session == 0 {
                         self.queue.start_over(welcome.slots);
+                    }
+                    if welcome.lost {
+                        self.queue.forget_done();
+                        self.leases.lost();
                     }
                     self.session = welcome.session;
                     self.beats = Beats::of(welcome);

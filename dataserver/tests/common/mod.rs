@@ -155,6 +155,13 @@ impl Cluster for Fake {
         Err(Status::unimplemented("not in this fake"))
     }
 
+    async fn meta_status(
+        &self,
+        _: Request<meta::MetaStatusRequest>,
+    ) -> Result<Response<meta::MetaStatusReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
     async fn hand_over(
         &self,
         _: Request<meta::HandOverRequest>,

@@ -2,12 +2,16 @@
 
 use fjordfs_proto::{
     FsError, HandleId, InodeId, PROTOCOL_VERSION, ROOT_INODE, SessionId,
-    pb::meta::{Hello, Welcome},
+    pb::meta::{Hello, SlotAnswered, Welcome},
 };
 
 use super::{Core, Event, Moment};
 use crate::{
-    block_ids, keys, orphans, records::SessionRecord, refusal::Refusal, session::SLOTS, store::Order,
+    block_ids, keys, orphans,
+    records::{SessionRecord, SlotRecord},
+    refusal::Refusal,
+    session::SLOTS,
+    store::Order,
 };
 
 impl Core {
@@ -27,9 +31,12 @@ impl Core {
                 hello.client, hello.cluster_id
             )));
         }
-        let session = match hello.session {
-            0 => self.new_session(hello, now)?,
-            id => self.known_session(SessionId(id), now)?,
+        let (session, lost) = match hello.session {
+            0 => (self.new_session(hello, now)?, false),
+            id => {
+                let session = self.known_session(SessionId(id), now)?;
+                (session, self.has_lost(session, &hello.answered)?)
+            }
         };
         self.leases.attached(session);
         if let Some(session) = self.sessions.get_mut(session) {
@@ -51,6 +58,7 @@ impl Core {
             session_timeout_ms: self.session_timeout.as_millis() as u64,
             slots: SLOTS,
             lease_ms: self.lease_time.as_millis() as u64,
+            lost,
         })
     }
 
@@ -79,6 +87,19 @@ impl Core {
         };
         (session.attached, session.missing, session.heard) = (true, false, now.mono);
         Ok(id)
+    }
+
+    /// Whether a mutation that the session was told was done is not in the store. Every one leaves its sequence in its slot, and what
+    /// a power failure takes is the end of the log; so when the last of each slot is there, all are.
+    fn has_lost(&mut self, session: SessionId, answered: &[SlotAnswered]) -> Result<bool, FsError> {
+        for SlotAnswered { slot, sequence } in answered {
+            let stored: Option<SlotRecord> = self.txn.record(&keys::slot(session, *slot))?;
+            if stored.is_none_or(|stored| stored.sequence < *sequence) {
+                tracing::warn!(%session, "operations that were answered and not synced are lost: its next fsync fails");
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The stream of a session is gone; the session waits for another.

@@ -50,6 +50,16 @@ impl History {
         Ok(value)
     }
 
+    /// A write of a value that was never written before, by this clock; [`NEVER`] ends one that may not have taken effect.
+    pub fn add_write(&self, value: Value, (began, ended): (Time, Time)) {
+        self.note(Operation { value, is_write: true, began, ended });
+    }
+
+    /// What a read saw.
+    pub fn add_read(&self, value: Value, (began, ended): (Time, Time)) {
+        self.note(Operation { value, is_write: false, began, ended });
+    }
+
     /// How many operations there are.
     pub fn len(&self) -> usize {
         self.operations.lock().expect("no thread panics with it").len()

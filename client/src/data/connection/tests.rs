@@ -78,7 +78,7 @@ fn servers(cluster: &str, local: Option<HelloReply>) -> Peer {
         let hello = if hello.server == 7 { genuine } else { hello };
         serve(std::iter::from_fn(move || unix.accept().ok().map(|(stream, _)| stream)), hello);
     }
-    Peer { server: ServerId(7), address, cluster_id, client: "test".into(), local: true }
+    Peer { server: ServerId(7), address, cluster_id, client: "test".into(), local: true, network: None }
 }
 
 async fn open(engine: &Engine, peer: &Peer) -> Arc<Connection> {
@@ -204,8 +204,14 @@ async fn whoever_waits_when_the_server_goes_is_told() {
         // A request is taken and never answered.
         let _ = stream.read(&mut [0; 100]);
     });
-    let peer =
-        Peer { server: ServerId(7), address, cluster_id: "gone".into(), client: String::new(), local: false };
+    let peer = Peer {
+        server: ServerId(7),
+        address,
+        cluster_id: "gone".into(),
+        client: String::new(),
+        local: false,
+        network: None,
+    };
     let connection = open(&engine, &peer).await;
     let error = connection.request(Opcode::ReadShard, &read(0, 1), Vec::new()).await.unwrap_err();
     assert!(error.errno == Errno::EIO && error.message.contains("closed"), "{error}");

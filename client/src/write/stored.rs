@@ -1,0 +1,77 @@
+//! Making what was stored power-safe: which shards that takes, and which of them it does not take any more.
+//!
+//! A shard stays on the list until a sync of it has ended: whoever syncs meanwhile must wait for it, too. One that is not found
+//! may belong to a block that was overwritten since and collected; the file's extents tell that from a loss.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use fjordfs_proto::{BlockId, FsResult, InodeId, error::Errno};
+
+use crate::{client::Inner, data::Unsynced};
+
+type Stored = HashMap<InodeId, Vec<Unsynced>>;
+
+impl Inner {
+    /// Makes everything that this client has stored power-safe.
+    pub(crate) async fn sync_stored(self: &Arc<Self>) -> FsResult<()> {
+        let stored = self.unsynced.lock().clone();
+        self.sync_shards(stored).await
+    }
+
+    /// Makes what this client has stored of one inode power-safe.
+    pub(crate) async fn sync_stored_of(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
+        let stored = self.unsynced.lock().get(&ino).map(|shards| Stored::from([(ino, shards.clone())]));
+        self.sync_shards(stored.unwrap_or_default()).await
+    }
+
+    async fn sync_shards(self: &Arc<Self>, stored: Stored) -> FsResult<()> {
+        if stored.is_empty() {
+            return Ok(());
+        }
+        if let Err(e) = self.sync_all_of(&stored).await {
+            let mut reached = Stored::new();
+            for (ino, shards) in &stored {
+                reached.insert(*ino, self.still_reached(*ino, shards).await?);
+            }
+            let count = |stored: &Stored| stored.values().map(Vec::len).sum::<usize>();
+            if count(&reached) == count(&stored) {
+                return Err(e);
+            }
+            self.sync_all_of(&reached).await?;
+        }
+        let mut unsynced = self.unsynced.lock();
+        for (ino, shards) in stored {
+            let done: HashSet<_> = shards.iter().map(Unsynced::place).collect();
+            if let Some(left) = unsynced.get_mut(&ino) {
+                left.retain(|shard| !done.contains(&shard.place()));
+                if left.is_empty() {
+                    unsynced.remove(&ino);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn sync_all_of(self: &Arc<Self>, stored: &Stored) -> FsResult<()> {
+        let shards: Vec<_> = stored.values().flatten().cloned().collect();
+        self.data.sync(&shards).await
+    }
+
+    /// Of these shards, those of blocks that the file reaches. What has been stored of it is committed first, so that a block
+    /// that it does not reach is dead.
+    async fn still_reached(self: &Arc<Self>, ino: InodeId, shards: &[Unsynced]) -> FsResult<Vec<Unsynced>> {
+        if let Some(state) = self.known_file(ino) {
+            self.flush(&state).await?;
+        }
+        let reached: HashSet<BlockId> = match self.all_extents(ino).await {
+            Ok(extents) => extents.iter().flat_map(|(_, e)| e.pieces().map(|p| p.block)).collect(),
+            Err(e) if matches!(e.errno, Errno::ESTALE | Errno::ENOENT) => HashSet::new(),
+            Err(e) => return Err(e),
+        };
+        let needed = |shard: &&Unsynced| shard.block().is_none_or(|block| reached.contains(&block));
+        Ok(shards.iter().filter(needed).cloned().collect())
+    }
+}
