@@ -7,6 +7,7 @@ use fjordfs_metaserver::{
     Config,
     fsck::{self, Report},
     serve_store,
+    store::Idle,
 };
 use fjordfs_proto::Policy;
 use fjordfs_tests::rng;
@@ -100,7 +101,7 @@ impl Cluster {
 
     /// What is committed must make sense at any moment.
     pub(crate) fn check_namespace(&self) -> Report {
-        let report = fsck::check(&self.disk).unwrap();
+        let report = fsck::check(&Idle(&self.disk)).unwrap();
         for problem in &report.problems {
             violation(format!("fsck: {problem}"));
         }

@@ -181,6 +181,8 @@ async fn beat(server: &Server, nic: Nic, meta: Host) -> Result<std::convert::Inf
                 epoch,
                 deleted: std::mem::take(&mut deleted),
                 checks: Vec::new(),
+                // A put is over when it has begun here.
+                placed_epoch: epoch,
             }
         };
         let HeartbeatReply { map, deletes, unknown, .. } = client.heartbeat(request).await?.into_inner();

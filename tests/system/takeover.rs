@@ -164,9 +164,9 @@ fn the_store_is_handed_over() {
 fn works_through(cluster: &Cluster, trouble: impl FnOnce()) {
     let (a, b) = (cluster.mount(), cluster.mount());
     let stop = AtomicBool::new(false);
-    let (there, folder) = std::thread::scope(|scope| {
-        let folder = a.path().join("work");
-        let worker = scope.spawn(|| (work(&folder, &stop), folder.clone()));
+    let folder = a.path().join("work");
+    let there = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| work(&folder, &stop));
         std::thread::sleep(Duration::from_secs(1));
         trouble();
         // Something that needs the store: it ends only when that is of use again.
@@ -231,7 +231,7 @@ fn the_store_is_shown_and_moved() {
         }
     }
     let seen = wait_for("both standbys", TAKE_OVER_MAX, || {
-        let seen = cluster.fjord(["meta", "status"]).ok();
+        let seen = cluster.fjord(["meta", "status"]).ok().stdout;
         if seen.matches("standby ").count() == 2 { Ok(seen) } else { Err(seen) }
     });
     for what in ["serving", "leader", "follower", "0 batches behind"] {

@@ -9,7 +9,7 @@ use prost::Message;
 use super::*;
 use crate::{
     records::{DeadRun, Dirent, Inode, LiveBlock},
-    store::{Batch, MemoryStore, MetaStore},
+    store::{Batch, MemoryStore},
     testing::{World, run},
 };
 
@@ -99,7 +99,9 @@ fn what_lost_its_name_is_found_again() {
         put(keys::dirent(d, b"nothing"), &Dirent { ino: 1 << 19, kind: FileKind::Regular.into() }),
     ];
     damage(&mut w, writes);
-    mend(&mut w, 3, |w| drop(w.file("new")));
+    mend(&mut w, 3, |w| {
+        w.file("new");
+    });
     let found = InodeId(w.lookup(ROOT_INODE, "lost+found").unwrap().ino);
     assert_eq!(w.lookup(found, &format!("i{}", lonely.0)).unwrap().ino, lonely.0);
     assert_eq!(w.lookup(found, &format!("i{}", below.0)).unwrap().ino, below.0);
