@@ -32,6 +32,7 @@
 //! `FJORD_SIMULATIONS=10000` says how many seeds the test runs, `FJORD_SEED=7` with which it begins (0 by default), and
 //! `FJORD_TRACE=1` prints what happens; it ends after `FJORD_FAILURES` (20). `tests/simulation/plant` shows that planted bugs are found.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+#![allow(clippy::print_stdout, reason = "how far it is, and the seeds that fail")]
 
 mod cluster;
 mod data_server;
