@@ -47,7 +47,7 @@ mod run;
 use std::time::{Duration, Instant};
 
 /// Seeds in a usual run of the tests.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 100;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

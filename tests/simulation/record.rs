@@ -31,6 +31,8 @@ struct Operation {
     ended: Time,
     /// A write that no failure may undo.
     synced: bool,
+    /// A read of what is lost, by who has lost it.
+    void: bool,
 }
 
 #[derive(Default)]
@@ -95,6 +97,7 @@ impl Records {
             began: now(),
             ended: NEVER,
             synced: false,
+            void: false,
         });
         Begun { register: register.to_owned(), at: operations.len() - 1 }
     }
@@ -110,7 +113,8 @@ impl Records {
 
     pub(crate) fn read(&self, register: &str, actor: Actor, value: u64, began: Time) {
         trace(format_args!("c{actor} has read {value} since {:.6}: {register}", began as f64 / 1e9));
-        let read = Operation { actor, value, is_write: false, began, ended: now(), synced: false };
+        let read =
+            Operation { actor, value, is_write: false, began, ended: now(), synced: false, void: false };
         self.state().registers.entry(register.to_owned()).or_default().push(read);
     }
 
@@ -132,7 +136,9 @@ impl Records {
                     lost.insert(write.value);
                 }
             }
-            operations.retain(|o| o.is_write || o.actor != actor || !lost.contains(&o.value));
+            for read in operations.iter_mut().filter(|o| o.actor == actor && !o.is_write) {
+                read.void |= lost.contains(&read.value);
+            }
         }
         for appended in state.appends.values_mut().filter(|appended| appended.actor == actor) {
             appended.progress.sure = appended.synced;
@@ -199,7 +205,7 @@ impl Records {
     pub(crate) fn check(&self) {
         for (register, operations) in &self.state().registers {
             let history = History::default();
-            for Operation { value, is_write, began, ended, .. } in operations {
+            for Operation { value, is_write, began, ended, .. } in operations.iter().filter(|o| !o.void) {
                 match is_write {
                     true => history.add_write(*value, (*began, *ended)),
                     false => history.add_read(*value, (*began, *ended)),
