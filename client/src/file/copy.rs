@@ -77,12 +77,7 @@ impl Handle {
         };
         let CopyRangeReply { copied, attr: Some(attr) } = reply else { return Err(unexpected("a copy")) };
         // An fsync of the target speaks for the shared blocks too, whoever stored them.
-        {
-            let mut unsynced = self.client.unsynced.lock();
-            let mut shards = unsynced.get(&source.state.ino).cloned().unwrap_or_default();
-            shards.extend(self.client.data.unsynced_of_others());
-            unsynced.entry(self.state.ino).or_default().extend(shards);
-        }
+        self.client.is_stored_of_too(source.state.ino, self.state.ino);
         let changed = target.start..target.start.saturating_add(copied).min(target.end);
         self.state.lock().view.end_change(changed, false, attr);
         Ok(copied)

@@ -27,6 +27,17 @@ impl Inner {
         self.sync_shards(stored.unwrap_or_default()).await
     }
 
+    /// What was stored of `source` now counts for `target`, too, with whatever other clients have put. Once: files are copied to
+    /// and fro, and within themselves.
+    pub(crate) fn is_stored_of_too(&self, source: InodeId, target: InodeId) {
+        let mut unsynced = self.unsynced.lock();
+        let mut shards = unsynced.get(&source).cloned().unwrap_or_default();
+        shards.extend(self.data.unsynced_of_others());
+        let there = unsynced.entry(target).or_default();
+        let known: HashSet<_> = there.iter().map(Unsynced::place).collect();
+        there.extend(shards.into_iter().filter(|shard| !known.contains(&shard.place())));
+    }
+
     async fn sync_shards(self: &Arc<Self>, stored: Stored) -> FsResult<()> {
         if stored.is_empty() {
             return Ok(());
