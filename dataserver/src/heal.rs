@@ -27,13 +27,16 @@ mod tidy;
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread::JoinHandle,
 };
 
 use fjordfs_proto::{
     BlockId, TargetId,
-    pb::meta::{Check, CheckReport},
+    pb::meta::{Check, CheckReport, WantedReply, WantedRequest},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -131,12 +134,13 @@ impl Healer {
             .name("fjord-heal".to_owned())
             .spawn(move || {
                 runtime.block_on(async move {
-                    let client = match membership::connect(&meta) {
-                        Ok(client) => client,
-                        Err(e) => return tracing::error!("metaserver address '{meta}': {e}"),
+                    let clients = match membership::connect_each(&meta) {
+                        Ok(clients) => clients,
+                        Err(what) => return tracing::error!("{what}"),
                     };
-                    let healing =
-                        Arc::new(Healing { node, jobs, client, throttle: Throttle::new(rebuild_rate) });
+                    let throttle = Throttle::new(rebuild_rate);
+                    let at = AtomicUsize::new(0);
+                    let healing = Arc::new(Healing { node, jobs, clients, at, throttle });
                     for target in healing.node.targets.keys() {
                         tokio::spawn(tidy::run(healing.clone(), *target));
                         tokio::spawn(scrub::run(healing.clone(), *target, scrub_interval, scrub_rate));
@@ -166,11 +170,29 @@ impl Healer {
 struct Healing {
     node: Arc<Node>,
     jobs: Jobs,
-    client: membership::Client,
+    /// One for each address of a metaserver.
+    clients: Vec<membership::Client>,
+    /// The one that answered last.
+    at: AtomicUsize,
     throttle: Throttle,
 }
 
 impl Healing {
+    /// Asks the metaserver that owns the metadata, whichever it is now, which blocks are wanted.
+    async fn ask(&self, request: WantedRequest) -> Result<WantedReply, tonic::Status> {
+        let mut last = tonic::Status::unavailable("no metaserver has an address");
+        for _ in &self.clients {
+            let at = self.at.load(Ordering::Relaxed) % self.clients.len();
+            let Some(client) = self.clients.get(at) else { break };
+            match client.clone().wanted(request.clone()).await {
+                Ok(reply) => return Ok(reply.into_inner()),
+                Err(e) => last = e,
+            }
+            self.at.store(at + 1, Ordering::Relaxed);
+        }
+        Err(last)
+    }
+
     async fn run(self: &Arc<Self>) {
         let mut tasks: BTreeMap<u64, AbortHandle> = BTreeMap::new();
         loop {

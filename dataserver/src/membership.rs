@@ -166,11 +166,9 @@ async fn run(
     stopping: watch::Receiver<bool>,
 ) {
     let meta = identity.meta.clone();
-    let clients: Result<Vec<_>, _> = meta.split(',').map(connect).collect();
-    let clients = match clients {
+    let clients = match connect_each(&meta) {
         Ok(clients) => clients,
-        Err(e) => {
-            let what = format!("metaserver address '{meta}': {e}");
+        Err(what) => {
             // The starter is waiting for exactly this.
             let _ = first.send(First::Refused(StartError::Config(what)));
             return;
@@ -216,8 +214,17 @@ async fn run(
 /// The metaserver's admin service.
 pub(crate) type Client = ClusterClient<Channel>;
 
+/// A client for each of the metaservers' addresses, of which the owner's answers.
+///
+/// # Errors
+/// Says which address is none.
+pub(crate) fn connect_each(meta: &str) -> Result<Vec<Client>, String> {
+    let each = |address: &str| connect(address).map_err(|e| format!("metaserver address '{address}': {e}"));
+    meta.split(',').map(each).collect()
+}
+
 /// Connects when it is first used, and again whenever that is needed.
-pub(crate) fn connect(meta: &str) -> Result<Client, tonic::transport::Error> {
+fn connect(meta: &str) -> Result<Client, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{meta}"))?
         .tcp_nodelay(true)
         .connect_timeout(CALL_MAX)
@@ -251,7 +258,7 @@ impl Pause {
 struct Member {
     identity: Identity,
     /// One for each address of a metaserver. Only the owner of the metadata listens.
-    clients: Vec<ClusterClient<Channel>>,
+    clients: Vec<Client>,
     /// The one in use.
     at: usize,
 }
@@ -434,4 +441,16 @@ async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<De
         }
     }
     done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn every_metaserver_has_a_client() {
+        assert_eq!(connect_each("a:1,b:2,[::1]:3").unwrap().len(), 3);
+        let error = connect_each("a:1,b c:2").unwrap_err();
+        assert!(error.contains("'b c:2'"), "{error}");
+    }
 }

@@ -623,7 +623,7 @@ fn daemons_read_their_configuration() {
     let server = s.list("servers").iter().find(|s| s["name"] == "configured").unwrap();
     assert_eq!(server["address"], listen);
     let of_server = s.list("targets").iter().find(|t| t["server"] == server["id"]).unwrap();
-    assert_eq!(of_server["domain"], "rack9");
+    assert_eq!(of_server["domain"], "rack=rack9,host=configured");
     // It takes part at once.
     let mount = cluster.mount();
     fs::write(mount.join("f"), rng::bytes(1, 100 << 20)).unwrap();

@@ -229,6 +229,7 @@ fn the_store_is_shown_and_moved() {
         for n in 0..300 {
             fs::write(mount.path().join(format!("f{n}")), n.to_string()).unwrap();
         }
+        mount.unmount();
     }
     let seen = wait_for("both standbys", TAKE_OVER_MAX, || {
         let seen = cluster.fjord(["meta", "status"]).ok().stdout;
@@ -262,6 +263,10 @@ fn the_store_is_shown_and_moved() {
     *cluster.metaserver(1) = None;
     cluster.set_store(to);
     cluster.start_metaserver(0);
+    wait_for("the new store to be served", TAKE_OVER_MAX, || {
+        let log = cluster.metaserver(0).as_ref().unwrap().log();
+        log.contains("listening on").then_some(()).ok_or(log)
+    });
     let mount = cluster.mount();
     for n in 0..300 {
         assert_eq!(fs::read_to_string(mount.path().join(format!("f{n}"))).unwrap(), n.to_string());

@@ -216,10 +216,8 @@ async fn wanted(healing: &Healing, seat: &Seat, blocks: &[BlockId]) -> Result<Wa
         pg: seat.span.pg.0,
         blocks: blocks.iter().map(|block| block.0).collect(),
     };
-    let reply = healing.client.clone().wanted(request).await;
-    Ok(reply
-        .map_err(|e| format!("the metaserver was asked which blocks are wanted: {}", e.message()))?
-        .into_inner())
+    let asked = healing.ask(request).await;
+    asked.map_err(|e| format!("the metaserver was asked which blocks are wanted: {}", e.message()))
 }
 
 async fn put(
