@@ -30,14 +30,12 @@ mod delete;
 pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod files;
-#[cfg(fuzzing)]
-pub(crate) mod fuzzing;
 pub(crate) mod index;
 pub(crate) mod label;
 mod put;
 pub(crate) mod record;
 mod recovery;
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "for tests only: there a panic is the report")]
 mod sim;
 mod snapshot;

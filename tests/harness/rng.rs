@@ -5,15 +5,21 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 /// The generator of all randomised tests. Its sequence is fixed by the pinned version of `rand`.
 pub type TestRng = StdRng;
 
+/// The seed that was asked for.
+///
+/// # Panics
+/// When `FJORD_SEED` is no number.
+pub fn given() -> Option<u64> {
+    let text = std::env::var("FJORD_SEED").ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("FJORD_SEED must be a number, not '{text}'")))
+}
+
 /// The seed of this run: `FJORD_SEED` if set, else a fresh one. Printed, so that a failure can be repeated.
 ///
 /// # Panics
 /// When `FJORD_SEED` is not a number.
 pub fn seed(test: &str) -> u64 {
-    let seed = match std::env::var("FJORD_SEED") {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("FJORD_SEED must be a number, not '{text}'")),
-        Err(_) => rand::rng().random_range(0..u64::from(u32::MAX)),
-    };
+    let seed = given().unwrap_or_else(|| rand::rng().random_range(0..u64::from(u32::MAX)));
     eprintln!("{test}: repeat with FJORD_SEED={seed}");
     seed
 }

@@ -11,9 +11,12 @@ use fjordfs_tests::{
     rng,
 };
 
+/// The schedule that a landing has to hold; the soak looks for others that do not.
+const SEED: u64 = 5;
+
 #[test]
 fn a_schedule_of_faults_breaks_no_promise() {
-    chaos::run(rng::seed("faults"));
+    chaos::run(rng::given().unwrap_or(SEED));
 }
 
 #[test]

@@ -28,8 +28,6 @@ mod directory;
 mod dispatch;
 mod ends;
 pub mod filesystem;
-#[cfg(fuzzing)]
-pub mod fuzzing;
 mod handles;
 mod held;
 mod interrupt;
