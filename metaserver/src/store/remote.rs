@@ -200,12 +200,17 @@ impl Shared {
         self.tell();
     }
 
-    fn fail(&self, e: StoreError) {
+    fn fail(&self, e: &StoreError) {
         tracing::error!(error = %e, "this metaserver no longer owns the store");
+        self.give_up(e);
+    }
+
+    /// Everything from here on fails for the reason `e`.
+    fn give_up(&self, e: &StoreError) {
         let mut state = self.state.lock();
         state.queue.clear();
         state.failed = Some(match e {
-            StoreError::Fenced { current, .. } => Failure::Fenced { current },
+            StoreError::Fenced { current, .. } => Failure::Fenced { current: *current },
             other => Failure::Other(other.to_string()),
         });
         drop(state);

@@ -123,6 +123,9 @@ fn a_standby_waits_for_silence_or_release(url: &str) {
         matches!(late, StoreError::Fenced { current, .. } if current == fence),
         "one of two standbys: {late}"
     );
+    // Whoever opens the store asks here whether to stand by again.
+    let why = second.acknowledged().unwrap_err();
+    assert!(matches!(why, StoreError::Fenced { current, .. } if current == fence), "{why}");
     standby.commit(put(&[("k", "v")]), fence).unwrap();
     standby.sync().unwrap();
 }

@@ -114,8 +114,10 @@ impl Worker {
                 let flushed = self.flush().await;
                 self.end_on(flushed);
                 let taken = self.take_over().await;
-                if taken.is_err() {
+                if let Err(e) = &taken {
                     self.owner = None;
+                    // Whoever opens the store asks here why: another was faster, or it is of no use.
+                    self.shared.give_up(e);
                 }
                 let _ = reply.send(taken);
             }
@@ -141,7 +143,7 @@ impl Worker {
                 let released = tokio::time::timeout(RELEASE_PATIENCE, release).await.unwrap_or(late);
                 if let Err(e) = &released {
                     // What is still queued may not arrive, and nobody shall wait for it.
-                    self.shared.fail(self.link.error(e.to_string()));
+                    self.shared.fail(&self.link.error(e.to_string()));
                 }
                 self.owner = None;
                 let _ = reply.send(released);
@@ -175,7 +177,7 @@ impl Worker {
     pub(super) fn end_on(&mut self, result: StoreResult<()>) {
         if let Err(e) = result {
             self.owner = None;
-            self.shared.fail(e);
+            self.shared.fail(&e);
         }
     }
 
