@@ -8,6 +8,7 @@
 //! | `index.rs` | (block, shard) → place, in memory |
 //! | `put.rs` | reserving space, growing, writing a record |
 //! | `delete.rs` | deleting by punching holes |
+//! | `deleted.rs` | which blocks were deleted, against puts that come late |
 //! | `sync.rs` | group sync |
 //! | `checkpoint.rs`, `snapshot.rs` | the index on disk: its format, and when it is written |
 //! | `recovery.rs` | from files to an index |
@@ -27,6 +28,7 @@
 
 pub(crate) mod checkpoint;
 mod delete;
+mod deleted;
 pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod files;
@@ -60,6 +62,7 @@ use fjordfs_proto::{BlockId, PAGE_SIZE, ShardNo};
 use parking_lot::{Mutex, RwLock};
 
 use self::{
+    deleted::Deleted,
     device::Device,
     error::StoreError,
     index::{Entry, Index},
@@ -111,6 +114,7 @@ pub(crate) struct Store<D: Device> {
     uuid: [u8; 16],
     options: StoreOptions,
     index: Index,
+    deleted: Deleted,
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume<D::File>>>>,
     /// Where records are appended.
     active: RwLock<Option<Arc<Volume<D::File>>>>,
@@ -146,6 +150,7 @@ impl<D: Device> Store<D> {
             uuid,
             options,
             index: found.index,
+            deleted: Deleted::default(),
             volumes: RwLock::new(found.volumes),
             active: RwLock::new(found.active),
             growing: tokio::sync::Mutex::new(found.next_volume),

@@ -22,6 +22,8 @@ impl<D: Device> Store<D> {
     /// When a hole cannot be punched: that shard is unchanged, the others are deleted.
     pub(crate) async fn delete(&self, blocks: &[BlockId]) -> Result<u32, StoreError> {
         self.check_alive()?;
+        // First: a put that is under way finds it, or is found here.
+        self.deleted.add(blocks);
         let entries: Vec<Entry> = blocks.iter().flat_map(|block| self.index.of_block(*block)).collect();
         let mut deletions =
             stream::iter(&entries).map(|entry| self.delete_one(entry)).buffer_unordered(AT_ONCE);
@@ -44,7 +46,7 @@ impl<D: Device> Store<D> {
         self.delete_one(entry).await.map(|_| ())
     }
 
-    async fn delete_one(&self, entry: &Entry) -> Result<bool, StoreError> {
+    pub(super) async fn delete_one(&self, entry: &Entry) -> Result<bool, StoreError> {
         let volume = self.volumes.read().get(&entry.volume).cloned();
         let _deleting = self.deleting.read().await;
         if !self.index.remove(entry) {

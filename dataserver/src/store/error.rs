@@ -18,6 +18,9 @@ pub(crate) enum StoreError {
     /// Blocks are immutable and their ids are never used twice.
     #[error("target {path} already holds other bytes as {block} {shard}: block ids must not be reused")]
     Exists { path: PathBuf, block: BlockId, shard: ShardNo },
+    /// It was deleted before it came.
+    #[error("{block} was deleted from target {path}: a block is not written again, its bytes go into a new one")]
+    Deleted { path: PathBuf, block: BlockId },
     /// Not stored here, or deleted meanwhile.
     #[error("target {path} has no shard {shard} of block {block}")]
     Missing { path: PathBuf, block: BlockId, shard: ShardNo },
@@ -31,6 +34,7 @@ impl StoreError {
         match self {
             StoreError::Full { .. } => Errno::ENOSPC,
             StoreError::Exists { .. } => Errno::EEXIST,
+            StoreError::Deleted { .. } => Errno::ESTALE,
             StoreError::Missing { .. } => Errno::ENOENT,
             StoreError::Failed { .. } | StoreError::Io { .. } => Errno::EIO,
         }

@@ -52,7 +52,7 @@ impl<D: Device> Store<D> {
     /// `record_pages(length)` pages.
     ///
     /// # Errors
-    /// `Full`: put elsewhere. `Exists`: never the same id again. `Failed`, `Io`: put elsewhere.
+    /// `Full`: put elsewhere. `Exists`, `Deleted`: never the same id again. `Failed`, `Io`: put elsewhere.
     pub(crate) async fn put(
         &self,
         new: NewShard,
@@ -60,6 +60,7 @@ impl<D: Device> Store<D> {
         page_crcs: &[u8],
     ) -> Result<(), StoreError> {
         self.check_alive()?;
+        self.check_not_deleted(new.block)?;
         if let Some(old) = self.index.get(new.block, new.shard) {
             return self.same_or_refused(&old, &new, record, page_crcs).await;
         }
@@ -92,7 +93,17 @@ impl<D: Device> Store<D> {
         self.counters.shards.fetch_add(1, Ordering::Relaxed);
         self.counters.shard_bytes.fetch_add(u64::from(length), Ordering::Relaxed);
         self.counters.puts.fetch_add(1, Ordering::Relaxed);
+        // A deletion that came meanwhile has not seen it.
+        if let Err(e) = self.check_not_deleted(block) {
+            self.delete_one(&entry).await?;
+            return Err(e);
+        }
         Ok(())
+    }
+
+    fn check_not_deleted(&self, block: BlockId) -> Result<(), StoreError> {
+        let deleted = || StoreError::Deleted { path: self.path().to_owned(), block };
+        if self.deleted.contains(block) { Err(deleted()) } else { Ok(()) }
     }
 
     /// Compares a put with what is stored under its name.

@@ -210,6 +210,10 @@ async fn play(ops: Vec<Op>, holes_visible: bool) {
                 assert_eq!(store.delete(&[BlockId(block), BlockId(block << 20)]).await.unwrap(), 1);
                 oracle.present.remove(&block);
                 oracle.deleted.insert(block);
+                for late in [block, block << 20] {
+                    let refused = put(&store, late, &bytes_of(late, 5000)).await;
+                    assert!(matches!(refused, Err(StoreError::Deleted { .. })), "{late}: {refused:?}");
+                }
             }
             Op::Repeat(_) | Op::Delete(_) => {}
             Op::Sync => {
@@ -245,6 +249,25 @@ proptest! {
     fn crashes_lose_nothing_that_was_synced(ops in proptest::collection::vec(op(), 1..60), holes_visible: bool) {
         run(play(ops, holes_visible));
     }
+}
+
+#[test]
+fn a_put_and_a_deletion_at_the_same_moment_leave_nothing() {
+    let (_, store) = open(SimDevice::new(1 << 30, true), OPTIONS);
+    for block in 1..50 {
+        run(async {
+            let data = bytes_of(block, 5000);
+            let (stored, _) = tokio::join!(put(&store, block, &data), async {
+                // Between any two steps of the put.
+                for _ in 0..block % 7 {
+                    tokio::task::yield_now().await;
+                }
+                store.delete(&[BlockId(block)]).await.unwrap()
+            });
+            assert!(stored.is_ok() || matches!(stored, Err(StoreError::Deleted { .. })), "{stored:?}");
+        });
+    }
+    assert_eq!(store.stats().unwrap().shards, 0);
 }
 
 #[test]
