@@ -209,8 +209,13 @@ async fn paths_follow_links_and_errors_name_the_path() {
 async fn copy_all(source: &File, target: &File, from: u64, to: u64, length: u64) -> u64 {
     let mut done = 0;
     while done < length {
-        let range =
-            CopiedRange { from: from + done, to: to + done, length: length - done, clear_suid: false };
+        let range = CopiedRange {
+            from: from + done,
+            to: to + done,
+            length: length - done,
+            clear_suid: false,
+            same_as: None,
+        };
         match target.copy_from(source, range).await.unwrap() {
             0 => break,
             copied => done += copied,
@@ -248,7 +253,7 @@ async fn copies_share_blocks_or_move_bytes_and_read_the_same() {
         assert_eq!(shares, path == "/shared");
     }
     // Within one file, and only where it does not overlap itself.
-    let overlapping = CopiedRange { from: 0, to: 10, length: 20, clear_suid: false };
+    let overlapping = CopiedRange { from: 0, to: 10, length: 20, clear_suid: false, same_as: None };
     assert_eq!(source.copy_from(&source, overlapping).await.unwrap_err().errno, Errno::EINVAL);
     assert_eq!(copy_all(&source, &source, 0, 9 << 20, 1000).await, 1000);
     expected.extend_from_within(..1000);

@@ -21,6 +21,7 @@ mod blocks;
 pub(crate) mod repair;
 pub(crate) mod runs;
 mod tree;
+pub(crate) mod uses;
 mod xattrs;
 
 #[cfg(test)]

@@ -255,8 +255,20 @@ impl World {
         (target, target_offset): (InodeId, u64),
         length: u64,
     ) -> FsResult<(u64, Attr)> {
+        self.take_copy((source, source_offset), (target, target_offset), length, None)
+    }
+
+    /// The same, of bytes that the other has already, as of a version.
+    pub(crate) fn take_copy(
+        &mut self,
+        (source, source_offset): (InodeId, u64),
+        (target, target_offset): (InodeId, u64),
+        length: u64,
+        same_as: Option<u64>,
+    ) -> FsResult<(u64, Attr)> {
         let (source, target) = (source.0, target.0);
-        let op = CopyRange { source, source_offset, target, target_offset, length, clear_suid: false };
+        let op =
+            CopyRange { source, source_offset, target, target_offset, length, clear_suid: false, same_as };
         match self.call(Op::CopyRange(op))? {
             Reply::CopyRange(reply) => Ok((reply.copied, reply.attr.unwrap())),
             other => panic!("{other:?}"),

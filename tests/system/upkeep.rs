@@ -3,13 +3,17 @@
 
 use std::{
     fs,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
+    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
 use fjordfs_tests::{
-    Cluster, Run, Setup, rng,
+    Cluster, Run, Setup,
+    fault::volumes,
+    rng,
     wait::{SOON, wait_for},
 };
 use serde_json::Value;
@@ -194,4 +198,103 @@ fn a_metaserver_whose_store_is_gone_does_not_begin_anew() {
     let mount = cluster.mount();
     assert_same(mount.path(), 0..1);
     mount.unmount();
+}
+
+/// Bytes that the volumes of three data servers take: less by those of deleted shards.
+fn taken(cluster: &Cluster) -> u64 {
+    let volumes = (0..3).flat_map(|server| volumes(&cluster.target_folder(server, 0)));
+    volumes.map(|path| 512 * fs::metadata(path).unwrap().blocks()).sum()
+}
+
+#[test]
+fn what_is_left_of_mostly_dead_blocks_is_moved_while_files_change() {
+    const SMALL: usize = 30_000;
+    let mut cluster = Cluster::start("gc-compact", Setup::policy("ec:2+1"));
+    let mount = cluster.mount();
+    let name = |i: u64| mount.join(format!("s{i}"));
+    let content = |i: u64| rng::bytes(i, SMALL + i as usize);
+    for i in 0..600 {
+        fs::write(name(i), content(i)).unwrap();
+    }
+    // A file of many pieces, which are not in the order in which they were written.
+    let scattered = rng::bytes(7, 200 * 8192);
+    {
+        let file = fs::File::create(mount.join("scattered")).unwrap();
+        for n in 0..200u64 {
+            let at = (n * 73 % 200) as usize * 8192;
+            file.write_all_at(&scattered[at..at + 8192], at as u64).unwrap();
+            file.sync_data().unwrap();
+        }
+    }
+    rustix::fs::sync();
+    let open = fs::File::open(name(20)).unwrap();
+    let times = fs::metadata(name(40)).unwrap();
+    for i in (0..600).filter(|i| i % 20 != 0) {
+        fs::remove_file(name(i)).unwrap();
+    }
+    // A block whose bytes two files share.
+    let copied =
+        Command::new("cp").args(["--reflink=auto"]).arg(name(60)).arg(mount.join("shared")).status().unwrap();
+    assert!(copied.success());
+    rustix::fs::sync();
+    let seen = json(&cluster.fjord(["gc", "compact", "--dry-run", "--json"]));
+    assert!(seen["sparse_blocks"].as_u64().unwrap() > 0 && seen["scattered_files"] == 1, "{seen}");
+    assert_eq!(seen["moved_bytes"], 0);
+    let before = taken(&cluster);
+    // Some files are changed all the while, and keep what they were given.
+    let stop = AtomicBool::new(false);
+    let (done, last) = thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut last = 0;
+            for n in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                for i in [100, 200, 300] {
+                    fs::write(name(i), rng::bytes(1000 * i + n, SMALL)).unwrap();
+                }
+                last = n;
+            }
+            last
+        });
+        let done = json(&cluster.fjord(["gc", "compact", "--json"]));
+        stop.store(true, Ordering::Relaxed);
+        (done, writer.join().unwrap())
+    });
+    assert!(done["moved_pieces"].as_u64().unwrap() > 10 && done["unreadable_pieces"] == 0, "{done}");
+    let check = |mount: &Path| {
+        for i in (0..600).step_by(20) {
+            let expected =
+                if [100, 200, 300].contains(&i) { rng::bytes(1000 * i + last, SMALL) } else { content(i) };
+            assert!(fs::read(mount.join(format!("s{i}"))).unwrap() == expected, "s{i}");
+        }
+        assert!(fs::read(mount.join("shared")).unwrap() == content(60));
+        assert!(fs::read(mount.join("scattered")).unwrap() == scattered);
+    };
+    let now = fs::metadata(name(40)).unwrap();
+    assert_eq!(
+        (now.modified().unwrap(), now.accessed().unwrap()),
+        (times.modified().unwrap(), times.accessed().unwrap())
+    );
+    assert_eq!(now.ctime_nsec(), times.ctime_nsec());
+    check(mount.path());
+    // Also those who had it open, after the old block has gone.
+    wait_for("the old blocks to be deleted", 2 * SOON, || {
+        let freed = before.saturating_sub(taken(&cluster));
+        let enough = freed > done["dead_bytes"].as_u64().unwrap();
+        if enough { Ok(()) } else { Err(format!("{freed} bytes freed, {done}")) }
+    });
+    let mut bytes = vec![0; SMALL + 20];
+    open.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == content(20));
+    let other = cluster.mount();
+    check(other.path());
+    let again = json(&cluster.fjord(["gc", "compact", "--json"]));
+    assert_eq!(again["scattered_files"], 0, "{again}");
+    let told = cluster.fjord(["fsck"]).ok().stdout;
+    assert!(told.contains("all is well"), "{told}");
+    drop(open);
+    other.unmount();
+    mount.unmount();
+    cluster.assert_running();
 }

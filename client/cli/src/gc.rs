@@ -1,4 +1,6 @@
-//! `fjord gc`: shards that nothing reaches.
+//! `fjord gc`: shards that nothing reaches, and blocks of which little is left.
+
+mod compact;
 
 use std::process::ExitCode;
 
@@ -9,35 +11,31 @@ use crate::{
     daemon,
     fsck::progress,
     holdings,
-    locate::{self, MetaArg},
+    locate::{self, MetaArg, ShowArgs},
     report, rpc,
     units::{self, ByteSize},
 };
 
-/// Find and delete shards that nothing reaches, while the filesystem is in use.
+/// Give space back while the filesystem is in use: delete shards that nothing reaches, move what is left of mostly dead blocks.
 ///
 /// Blocks that lose their last byte are deleted by themselves, and so are those of clients that die. Garbage is what a target brings
-/// back that was away for long, or what a restored backup knows nothing of.
+/// back that was away for long, or what a restored backup knows nothing of. Small files share blocks, which keep their space until
+/// the last of them is removed, or until they are compacted.
 #[derive(clap::Subcommand)]
 #[command(after_help = "\
 Examples:
   fjord gc status            what is waiting to be deleted
   fjord gc run --dry-run     how much garbage is there?
-  fjord gc run")]
+  fjord gc run
+  fjord gc compact --dry-run how much space is in mostly dead blocks?
+  fjord gc compact --rate 100MiB")]
 pub(crate) enum Verb {
     /// Show what is waiting to be deleted
-    Status(StatusArgs),
+    Status(ShowArgs),
     /// Compare what targets hold with what there is, and delete the rest
     Run(RunArgs),
-}
-
-#[derive(clap::Args)]
-pub(crate) struct StatusArgs {
-    #[command(flatten)]
-    meta: MetaArg,
-    /// Print JSON; the names of its fields are stable
-    #[arg(long)]
-    json: bool,
+    /// Write anew what is left of mostly dead blocks, and files that lie in many pieces
+    Compact(compact::Args),
 }
 
 #[derive(clap::Args)]
@@ -89,6 +87,7 @@ pub(crate) fn run(verb: &Verb) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Run(args) => collect(args),
+        Verb::Compact(args) => compact::run(args),
     }
 }
 

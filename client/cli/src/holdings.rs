@@ -1,4 +1,5 @@
-//! What targets hold against what extents reach: shards that are missing, blocks that are lost, and garbage.
+//! What targets hold against what extents reach: shards that are missing, blocks that are lost, garbage, and blocks of which little
+//! is left.
 //!
 //! The metaserver's snapshot is taken first and the targets are listed then, while clients go on. A shard of a block that nothing in the
 //! snapshot reaches, that is not leased, not being deleted and not newer is garbage for ever, since an id is used once. A shard that
@@ -15,7 +16,7 @@ use fjordfs_proto::{
     BlockId, ClusterMap, Layout, TargetId,
     frame::Opcode,
     pb::{
-        data::{ListShardsReply, ListShardsRequest},
+        data::{ListShardsReply, ListShardsRequest, ShardInfo},
         meta::{BlockRun, BlocksReply, DeletedBlocks, MissingShards},
     },
 };
@@ -83,21 +84,25 @@ struct Known {
     blocks: usize,
     reserved: Vec<BlockRun>,
     next_block: u64,
+    /// Live bytes of the blocks that have more pieces than one, or lost bytes.
+    counted: BTreeMap<u64, u64>,
     map: ClusterMap,
 }
 
 impl Known {
     async fn ask(meta: &str) -> anyhow::Result<Known> {
-        let (mut live, mut reserved, mut end) = (Vec::new(), Vec::new(), None);
+        let (mut live, mut reserved, mut counts, mut end) = (Vec::new(), Vec::new(), BTreeMap::new(), None);
         rpc::blocks(meta, |reply| {
-            let BlocksReply { live: runs, reserved: taken, next_block, map } = reply;
+            let BlocksReply { live: runs, reserved: taken, next_block, map, counted } = reply;
             live.extend(runs);
             reserved.extend(taken);
+            counts.extend(counted.into_iter().map(|count| (count.block, count.bytes)));
             end = map.map(|map| (next_block, map));
         })
         .await?;
         let (next_block, map) = end.context("the list of blocks has no end")?;
-        Ok(Known::new(live, reserved, next_block, ClusterMap::from_pb(map)?))
+        let known = Known::new(live, reserved, next_block, ClusterMap::from_pb(map)?);
+        Ok(Known { counted: counts, ..known })
     }
 
     fn new(live: Vec<BlockRun>, reserved: Vec<BlockRun>, next_block: u64, map: ClusterMap) -> Known {
@@ -106,7 +111,7 @@ impl Known {
             before.push(blocks);
             blocks += run.count as usize;
         }
-        Known { live, before, blocks, reserved, next_block, map }
+        Known { live, before, blocks, reserved, next_block, counted: BTreeMap::new(), map }
     }
 
     /// Number of a live block among all, and its layout.
@@ -170,35 +175,78 @@ async fn list(
     found: &mut Findings,
     tell: &dyn Fn(String),
 ) -> anyhow::Result<()> {
-    let mut peer = connect(&known.map, target).await?;
-    let (mut after, mut shards, mut garbage, mut bytes) = (0, 0u64, Vec::new(), 0);
-    loop {
-        let page = page(&mut peer, target, after, 0).await?;
-        for shard in &page.shards {
-            shards += 1;
-            if let Some((at, layout)) = known.find(shard.block) {
-                let group = known.map.placement(BlockId(shard.block), layout).unwrap_or_default();
-                if group.get(shard.shard as usize) == Some(&target) {
-                    present[at] |= 1 << shard.shard;
-                }
-            } else if known.is_garbage(shard.block) {
-                garbage.push(shard.block);
-                bytes += u64::from(shard.length);
+    let (mut garbage, mut bytes) = (Vec::new(), 0);
+    found.shards += each_shard(&known.map, target, tell, |shard| {
+        if let Some((at, layout)) = known.find(shard.block) {
+            let group = known.map.placement(BlockId(shard.block), layout).unwrap_or_default();
+            if group.get(shard.shard as usize) == Some(&target) {
+                present[at] |= 1 << shard.shard;
             }
+        } else if known.is_garbage(shard.block) {
+            garbage.push(shard.block);
+            bytes += u64::from(shard.length);
         }
-        tell(format!("target {target}: {shards} shards"));
-        match page.shards.last() {
-            Some(last) if !page.end => after = last.block,
-            _ => break,
-        }
-    }
-    found.shards += shards;
+    })
+    .await?;
     found.garbage_bytes += bytes;
     garbage.dedup();
     if !garbage.is_empty() {
         found.garbage.insert(target.0, garbage);
     }
     Ok(())
+}
+
+/// A block of which part is dead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sparse {
+    pub(crate) block: u64,
+    /// Bytes that files use; what several use counts several times.
+    pub(crate) live: u64,
+    /// Bytes that it has, rounded up.
+    pub(crate) bytes: u64,
+}
+
+/// Blocks of which files use less than `percent`, on targets that can be listed.
+///
+/// # Errors
+/// When the metaserver or a target does not answer.
+pub(crate) async fn sparse(meta: &str, percent: u64, tell: &dyn Fn(String)) -> anyhow::Result<Vec<Sparse>> {
+    tell("asking for all blocks".to_owned());
+    let known = Known::ask(meta).await?;
+    let mut sizes: BTreeMap<u64, u64> = BTreeMap::new();
+    for target in known.map.targets.iter().filter(|(_, info)| info.readable()).map(|(target, _)| *target) {
+        each_shard(&known.map, target, tell, |shard| {
+            if known.counted.contains_key(&shard.block)
+                && let Some((_, layout)) = known.find(shard.block)
+            {
+                sizes.insert(shard.block, u64::from(shard.length) * layout.needed() as u64);
+            }
+        })
+        .await?;
+    }
+    let sparse = sizes.into_iter().map(|(block, bytes)| Sparse { block, live: known.counted[&block], bytes });
+    Ok(sparse.filter(|sparse| sparse.live * 100 < sparse.bytes * percent).collect())
+}
+
+/// Goes through the listing of a target; how many shards it has.
+async fn each_shard(
+    map: &ClusterMap,
+    target: TargetId,
+    tell: &dyn Fn(String),
+    mut each: impl FnMut(&ShardInfo),
+) -> anyhow::Result<u64> {
+    let mut peer = connect(map, target).await?;
+    let (mut after, mut shards) = (0, 0);
+    loop {
+        let page = page(&mut peer, target, after, 0).await?;
+        shards += page.shards.len() as u64;
+        page.shards.iter().for_each(&mut each);
+        tell(format!("target {target}: {shards} shards"));
+        match page.shards.last() {
+            Some(last) if !page.end => after = last.block,
+            _ => return Ok(shards),
+        }
+    }
 }
 
 /// Live blocks that some member that was listed has no shard of.

@@ -26,6 +26,16 @@ pub(crate) struct MetaArg {
     pub(crate) meta: Option<String>,
 }
 
+/// Of verbs that only show something.
+#[derive(clap::Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub(crate) meta: MetaArg,
+    /// Print JSON; the names of its fields are stable
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// A path in a cluster.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Location {

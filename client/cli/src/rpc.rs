@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
     BackupRequest, BlocksReply, BlocksRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest,
     MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest, StatusReply,
-    StatusRequest, cluster_client::ClusterClient,
+    StatusRequest, UsesReply, UsesRequest, cluster_client::ClusterClient,
 };
 use tonic::{
     Code, Response, Status, Streaming,
@@ -97,6 +97,24 @@ pub(crate) async fn blocks(meta: &str, mut each: impl FnMut(BlocksReply)) -> any
         }
     }
     bail!("the metaserver at {meta} ended before it had listed all blocks: try again")
+}
+
+/// Where blocks are used, and files of many small extents.
+///
+/// # Errors
+/// When the metaserver cannot say, or stops in the middle.
+pub(crate) async fn uses(meta: &str, asked: UsesRequest) -> anyhow::Result<UsesReply> {
+    let mut client = connect(meta).await?;
+    let mut replies = client.uses(asked).await.map_err(|e| unlike(meta, &e))?.into_inner();
+    let mut all = UsesReply::default();
+    while let Some(reply) = next(&mut replies, "where blocks are used").await? {
+        all.uses.extend(reply.uses);
+        all.scattered.extend(reply.scattered);
+        if reply.end {
+            return Ok(all);
+        }
+    }
+    bail!("the metaserver at {meta} ended before it had said where blocks are used: try again")
 }
 
 /// Has groups completed and garbage deleted; how many deletions that makes.

@@ -6,7 +6,7 @@ use fjordfs_proto::TargetId;
 
 use crate::{
     daemon,
-    locate::{self, MetaArg},
+    locate::{self, MetaArg, ShowArgs},
     report, rpc,
     status::Status,
     units::{self, ByteSize},
@@ -25,22 +25,13 @@ pub(crate) enum Verb {
     /// Begin now, on all targets that are up
     Start(StartArgs),
     /// Show how far it is and what it found
-    Status(StatusArgs),
+    Status(ShowArgs),
 }
 
 #[derive(clap::Args)]
 pub(crate) struct StartArgs {
     #[command(flatten)]
     meta: MetaArg,
-}
-
-#[derive(clap::Args)]
-pub(crate) struct StatusArgs {
-    #[command(flatten)]
-    meta: MetaArg,
-    /// Print JSON; the names of its fields are stable
-    #[arg(long)]
-    json: bool,
 }
 
 pub(crate) fn run(verb: &Verb) -> anyhow::Result<ExitCode> {

@@ -6,7 +6,7 @@ use fjordfs_proto::pb::meta::{ChangeTargetRequest, TargetChange};
 
 use crate::{
     daemon,
-    locate::{self, MetaArg},
+    locate::{self, MetaArg, ShowArgs},
     report, rpc,
     status::Status,
 };
@@ -24,7 +24,7 @@ Examples:
   fjord target keep t7       not drained after all")]
 pub(crate) enum Verb {
     /// Show all targets
-    List(ListArgs),
+    List(ShowArgs),
     /// Move everything that a target holds to others
     Drain(OneArgs),
     /// Leave a target in service that was being drained
@@ -43,16 +43,7 @@ Examples:
   fjord server list --json | jq '.[] | select(.state != \"up\")'")]
 pub(crate) enum ServerVerb {
     /// Show all data servers
-    List(ListArgs),
-}
-
-#[derive(clap::Args)]
-pub(crate) struct ListArgs {
-    #[command(flatten)]
-    meta: MetaArg,
-    /// Print JSON; the names of its fields are stable
-    #[arg(long)]
-    json: bool,
+    List(ShowArgs),
 }
 
 #[derive(clap::Args)]
@@ -143,7 +134,7 @@ pub(crate) fn run_server(verb: &ServerVerb) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn status(args: &ListArgs) -> anyhow::Result<Status> {
+fn status(args: &ShowArgs) -> anyhow::Result<Status> {
     let meta = locate::cluster(&args.meta, None)?;
     let reply = daemon::control_runtime()?.block_on(rpc::status(&meta))?;
     Status::new(meta, reply)

@@ -182,7 +182,8 @@ impl Filesystem for Adapter {
 
     async fn copy_range(&self, source: &File, target: &File, range: CopiedRange) -> FsResult<u64> {
         let CopiedRange { from, to, length, clear_suid } = range;
-        target.copy_from(source, fjordfs_client::CopiedRange { from, to, length, clear_suid }).await
+        let range = fjordfs_client::CopiedRange { from, to, length, clear_suid, same_as: None };
+        target.copy_from(source, range).await
     }
 
     async fn seek(&self, file: &File, data: bool, offset: u64) -> FsResult<u64> {

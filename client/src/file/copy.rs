@@ -26,6 +26,9 @@ pub struct CopiedRange {
     pub length: u64,
     /// Whoever changes the target may not keep its suid and sgid.
     pub clear_suid: bool,
+    /// The target has the same bytes there, as of this data version: they are only to lie elsewhere, and the file keeps its times.
+    /// `EAGAIN` when it has changed.
+    pub same_as: Option<u64>,
 }
 
 /// Bytes read and written at a time where nothing can be shared.
@@ -49,7 +52,9 @@ impl Handle {
             return Ok(0);
         }
         match self.share(source, range, to..end).await {
-            Err(e) if e.errno == Errno::EOPNOTSUPP => self.transfer(source, range).await,
+            Err(e) if e.errno == Errno::EOPNOTSUPP && range.same_as.is_none() => {
+                self.transfer(source, range).await
+            }
             outcome => outcome,
         }
     }
@@ -62,6 +67,7 @@ impl Handle {
             target_offset: target.start,
             length: target.end - target.start,
             clear_suid: range.clear_suid,
+            same_as: range.same_as,
         };
         let reply = match self.submit_copy(op, &target).await?.wait().await {
             Ok(response::Result::CopyRange(reply)) => reply,
@@ -79,7 +85,12 @@ impl Handle {
         // An fsync of the target speaks for the shared blocks too, whoever stored them.
         self.client.is_stored_of_too(source.state.ino, self.state.ino);
         let changed = target.start..target.start.saturating_add(copied).min(target.end);
-        self.state.lock().view.end_change(changed, false, attr);
+        let mut inner = self.state.lock();
+        if range.same_as.is_some() {
+            let version = inner.view.extents_version();
+            inner.view.forget_extents(version);
+        }
+        inner.view.end_change(changed, false, attr);
         Ok(copied)
     }
 

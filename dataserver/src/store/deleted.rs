@@ -63,7 +63,8 @@ mod tests {
     fn what_was_deleted_is_known_and_the_oldest_is_forgotten() {
         let deleted = Deleted::default();
         deleted.add(&[7, 5, 6, 9, u64::MAX].map(BlockId));
-        let known = |ids: std::ops::Range<u64>| ids.filter(|id| deleted.contains(BlockId(*id))).collect::<Vec<_>>();
+        let known =
+            |ids: std::ops::Range<u64>| ids.filter(|id| deleted.contains(BlockId(*id))).collect::<Vec<_>>();
         assert_eq!(known(0..20), [5, 6, 7, 9]);
         assert!(!deleted.contains(BlockId(u64::MAX)));
         let far: Vec<BlockId> = (0..RUNS_MAX as u64).map(|n| BlockId(100 + 2 * n)).collect();

@@ -19,7 +19,9 @@ pub(crate) enum StoreError {
     #[error("target {path} already holds other bytes as {block} {shard}: block ids must not be reused")]
     Exists { path: PathBuf, block: BlockId, shard: ShardNo },
     /// It was deleted before it came.
-    #[error("{block} was deleted from target {path}: a block is not written again, its bytes go into a new one")]
+    #[error(
+        "{block} was deleted from target {path}: a block is not written again, its bytes go into a new one"
+    )]
     Deleted { path: PathBuf, block: BlockId },
     /// Not stored here, or deleted meanwhile.
     #[error("target {path} has no shard {shard} of block {block}")]

@@ -145,6 +145,12 @@ impl Cluster for Fake {
         Err(Status::unimplemented("not in this fake"))
     }
 
+    type UsesStream = futures_util::stream::Empty<Result<meta::UsesReply, Status>>;
+
+    async fn uses(&self, _: Request<meta::UsesRequest>) -> Result<Response<Self::UsesStream>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
     type BackupStream = futures_util::stream::Empty<Result<meta::BackupReply, Status>>;
 
     async fn backup(&self, _: Request<meta::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {

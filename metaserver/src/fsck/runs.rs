@@ -1,15 +1,18 @@
 //! All blocks of a snapshot as runs, for comparing them with what targets hold.
 
-use fjordfs_proto::{InodeId, Source as Kept, pb::meta::BlockRun};
+use fjordfs_proto::{
+    InodeId, Source as Kept,
+    pb::meta::{BlockRun, LiveBytes},
+};
 
 use super::{Report, Source, each, each_record};
 use crate::{
     block_ids, keys,
-    records::{Counters, DeadRun, ExtentRecord, LeasedRange, decode},
+    records::{Counters, DeadRun, ExtentRecord, LeasedRange, LiveBlock, decode},
     store::{Reading, StoreError},
 };
 
-/// What can be said of block ids. Memory: three words per extent.
+/// What can be said of block ids. Memory: three words per extent, and two for each block with a record of its live bytes.
 pub(crate) struct Runs {
     /// Reached by extents; ascending, no block twice.
     pub(crate) live: Vec<BlockRun>,
@@ -17,6 +20,8 @@ pub(crate) struct Runs {
     pub(crate) reserved: Vec<BlockRun>,
     /// Ids from here on are newer.
     pub(crate) next_block: u64,
+    /// Live bytes of the blocks that have a record of them.
+    pub(crate) counted: Vec<LiveBytes>,
 }
 
 /// Reads them. Records that make no sense are left out: a check says more of those.
@@ -46,9 +51,13 @@ pub(crate) fn read(store: &dyn Reading) -> Result<Runs, StoreError> {
     each(source, keys::DELETE, |key, _| {
         keys::second_id(key).into_iter().for_each(|block| reserve(block, 1));
     })?;
+    let mut counted = Vec::new();
+    each_record(source, keys::LIVE, &mut report, |_, block, _, record: LiveBlock| {
+        counted.push(LiveBytes { block, bytes: record.live });
+    })?;
     let counters = store.get(&[keys::COUNTERS])?.and_then(|value| decode(value, String::new).ok());
     let counters: Counters = counters.unwrap_or_default();
-    Ok(Runs { live: joined(live), reserved: joined(reserved), next_block: counters.next_block })
+    Ok(Runs { live: joined(live), reserved: joined(reserved), next_block: counters.next_block, counted })
 }
 
 /// Ascending, without overlaps; neighbours that agree are one.

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use fjordfs_proto::{BlockId, InodeId, ROOT_INODE, pb::meta::FileKind};
+use fjordfs_proto::{
+    BlockId, InodeId, ROOT_INODE,
+    pb::meta::{FileKind, UsesRequest},
+};
 use prost::Message;
 
 use super::*;
@@ -176,4 +179,29 @@ fn garbage_is_deleted_where_it_lies_and_nothing_that_may_be_in_use() {
     w.check();
     assert_eq!(w.deletions(), [(1, b)]);
     w.check();
+}
+
+#[test]
+fn uses_of_blocks_and_files_of_many_small_pieces_are_found() {
+    let mut w = World::new();
+    let (f, g, b) = (w.file("f"), w.file("g"), w.lease(12));
+    w.write(f, vec![run(0, 3000, b, 0), run(3000, 5000, b, 9000)]).unwrap();
+    w.copy((f, 3000), (g, 500), 700).unwrap();
+    for n in 0..10 {
+        w.write(g, vec![run(10_000 * (n + 1), 100, b + 1 + n, 0)]).unwrap();
+    }
+    let ask = |blocks: &[u64], extents_min| {
+        let asked = UsesRequest { blocks: blocks.to_vec(), extents_min, extent_bytes_max: 1000 };
+        let (mut used, mut scattered) = (Vec::new(), Vec::new());
+        super::uses::read(&crate::store::Idle(&*w.store), &asked, |found| match found {
+            super::uses::Found::Use(u) => used.push((u.ino, u.offset, u.block, u.block_offset, u.length)),
+            super::uses::Found::Scattered(ino) => scattered.push(ino),
+        })
+        .unwrap();
+        (used, scattered)
+    };
+    let of_b = [(f.0, 0, b, 0, 3000), (f.0, 3000, b, 9000, 5000), (g.0, 500, b, 9000, 700)];
+    assert_eq!(ask(&[b], 0), (of_b.to_vec(), vec![]));
+    assert_eq!(ask(&[], 11), (vec![], vec![g]));
+    assert_eq!(ask(&[b + 99], 12), (vec![], vec![]));
 }

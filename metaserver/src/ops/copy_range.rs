@@ -1,5 +1,8 @@
 //! copy_file_range: the target's range gets the source's extents. Blocks are immutable, so sharing them is a copy.
 //!
+//! Compaction moves bytes by it: it writes a file's bytes anew, elsewhere, and has the file take those in their place, as long as
+//! nobody has changed it ([`CopyRange::same_as`]).
+//!
 //! Order: what is shared is counted before anything is inserted, since what the target loses may be the same blocks.
 
 use fjordfs_proto::{
@@ -33,6 +36,9 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &CopyRange) -> FsResult<CopyRangeReply>
     if length == 0 {
         return Ok(CopyRangeReply { copied: 0, attr: Some(target.attr(target_ino)) });
     }
+    if op.same_as.is_some_and(|version| version != target.data_version) {
+        return fail(Errno::EAGAIN, format!("inode {target_ino}: it has changed meanwhile, read it again"));
+    }
     if op.target_offset.checked_add(length).is_none_or(|end| end > FILE_SIZE_MAX) {
         return fail(Errno::EFBIG, format!("inode {target_ino}: the copy ends beyond the largest file"));
     }
@@ -55,11 +61,13 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &CopyRange) -> FsResult<CopyRangeReply>
         target.size = target.size.max(end);
     }
     target.size = target.size.max(range.end);
-    target.data_version += 1;
+    if op.same_as.is_none() {
+        target.data_version += 1;
+        (target.mtime, target.ctime) = (Some(ctx.now), Some(ctx.now));
+    }
     if op.clear_suid {
         target.mode = without_suid(target.mode);
     }
-    (target.mtime, target.ctime) = (Some(ctx.now), Some(ctx.now));
     ctx.txn.put_inode(target_ino, &target);
     Ok(CopyRangeReply { copied, attr: Some(target.attr(target_ino)) })
 }

@@ -1,4 +1,4 @@
-//! chmod, chown, utimes, truncate, and the policy of a directory.
+//! chmod, chown, utimes, truncate, and the policy of a directory or an empty file.
 
 use fjordfs_proto::{
     FILE_SIZE_MAX, FsResult, InodeId, Policy,
@@ -63,11 +63,11 @@ fn truncate(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, size: u64) -> Fs
 }
 
 fn set_policy(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, code: u32) -> FsResult<()> {
-    if !inode.is_dir() {
+    if !inode.is_dir() && (!inode.is_regular() || inode.size > 0 || inode.allocated > 0) {
         return fail(
             Errno::EINVAL,
             format!(
-                "inode {ino} is not a directory: set the policy of a directory, files made in it inherit it"
+                "inode {ino} is neither a directory nor an empty file: set the policy of a directory, files made in it inherit it"
             ),
         );
     }

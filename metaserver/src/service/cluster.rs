@@ -4,8 +4,8 @@ use fjordfs_proto::pb::meta::{
     BackupReply, BackupRequest, BlocksReply, BlocksRequest, ChangeTargetReply, ChangeTargetRequest,
     FsckReply, FsckRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest, MendReply,
     MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply,
-    RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest, WantedReply, WantedRequest,
-    cluster_server::Cluster,
+    RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest, UsesReply, UsesRequest,
+    WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -97,6 +97,13 @@ impl Cluster for ClusterService {
 
     async fn blocks(&self, _: Request<BlocksRequest>) -> Result<Response<Self::BlocksStream>, Status> {
         self.whole(Whole::blocks).await
+    }
+
+    type UsesStream = Pieces<UsesReply>;
+
+    async fn uses(&self, request: Request<UsesRequest>) -> Result<Response<Self::UsesStream>, Status> {
+        let asked = request.into_inner();
+        self.whole(move |whole, out| whole.uses(&asked, out)).await
     }
 
     type BackupStream = Pieces<BackupReply>;

@@ -1,8 +1,10 @@
-//! Calls that read the whole store: checks, backups, the list of all blocks. Each has a snapshot and a thread, so that operations go on.
+//! Calls that read the whole store: checks, backups, the list of all blocks, where they are used. Each has a snapshot and a thread, so that operations go on.
 
 use std::time::SystemTime;
 
-use fjordfs_proto::pb::meta::{BackupReply, BlocksReply, FsckReply, FsckReport, StatusReply};
+use fjordfs_proto::pb::meta::{
+    BackupReply, BlocksReply, FsckReply, FsckReport, StatusReply, UsesReply, UsesRequest,
+};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -11,7 +13,7 @@ use super::stopped;
 use crate::{
     backup,
     executor::{Caller, Job, Jobs},
-    fsck::{self, Report, runs},
+    fsck::{self, Report, runs, uses},
     store::{Snapshot, StoreError},
 };
 
@@ -20,6 +22,9 @@ const AHEAD: usize = 4;
 
 /// Runs of blocks in a message.
 const RUNS: usize = 16_384;
+
+/// Blocks in a question for their uses.
+const USES_BLOCKS_MAX: usize = 65_536;
 
 /// Records between two reports of progress.
 const TELL: u64 = 100_000;
@@ -119,16 +124,42 @@ impl Whole {
 
     /// All blocks.
     pub(super) fn blocks(self, out: &Out<BlocksReply>) -> Result<(), Status> {
-        let runs::Runs { live, reserved, next_block } = runs::read(&*self.snapshot).map_err(failed)?;
+        let runs::Runs { live, reserved, next_block, counted } =
+            runs::read(&*self.snapshot).map_err(failed)?;
         for live in live.chunks(RUNS) {
             out.send(BlocksReply { live: live.to_vec(), ..BlocksReply::default() })?;
         }
         for reserved in reserved.chunks(RUNS) {
             out.send(BlocksReply { reserved: reserved.to_vec(), ..BlocksReply::default() })?;
         }
+        for counted in counted.chunks(RUNS) {
+            out.send(BlocksReply { counted: counted.to_vec(), ..BlocksReply::default() })?;
+        }
         // Newer than the snapshot, perhaps: blocks that have moved since are looked for where they are now.
         let map = self.status.map;
         out.send(BlocksReply { next_block, map, ..BlocksReply::default() })
+    }
+
+    /// Where blocks are used.
+    pub(super) fn uses(self, asked: &UsesRequest, out: &Out<UsesReply>) -> Result<(), Status> {
+        if asked.blocks.len() > USES_BLOCKS_MAX {
+            return Err(Status::invalid_argument(format!(
+                "a question is about {USES_BLOCKS_MAX} blocks at most: split it"
+            )));
+        }
+        let (mut reply, mut sent) = (UsesReply::default(), Ok(()));
+        uses::read(&*self.snapshot, asked, |found| {
+            match found {
+                uses::Found::Use(found) => reply.uses.push(found),
+                uses::Found::Scattered(ino) => reply.scattered.push(ino.0),
+            }
+            if reply.uses.len() + reply.scattered.len() == RUNS && sent.is_ok() {
+                sent = out.send(std::mem::take(&mut reply));
+            }
+        })
+        .map_err(failed)?;
+        sent?;
+        out.send(UsesReply { end: true, ..reply })
     }
 
     /// All records.

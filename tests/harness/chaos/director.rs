@@ -40,6 +40,8 @@ pub(super) struct Director {
     pub(super) faults: BTreeMap<String, u64>,
     disks: Vec<FaultyDisk>,
     meta_disk: FaultyDisk,
+    /// The metaserver's disk answers EIO: it takes no new sessions until it is started again.
+    meta_fails: bool,
 }
 
 impl Director {
@@ -49,7 +51,15 @@ impl Director {
         disks: Vec<FaultyDisk>,
         meta_disk: FaultyDisk,
     ) -> Director {
-        Director { clients: Vec::new(), cluster, network, faults: BTreeMap::new(), disks, meta_disk }
+        Director {
+            clients: Vec::new(),
+            cluster,
+            network,
+            faults: BTreeMap::new(),
+            disks,
+            meta_disk,
+            meta_fails: false,
+        }
     }
 
     /// Mounts a client for the first time.
@@ -140,7 +150,10 @@ impl Director {
                 eprintln!("chaos: {changed} places have rotted");
             }
             Fault::MetaDiskSlow => self.meta_disk.set(Trouble::Slow(SLOW)),
-            Fault::MetaDiskErrors => self.meta_disk.set(Trouble::Errors),
+            Fault::MetaDiskErrors => {
+                self.meta_disk.set(Trouble::Errors);
+                self.meta_fails = true;
+            }
             Fault::PowerOutData(n) => {
                 self.cluster.kill_data(n);
                 let taken = self.disks[n].cut_power();
@@ -198,6 +211,7 @@ impl Director {
                 self.meta_disk.set(Trouble::None);
                 self.cluster.kill_meta();
                 self.cluster.start_meta();
+                self.meta_fails = false;
             }
             Fault::PowerOutAll => {
                 self.cluster.start_meta();
@@ -219,9 +233,9 @@ impl Director {
         }
     }
 
-    /// A client that cannot reach the metaserver now is mounted at the end of the schedule.
+    /// A client that the metaserver cannot serve now is mounted at the end of the schedule.
     fn revive_client(&mut self, client: usize) {
-        if self.cluster.try_status().is_ok() {
+        if !self.meta_fails && self.cluster.try_status().is_ok() {
             self.mount_again(client);
         }
     }

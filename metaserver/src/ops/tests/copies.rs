@@ -63,6 +63,35 @@ fn what_cannot_be_shared_is_left_to_the_caller() {
     w.check();
 }
 
+#[test]
+fn what_is_moved_is_the_same_file_and_whoever_changes_it_wins() {
+    let mut w = World::new();
+    let (f, anew, b) = (w.file("f"), w.file("anew"), w.lease(4));
+    let before = w.write(f, vec![run(0, 3000, b, 0), run(3000, 5000, b, 9000)]).unwrap();
+    w.write(anew, vec![run(0, 20_000, b + 1, 0)]).unwrap();
+    w.pass(std::time::Duration::from_secs(5));
+    let version = Some(before.data_version);
+    let (copied, attr) = w.take_copy((anew, 6000), (f, 0), 3000, version).unwrap();
+    assert_eq!(copied, 3000);
+    assert_eq!(
+        (attr.data_version, attr.mtime, attr.ctime),
+        (before.data_version, before.mtime, before.ctime)
+    );
+    assert_eq!(w.deleted_blocks(), [0u64; 0], "the file still uses a part of it");
+    w.take_copy((anew, 9000), (f, 3000), 5000, version).unwrap();
+    assert_eq!(w.deleted_blocks(), [b]);
+    w.remove(ROOT_INODE, "anew", false).unwrap();
+    w.check();
+    let other = w.file("other");
+    w.write(other, vec![run(0, 20_000, b + 2, 0)]).unwrap();
+    w.write(f, vec![run(100, 10, b + 3, 0)]).unwrap();
+    assert_eq!(errno(w.take_copy((other, 0), (f, 0), 3000, version)), EAGAIN);
+    assert_eq!(w.deleted_blocks(), [0u64; 0]);
+    w.remove(ROOT_INODE, "f", false).unwrap();
+    assert_eq!(w.deleted_blocks(), [b + 1, b + 3]);
+    w.check();
+}
+
 proptest! {
     /// The oracle is an array with the block and the offset of every byte's unit; the checker counts live bytes.
     #[test]

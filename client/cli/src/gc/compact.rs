@@ -1,0 +1,402 @@
+//! `fjord gc compact`: what is left of mostly dead blocks, and files that lie in many small pieces, are written anew.
+//!
+//! # Safety
+//! Bytes are read as any client reads them, written to a file without a name, and synced. Then one operation of the metaserver lets the
+//! file that they came from have them in the place of the old ones, unless somebody has changed it since it was opened: whoever changes a
+//! file wins. So at every moment a file has its bytes, whatever dies, and the nameless file goes with its session. A block whose
+//! bytes several files share, or one in several places, is left alone: moved, they would be shared no more.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use fjordfs_client::{AttrChange, Client, CopiedRange, File, NewFile};
+use fjordfs_proto::{
+    FsError, InodeId, Policy, ROOT_INODE,
+    error::Errno,
+    pb::meta::{BlockUse, FileKind, UsesRequest},
+};
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::{
+    daemon,
+    fsck::progress,
+    holdings::{self, Sparse},
+    locate::{self, MetaArg},
+    report, rpc, transfer,
+    units::{self, ByteSize},
+};
+
+/// Blocks that are asked about at a time.
+const BLOCKS: usize = 65_536;
+
+/// Bytes and pieces that are written anew before they take their places: what is read once more if this process dies.
+const BATCH_BYTES: u64 = 128 << 20;
+const BATCH_PIECES: usize = 4096;
+
+/// Bytes read at a time.
+const PORTION: u64 = 4 << 20;
+
+/// A file lies in many small pieces when it has so many, of so few bytes on average.
+const SCATTERED_EXTENTS: u32 = 64;
+const SCATTERED_BYTES: u64 = 256 << 10;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    meta: MetaArg,
+    /// Blocks of which files use less than this are written anew, percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=100))]
+    below: u64,
+    /// Read at most this much per second; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    rate: ByteSize,
+    /// Move nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON; the names of its fields are stable
+    #[arg(long)]
+    json: bool,
+}
+
+/// What there is to do, and what was done.
+#[derive(Default, Serialize)]
+struct Compacted {
+    sparse_blocks: usize,
+    /// Bytes of these that no file uses: redundancy not counted.
+    dead_bytes: u64,
+    scattered_files: usize,
+    moved_bytes: u64,
+    moved_pieces: u64,
+    /// Pieces of files that were changed or removed meanwhile.
+    changed_pieces: u64,
+    /// Pieces left where they are, since their bytes are shared.
+    shared_pieces: u64,
+    /// Pieces that could not be read.
+    unreadable_pieces: u64,
+}
+
+/// Bytes of a file that are to be moved.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Piece {
+    ino: u64,
+    offset: u64,
+    length: u64,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let meta = locate::cluster(&args.meta, None)?;
+    let done = daemon::control_runtime()?.block_on(compact(args, &meta))?;
+    if args.json {
+        report::print_json(&done)?;
+    } else {
+        report::print(&text(&done, args.dry_run))?;
+    }
+    Ok(if done.unreadable_pieces == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn text(done: &Compacted, dry_run: bool) -> String {
+    let mut text = format!(
+        "{} mostly dead blocks with {} that no file uses, {} files in many pieces\n",
+        units::grouped(done.sparse_blocks as u64),
+        ByteSize(done.dead_bytes),
+        units::grouped(done.scattered_files as u64)
+    );
+    if !dry_run {
+        text += &format!(
+            "{} in {} pieces moved; {} pieces were changed or removed meanwhile, {} are shared and stay\n",
+            ByteSize(done.moved_bytes),
+            units::grouped(done.moved_pieces),
+            units::grouped(done.changed_pieces),
+            units::grouped(done.shared_pieces)
+        );
+    }
+    if done.unreadable_pieces > 0 {
+        text += &format!(
+            "{} pieces could not be read: see `fjord fsck`\n",
+            units::grouped(done.unreadable_pieces)
+        );
+    }
+    text
+}
+
+async fn compact(args: &Args, meta: &str) -> anyhow::Result<Compacted> {
+    let bar = progress();
+    let sparse = holdings::sparse(meta, args.below, &|what| bar.set_message(what)).await?;
+    bar.set_message("looking for files in many pieces");
+    let asked =
+        UsesRequest { blocks: Vec::new(), extents_min: SCATTERED_EXTENTS, extent_bytes_max: SCATTERED_BYTES };
+    let scattered = rpc::uses(meta, asked).await?.scattered;
+    let mut done = Compacted {
+        sparse_blocks: sparse.len(),
+        dead_bytes: sparse.iter().map(|s| s.bytes.saturating_sub(s.live)).sum(),
+        scattered_files: scattered.len(),
+        ..Compacted::default()
+    };
+    if args.dry_run || (sparse.is_empty() && scattered.is_empty()) {
+        bar.finish_and_clear();
+        return Ok(done);
+    }
+    let client = transfer::connect(meta, "gc").await?;
+    let pace = Pace { rate: args.rate.0, since: Instant::now(), bytes: 0 };
+    let mut mover = Mover { client: &client, batches: BTreeMap::new(), done: &mut done, pace, bar: &bar };
+    let moved = mover.everything(meta, &sparse, scattered).await;
+    bar.finish_and_clear();
+    // What has been moved stays moved.
+    let ended = client.shutdown().await;
+    moved?;
+    ended?;
+    Ok(done)
+}
+
+/// Pieces of blocks whose bytes are each used once, and how many others there are.
+fn exclusive(mut uses: Vec<BlockUse>) -> (Vec<BlockUse>, usize) {
+    uses.sort_unstable_by_key(|u| (u.block, u.block_offset));
+    let mut shared = 0;
+    let mut out = Vec::with_capacity(uses.len());
+    for block in uses.chunk_by(|a, b| a.block == b.block) {
+        let overlap = block.windows(2).any(|pair| {
+            u64::from(pair[0].block_offset) + u64::from(pair[0].length) > u64::from(pair[1].block_offset)
+        });
+        if overlap {
+            shared += block.len();
+        } else {
+            out.extend_from_slice(block);
+        }
+    }
+    (out, shared)
+}
+
+/// Ascending, and neighbours as one.
+fn joined(pieces: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = pieces.into_iter().collect();
+    pieces.sort_unstable();
+    let mut out: Vec<Piece> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match out.last_mut() {
+            Some(last) if last.ino == piece.ino && last.offset + last.length == piece.offset => {
+                last.length += piece.length;
+            }
+            _ => out.push(piece),
+        }
+    }
+    out
+}
+
+/// Bytes that were written anew and have yet to take the place of the old ones.
+struct Move {
+    file: File,
+    piece: Piece,
+    /// Where they are in the nameless file.
+    at: u64,
+    version: u64,
+}
+
+/// Moves to files of one policy.
+struct Batch {
+    anew: File,
+    end: u64,
+    moves: Vec<Move>,
+}
+
+struct Pace {
+    rate: u64,
+    since: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    async fn did(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        if self.rate > 0 {
+            let due = Duration::from_secs_f64(self.bytes as f64 / self.rate as f64);
+            tokio::time::sleep(due.saturating_sub(self.since.elapsed())).await;
+        }
+    }
+}
+
+struct Mover<'a> {
+    client: &'a Client,
+    batches: BTreeMap<u32, Batch>,
+    done: &'a mut Compacted,
+    pace: Pace,
+    bar: &'a ProgressBar,
+}
+
+/// The file, or these bytes of it, are not there any more.
+fn is_gone(e: &FsError) -> bool {
+    matches!(e.errno, Errno::ENOENT | Errno::ESTALE | Errno::EAGAIN)
+}
+
+impl Mover<'_> {
+    async fn everything(&mut self, meta: &str, sparse: &[Sparse], scattered: Vec<u64>) -> anyhow::Result<()> {
+        for some in sparse.chunks(BLOCKS) {
+            let uses = self.uses(meta, some.iter().map(|sparse| sparse.block).collect()).await?;
+            let pieces = uses.iter().map(|u| Piece { ino: u.ino, offset: u.offset, length: u.length.into() });
+            self.take(joined(pieces)).await?;
+        }
+        for ino in scattered {
+            let pieces = self.pieces_of(meta, ino).await?;
+            self.take(pieces).await?;
+        }
+        for (_, batch) in std::mem::take(&mut self.batches) {
+            self.settle(batch).await?;
+        }
+        Ok(())
+    }
+
+    /// Uses of blocks that share nothing.
+    async fn uses(&mut self, meta: &str, blocks: Vec<u64>) -> anyhow::Result<Vec<BlockUse>> {
+        let asked = UsesRequest { blocks, ..UsesRequest::default() };
+        let (uses, shared) = exclusive(rpc::uses(meta, asked).await?.uses);
+        self.done.shared_pieces += shared as u64;
+        Ok(uses)
+    }
+
+    /// All bytes of a file that lie in blocks which share nothing, unless the file is gone.
+    async fn pieces_of(&mut self, meta: &str, ino: u64) -> anyhow::Result<Vec<Piece>> {
+        let extents = match self.client.extents(InodeId(ino)).await {
+            Ok(extents) => extents,
+            Err(e) if is_gone(&e) => return Ok(Vec::new()),
+            Err(e) => return Err(e.into()),
+        };
+        let blocks: BTreeSet<u64> =
+            extents.iter().flat_map(|(_, extent)| extent.pieces().map(|piece| piece.block.0)).collect();
+        let blocks: Vec<u64> = blocks.into_iter().collect();
+        let mut pieces = Vec::new();
+        for some in blocks.chunks(BLOCKS) {
+            let uses = self.uses(meta, some.to_vec()).await?;
+            let of_it = uses.into_iter().filter(|u| u.ino == ino);
+            pieces.extend(of_it.map(|u| Piece { ino, offset: u.offset, length: u.length.into() }));
+        }
+        Ok(joined(pieces))
+    }
+
+    async fn take(&mut self, pieces: Vec<Piece>) -> anyhow::Result<()> {
+        for mut piece in pieces {
+            while piece.length > 0 {
+                let now = Piece { length: piece.length.min(BATCH_BYTES), ..piece };
+                self.write_anew(now).await?;
+                (piece.offset, piece.length) = (piece.offset + now.length, piece.length - now.length);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a piece into the nameless file of its policy.
+    async fn write_anew(&mut self, piece: Piece) -> anyhow::Result<()> {
+        let (attr, file) = match self.client.open(InodeId(piece.ino)).await {
+            Ok(opened) => opened,
+            Err(e) if is_gone(&e) => {
+                self.done.changed_pieces += 1;
+                return Ok(());
+            }
+            Err(e) => return Err(e).with_context(|| format!("cannot open inode {}", piece.ino)),
+        };
+        file.keep_access_time();
+        let mut batch = match self.batches.remove(&attr.policy) {
+            Some(batch) => batch,
+            None => self.batch(attr.policy).await?,
+        };
+        let (at, mut copied) = (batch.end, 0);
+        while attr.kind() == FileKind::Regular && copied < piece.length {
+            let portion = (piece.length - copied).min(PORTION);
+            let parts = match file.read_at(piece.offset + copied, portion as usize).await {
+                Ok(parts) => parts,
+                Err(e) => {
+                    tracing::warn!("inode {} at {}: {e}", piece.ino, piece.offset + copied);
+                    self.done.unreadable_pieces += 1;
+                    break;
+                }
+            };
+            let before = copied;
+            for part in parts {
+                let length = part.len() as u64;
+                batch.anew.write_at(at + copied, part).await?;
+                copied += length;
+            }
+            self.pace.did(copied - before).await;
+            if copied == before {
+                break;
+            }
+        }
+        batch.end += copied;
+        if copied > 0 {
+            let piece = Piece { length: copied, ..piece };
+            batch.moves.push(Move { file, piece, at, version: attr.data_version });
+        }
+        if batch.end >= BATCH_BYTES || batch.moves.len() >= BATCH_PIECES {
+            self.settle(batch).await?;
+        } else {
+            self.batches.insert(attr.policy, batch);
+        }
+        Ok(())
+    }
+
+    async fn batch(&self, policy: u32) -> anyhow::Result<Batch> {
+        let policy =
+            Policy::from_code(policy).context("a file has a policy that this release does not know")?;
+        let new = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
+        let (_, anew) = self.client.create_unnamed(ROOT_INODE, new).await?;
+        self.client.setattr(anew.ino(), AttrChange { policy: Some(policy), ..AttrChange::default() }).await?;
+        Ok(Batch { anew, end: 0, moves: Vec::new() })
+    }
+
+    /// Makes the new bytes safe, and has files take them.
+    async fn settle(&mut self, batch: Batch) -> anyhow::Result<()> {
+        let Batch { anew, moves, .. } = batch;
+        anew.fsync().await.context("what was written anew cannot be synced")?;
+        for Move { file, piece, at, version } in moves {
+            let mut moved = 0;
+            while moved < piece.length {
+                let range = CopiedRange {
+                    from: at + moved,
+                    to: piece.offset + moved,
+                    length: piece.length - moved,
+                    clear_suid: false,
+                    same_as: Some(version),
+                };
+                match file.copy_from(&anew, range).await {
+                    Ok(0) => break,
+                    Ok(more) => moved += more,
+                    Err(e) if is_gone(&e) => {
+                        self.done.changed_pieces += 1;
+                        break;
+                    }
+                    Err(e) => return Err(e).with_context(|| format!("inode {} keeps its blocks", piece.ino)),
+                }
+            }
+            self.done.moved_bytes += moved;
+            self.done.moved_pieces += u64::from(moved == piece.length);
+            file.close().await?;
+        }
+        self.bar.set_message(format!("{} moved", ByteSize(self.done.moved_bytes)));
+        anew.close().await?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_share_bytes_are_left_alone() {
+        let of = |ino, block, block_offset, length| BlockUse { ino, offset: 0, block, block_offset, length };
+        let apart = [of(1, 7, 0, 100), of(2, 7, 100, 50), of(3, 8, 40, 10)];
+        let shared = [of(1, 9, 0, 100), of(2, 9, 99, 5), of(3, 9, 500, 5)];
+        let (kept, left) = exclusive(shared.iter().chain(&apart).cloned().collect());
+        assert_eq!((kept, left), (apart.to_vec(), 3));
+    }
+
+    #[test]
+    fn neighbours_are_moved_together() {
+        let piece = |ino, offset, length| Piece { ino, offset, length };
+        let joined = joined([piece(2, 0, 5), piece(1, 10, 5), piece(1, 0, 10), piece(1, 16, 1)]);
+        assert_eq!(joined, [piece(1, 0, 15), piece(1, 16, 1), piece(2, 0, 5)]);
+    }
+}
