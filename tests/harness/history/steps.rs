@@ -1,4 +1,4 @@
-//! Something that one client changes, step by step, while others look at parts of it.
+//! Something that is changed, one step after the other, while others look at parts of it.
 //!
 //! Every look must show what was there after some step, within the time of the look, and never less than what a look had shown that
 //! ended before. Taking for each look, in order of their begin, the first step that fits is exact: a later step
@@ -45,8 +45,19 @@ impl<S: Clone + std::fmt::Debug, O: Clone + std::fmt::Debug> Steps<S, O> {
         let began = self.clock.now();
         let result = step();
         let ended = if result.is_ok() { self.clock.now() } else { NEVER };
-        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended });
+        self.add_step(state, (began, ended));
         result
+    }
+
+    /// A step by this clock, after all others; [`NEVER`] ends one that may not have been taken.
+    pub fn add_step(&self, state: S, (began, ended): (Time, Time)) {
+        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended });
+    }
+
+    /// What a look at one moment showed.
+    pub fn add_look(&self, seen: O, (began, ended): (Time, Time)) {
+        let look = Look { seen, began, ended, gradual: false };
+        self.looks.lock().expect("no thread panics with it").push(look);
     }
 
     /// Looks.
