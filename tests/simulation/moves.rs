@@ -10,7 +10,6 @@ use fjordfs_client::{FsResult, InodeId, ROOT_INODE};
 use fjordfs_proto::error::Errno;
 use fjordfs_tests::{
     history::{
-        NEVER,
         moves::{FIRST, Move, Names, PATHS, Seen, is_below},
         steps::Steps,
     },
@@ -55,8 +54,10 @@ struct Turn {
 
 /// A directory, with another in it, and two files.
 struct Round {
-    directory: InodeId,
-    below: InodeId,
+    /// Name of the directory: who has not heard of it by name is told nothing by its number.
+    name: String,
+    /// The names that are not below "d" are in "e", so that the way to all of them never changes.
+    apart: bool,
     files: [u64; 2],
     steps: Steps<Names, Seen>,
     turn: tokio::sync::Mutex<Turn>,
@@ -86,6 +87,11 @@ async fn one(worker: &Worker, random: &mut TestRng) -> FsResult<()> {
         return round.make_move(worker, random).await;
     }
     round.look(worker, random).await
+}
+
+/// The last part of a name's path.
+fn last(name: usize) -> &'static [u8] {
+    PATHS[name].trim_start_matches("d/").as_bytes()
 }
 
 impl Rounds {
@@ -149,20 +155,22 @@ impl Round {
         // The number may be used already by one who did not get to its end.
         let name = format!("m{number}-{}", worker.records.new_value());
         let top = directory(client, ROOT_INODE, &name).await?;
-        let below = directory(client, top, "d").await?;
+        directory(client, top, "d").await?;
+        let apart = number % 2 == 1;
+        let first = if apart { directory(client, top, "e").await? } else { top };
         let mut files = [0; 2];
         for (file, name) in files.iter_mut().zip(["a", "b"]) {
-            let (attr, open) = client.create(top, name.as_bytes(), NEW).await?;
+            let (attr, open) = client.create(first, name.as_bytes(), NEW).await?;
             open.close().await?;
             *file = attr.ino;
         }
         if worker.rules.may_fail {
             client.sync_namespace().await?;
         }
-        trace(format_args!("c{} has made {name}, inode {top}", worker.actor));
+        trace(format_args!("c{} has made {name}", worker.actor));
         Ok(Round {
-            directory: top,
-            below,
+            name,
+            apart,
             files,
             steps: Steps::new(FIRST),
             turn: tokio::sync::Mutex::new(Turn { names: FIRST, left: MOVES }),
@@ -170,9 +178,19 @@ impl Round {
         })
     }
 
-    fn place(&self, name: usize) -> (InodeId, &'static [u8]) {
-        let parent = if is_below(name) { self.below } else { self.directory };
-        (parent, PATHS[name].trim_start_matches("d/").as_bytes())
+    /// The directory of some of the names, by its path.
+    async fn walk(&self, worker: &Worker, below: bool) -> FsResult<InodeId> {
+        let top = InodeId(worker.client.lookup(ROOT_INODE, self.name.as_bytes()).await?.ino);
+        let next = match (below, self.apart) {
+            (true, _) => b"d",
+            (false, true) => b"e",
+            (false, false) => return Ok(top),
+        };
+        Ok(InodeId(worker.client.lookup(top, next).await?.ino))
+    }
+
+    async fn place(&self, worker: &Worker, name: usize) -> FsResult<(InodeId, &'static [u8])> {
+        Ok((self.walk(worker, is_below(name)).await?, last(name)))
     }
 
     /// Whether it is this client's to move: the first one's, or everybody's.
@@ -189,11 +207,13 @@ impl Round {
             return Ok(());
         }
         let Some((done, next)) = turn.names.choose(random) else { return Ok(()) };
-        trace(format_args!("c{} {done:?} in {}", worker.actor, self.directory));
-        let began = now();
+        trace(format_args!("c{} {done:?} in {}", worker.actor, self.name));
+        self.steps.begin_step(next, now());
         let result = self.apply(worker, done, turn.names).await;
-        self.steps.add_step(next, (began, if result.is_ok() { now() } else { NEVER }));
-        trace(format_args!("c{} {done:?} in {} is done", worker.actor, self.directory));
+        if result.is_ok() {
+            self.steps.end_step(now());
+        }
+        trace(format_args!("c{} {done:?} in {} is done", worker.actor, self.name));
         turn.names = next;
         turn.left -= 1;
         if turn.left == 0 || result.is_err() {
@@ -205,26 +225,32 @@ impl Round {
     async fn apply(&self, worker: &Worker, done: Move, names: Names) -> FsResult<()> {
         let client = &worker.client;
         let rename = async |from, to, flags| {
-            let ((from, name), (to, new_name)) = (self.place(from), self.place(to));
+            let (from, name) = self.place(worker, from).await?;
+            let (to, new_name) = self.place(worker, to).await?;
             client.rename(from, name, to, new_name, flags).await
         };
         match done {
             Move::Link(from, to) => {
                 let file = names.at[from].map_or(0, |file| self.files[file as usize - 1]);
-                let (parent, name) = self.place(to);
+                let (parent, name) = self.place(worker, to).await?;
                 client.link(InodeId(file), parent, name).await.map(drop)
             }
             Move::Rename(from, to) => rename(from, to, 0).await,
             Move::Exchange(from, to) => rename(from, to, EXCHANGE).await,
             Move::Remove(name) => {
-                let (parent, name) = self.place(name);
+                let (parent, name) = self.place(worker, name).await?;
                 client.unlink(parent, name).await
             }
         }
     }
 
     async fn look(&self, worker: &Worker, random: &mut TestRng) -> FsResult<()> {
-        let name = random.random_range(0..PATHS.len());
+        // Clients look at one of the directories mostly, so that they do not all cache the same.
+        let favours_below = (worker.actor + self.files[0] as Actor) % 2 == 1;
+        let mut name = random.random_range(0..PATHS.len());
+        while is_below(name) != favours_below && random.random_ratio(3, 4) {
+            name = random.random_range(0..PATHS.len());
+        }
         match random.random_range(0..4) {
             0 => self.list(worker, is_below(name)).await,
             _ => self.look_at(worker, name).await,
@@ -236,8 +262,8 @@ impl Round {
     }
 
     async fn look_at(&self, worker: &Worker, name: usize) -> FsResult<()> {
-        let (parent, last) = self.place(name);
         let began = now();
+        let (parent, last) = self.place(worker, name).await?;
         let found = match worker.client.lookup(parent, last).await {
             Ok(attr) => self.file(attr.ino),
             Err(e) if e.errno == Errno::ENOENT => None,
@@ -248,13 +274,12 @@ impl Round {
     }
 
     async fn list(&self, worker: &Worker, below: bool) -> FsResult<()> {
-        let directory = if below { self.below } else { self.directory };
+        let directory = self.walk(worker, below).await?;
         let began = now();
         // One question, so one moment.
         let page = worker.client.readdir(directory, 0, 100, true).await?;
         let found = (0..PATHS.len()).filter(|name| {
-            let (parent, last) = self.place(*name);
-            parent == directory && page.entries.iter().any(|entry| &entry.name[..] == last)
+            is_below(*name) == below && page.entries.iter().any(|entry| entry.name[..] == *last(*name))
         });
         self.saw(worker, Seen::Listing(below, found.collect()), began);
         Ok(())
@@ -265,7 +290,7 @@ impl Round {
         if worker.rules.may_fail && self.state.lock().unwrap().mover == Some(worker.actor) {
             return;
         }
-        trace(format_args!("c{} has seen {seen:?} in {} since {began}", worker.actor, self.directory));
+        trace(format_args!("c{} has seen {seen:?} in {} since {began}", worker.actor, self.name));
         self.steps.add_look(seen, (began, now()));
     }
 }

@@ -112,7 +112,7 @@ pub(crate) struct Rules {
 /// What fails in this seed, and how often.
 #[derive(Clone, Copy, Debug, Default)]
 struct Plan {
-    /// Nothing fails, and everything is quick: many moves of files, and nothing else.
+    /// Nothing fails but packets, and everything is quick: many moves of files, and nothing else.
     calm: bool,
     cuts: bool,
     meta_kills: bool,
@@ -138,7 +138,7 @@ impl Plan {
                 defer: random.random_ratio(4, 5),
                 pause_ms: [1, 5, 30][random.random_range(0..3)],
                 every_ms: 1000,
-                length: Duration::from_millis(random.random_range(500..2000)),
+                length: Duration::from_millis(random.random_range(1000..4000)),
                 ..Plan::default()
             };
         }
@@ -238,7 +238,7 @@ impl World {
         let policy: Policy = policy.parse().unwrap();
         let weather = Weather {
             delay_ms: [0, 2, 20, 60][random.random_range(0..4)],
-            lost_in: if plan.calm { u32::MAX } else { [20, 100, 1000][random.random_range(0..3)] },
+            lost_in: [20, 100, 1000][random.random_range(0..3)],
         };
         let net = Net::new(seed, weather);
         let cluster = Cluster::new(net, seed, servers, policy);
@@ -320,6 +320,9 @@ impl World {
                 let power = meta_power && self.random.random();
                 let outage = power && self.plan.outages && self.random.random();
                 self.cluster.kill_meta(power);
+                if power {
+                    self.records.lose_appends();
+                }
                 if outage {
                     (0..self.cluster.servers()).for_each(|at| self.cluster.kill_data(at, true));
                     (0..self.cluster.servers()).for_each(|at| self.cluster.start_data(at));

@@ -42,16 +42,24 @@ impl<S: Clone + std::fmt::Debug, O: Clone + std::fmt::Debug> Steps<S, O> {
 
     /// Takes a step, which leads to `state`. An error leaves open whether it was taken: there must be no other after it.
     pub fn step<T, E>(&self, state: S, step: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
-        let began = self.clock.now();
+        self.begin_step(state, self.clock.now());
         let result = step();
-        let ended = if result.is_ok() { self.clock.now() } else { NEVER };
-        self.add_step(state, (began, ended));
+        if result.is_ok() {
+            self.end_step(self.clock.now());
+        }
         result
     }
 
-    /// A step by this clock, after all others; [`NEVER`] ends one that may not have been taken.
-    pub fn add_step(&self, state: S, (began, ended): (Time, Time)) {
-        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended });
+    /// A step after all others, at a time by the clock of who tells. Until its end is told, it may not have been taken.
+    pub fn begin_step(&self, state: S, began: Time) {
+        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended: NEVER });
+    }
+
+    /// The last step was taken.
+    pub fn end_step(&self, ended: Time) {
+        if let Some(last) = self.steps.lock().expect("no thread panics with it").last_mut() {
+            last.ended = ended;
+        }
     }
 
     /// What a look at one moment showed.
