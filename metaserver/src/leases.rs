@@ -3,7 +3,8 @@
 //! A session holds a lease on every inode it was told something of, until it gives it back or is recalled. An
 //! operation is executed at once, but nobody is told of its effect, neither who asked for it nor who reads it, while
 //! another session may still use what it has cached of the inodes concerned: the **recalls**. So a holder never shows
-//! what somebody else has already seen changed.
+//! what somebody else has already seen changed. An operation that changes several inodes is seen in each of them only when the
+//! recalls of all of them have ended: who sees that a file has left one directory may look for it in the other.
 //!
 //! A **delegation** is a lease that nobody else has beside it. Its holder decides operations on the inode by itself and sends them
 //! later, so what another session asks of the inode is not executed until the delegation has been recalled: it would see
@@ -19,7 +20,7 @@
 //! decided, or has been silent for a lease's time, there is a **grace**: only such operations are executed.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -45,6 +46,8 @@ struct Recall {
     session: SessionId,
     ino: InodeId,
     since: Instant,
+    /// What must not be shown before it ends: the inode, and others that were changed together with it.
+    hides: Vec<InodeId>,
 }
 
 /// Leases of one session.
@@ -78,7 +81,8 @@ pub(crate) struct Leases {
     /// Those of them that have not attached since, and so may cache anything. Whoever attaches caches nothing.
     absent: HashSet<SessionId>,
     recalls: BTreeMap<RecallId, Recall>,
-    recalled: HashMap<InodeId, Vec<RecallId>>,
+    /// Those that hide something of an inode.
+    recalled: HashMap<InodeId, BTreeSet<RecallId>>,
     /// Inodes that were recalled lately, and when.
     contended: HashMap<InodeId, Instant>,
     last_id: u64,
@@ -194,6 +198,25 @@ impl Leases {
         }
     }
 
+    /// One operation has changed these inodes, and has looked at those besides: what it waits for hides all that it has changed.
+    pub(crate) fn changed_together(&mut self, changed: &[InodeId], seen: &[InodeId]) {
+        // One alone is hidden by its own recalls.
+        if let [] | [_] = changed {
+            return;
+        }
+        for id in self.pending(None, seen) {
+            changed.iter().for_each(|ino| self.hide(id, *ino));
+        }
+    }
+
+    fn hide(&mut self, id: RecallId, ino: InodeId) {
+        if self.recalled.entry(ino).or_default().insert(id)
+            && let Some(recall) = self.recalls.get_mut(&id)
+        {
+            recall.hides.push(ino);
+        }
+    }
+
     fn recall(&mut self, session: SessionId, ino: InodeId, now: Instant) {
         let held = self.sessions.entry(session).or_default();
         if held.recalls.contains_key(&ino) {
@@ -203,8 +226,8 @@ impl Leases {
         let id = RecallId(self.last_id);
         held.recalls.insert(ino, id);
         self.contended.insert(ino, now);
-        self.recalled.entry(ino).or_default().push(id);
-        self.recalls.insert(id, Recall { session, ino, since: now });
+        self.recalls.insert(id, Recall { session, ino, since: now, hides: Vec::new() });
+        self.hide(id, ino);
         let delegated = self.delegations.get(&ino) == Some(&session);
         self.orders.push(Order { session, id, ino, delegated });
     }
@@ -292,17 +315,18 @@ impl Leases {
             }
         }
         if let Some(id) = recall {
-            self.end(id, ino);
+            self.end(id);
         }
     }
 
-    fn end(&mut self, id: RecallId, ino: InodeId) {
-        self.recalls.remove(&id);
-        if let Some(ids) = self.recalled.get_mut(&ino) {
-            ids.retain(|other| *other != id);
-            if ids.is_empty() {
-                self.recalled.remove(&ino);
-                self.vacated.push(ino);
+    fn end(&mut self, id: RecallId) {
+        for ino in self.recalls.remove(&id).map(|recall| recall.hides).unwrap_or_default() {
+            if let Some(ids) = self.recalled.get_mut(&ino) {
+                ids.remove(&id);
+                if ids.is_empty() {
+                    self.recalled.remove(&ino);
+                    self.vacated.push(ino);
+                }
             }
         }
         self.ended.push(id);
@@ -425,6 +449,32 @@ mod tests {
         leases.obeyed(B, orders[1].id);
         assert_eq!(leases.take_ended(), [orders[0].id, orders[1].id]);
         assert!(leases.pending(None, &[I]).is_empty() && leases.held(A) + leases.held(B) == 0);
+    }
+
+    #[test]
+    fn what_was_changed_together_is_shown_together() {
+        let (from, to, other) = (InodeId(8), InodeId(9), InodeId(10));
+        let mut leases = Leases::default();
+        let now = Instant::now();
+        leases.grant(A, from, 1);
+        leases.grant(B, to, 2);
+        // Somebody moves a name.
+        leases.changed(None, &[from, to], now);
+        leases.changed_together(&[from, to], &[from, to]);
+        // And then another from there to where nobody has looked.
+        leases.changed_together(&[to, other], &[to, other]);
+        let orders = leases.take_orders();
+        leases.obeyed(A, orders[0].id);
+        for ino in [from, to, other] {
+            assert_eq!(
+                leases.pending(None, &[ino]),
+                [orders[1].id],
+                "B may still show the old names in {ino}"
+            );
+        }
+        leases.obeyed(B, orders[1].id);
+        assert!(leases.pending(None, &[from, to, other]).is_empty());
+        assert_eq!(leases.take_vacated().len(), 3);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! | module | what was done | what must hold |
 //! |---|---|---|
 //! | [`register`] | several write one value, several read it | an order explains everything |
-//! | [`steps`] | one changes something step by step, others look | everybody saw the steps, in their order |
+//! | [`steps`] | something is changed step by step, others look | everybody saw the steps, in their order |
+//! | [`moves`] | such steps: files move among a few names | the same |
 //! | [`exclusive`] | several make one name | exactly one did, and nobody saw the name gone |
 //! | [`appends`] | several append records to one file | every record is there, whole, once, in its writer's order |
 //! | [`turns`] | several take turns | one at a time, and each saw what the one before left |
@@ -15,6 +16,7 @@ use std::time::Instant;
 
 pub mod appends;
 pub mod exclusive;
+pub mod moves;
 pub mod register;
 pub mod steps;
 pub mod turns;

@@ -9,7 +9,7 @@
 //! | `disk` | the metadata engine: what a kill and what a power failure leave of it |
 //! | `data_server` | shards in memory behind the real protocol; a power failure takes what was not synced |
 //! | `cluster` | who runs, killing and starting |
-//! | `programs` | what the clients do |
+//! | `programs`, `moves` | what the clients do |
 //! | `record` | what was promised and what was seen |
 //! | `run` | one seed from its first to its last moment |
 //!
@@ -38,6 +38,7 @@ mod cluster;
 mod data_server;
 mod disk;
 mod fate;
+mod moves;
 mod network;
 mod process;
 mod programs;

@@ -12,6 +12,7 @@ use rand::Rng;
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
+    moves::{self, Rounds},
     record::{Actor, Records, now},
     run::{Rules, trace, violation},
 };
@@ -21,7 +22,7 @@ const OWNED: usize = 2;
 /// Files that are written whole, by their size: inside the commit, packed with others into a block, alone in one.
 const SIZES: [usize; 3] = [200, 9_000, 90_000];
 
-const NEW: NewFile = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
+pub(crate) const NEW: NewFile = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
 
 /// What is there for everybody.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +58,7 @@ pub(crate) async fn prepare(client: &Client) -> FsResult<Places> {
     Ok(places)
 }
 
-async fn directory(client: &Client, parent: InodeId, name: &str) -> FsResult<InodeId> {
+pub(crate) async fn directory(client: &Client, parent: InodeId, name: &str) -> FsResult<InodeId> {
     let node = NewNode {
         kind: FileKind::Directory,
         mode: 0o700,
@@ -78,6 +79,7 @@ pub(crate) struct Worker {
     pub(crate) session: SessionId,
     pub(crate) places: Places,
     pub(crate) records: Arc<Records>,
+    pub(crate) rounds: Arc<Rounds>,
     pub(crate) rules: Rules,
     pub(crate) until: Instant,
     /// Longest pause between two operations, milliseconds.
@@ -85,9 +87,17 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts its programs.
-    pub(crate) fn start(self, random: &mut TestRng, tasks: &mut JoinSet<()>) {
+    /// Starts its programs, or only those that move files.
+    pub(crate) fn start(self, moves_only: bool, random: &mut TestRng, tasks: &mut JoinSet<()>) {
         let mut random = || -> TestRng { rand::SeedableRng::seed_from_u64(random.random()) };
+        // After a power failure, what is left of moves by several is not told by their order.
+        if !self.rules.power_fails {
+            tasks.spawn(moves::program(self.clone(), random()));
+            tasks.spawn(moves::program(self.clone(), random()));
+        }
+        if moves_only {
+            return;
+        }
         tasks.spawn(owners(self.clone(), random()));
         tasks.spawn(owners(self.clone(), random()));
         tasks.spawn(contents(self.clone(), random()));
@@ -97,7 +107,7 @@ impl Worker {
         tasks.spawn(log(self, random()));
     }
 
-    async fn goes_on(&self, random: &mut TestRng) -> bool {
+    pub(crate) async fn goes_on(&self, random: &mut TestRng) -> bool {
         let pause = random.random_range(0..=self.pause_ms);
         tokio::time::sleep(Duration::from_millis(pause)).await;
         self.records.count();
@@ -110,7 +120,7 @@ impl Worker {
     }
 
     /// An operation has failed. What was written and not synced may be lost with it.
-    fn failed(&self, what: &str, e: &FsError) {
+    pub(crate) fn failed(&self, what: &str, e: &FsError) {
         trace(format_args!("c{} {what}: {e}", self.actor));
         if !self.rules.may_fail && !self.is_lost() {
             violation(format!("c{} {what}: nothing that may fail has happened, and yet: {e}", self.actor));
@@ -167,12 +177,13 @@ async fn owners(worker: Worker, mut random: TestRng) {
 
 impl Worker {
     /// A session that is over has taken along what was not synced.
-    fn notice_loss(&self) {
+    pub(crate) fn notice_loss(&self) {
         if self.is_lost() {
             if !self.rules.may_fail {
                 violation(format!("c{} has lost its session, and nothing has happened", self.actor));
             }
             self.records.lose(self.actor, 0);
+            self.rounds.lose(self.actor, true);
         }
     }
 }

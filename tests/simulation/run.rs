@@ -10,7 +10,7 @@ use std::{
 };
 
 use fjordfs_client::{Client, FsResult};
-use fjordfs_proto::Policy;
+use fjordfs_proto::{Policy, SessionId};
 use fjordfs_tests::rng::{self, TestRng};
 use rand::Rng;
 use tokio::{task::JoinSet, time::Instant};
@@ -18,6 +18,7 @@ use tokio::{task::JoinSet, time::Instant};
 use crate::{
     cluster::Cluster,
     fate,
+    moves::Rounds,
     network::{Host, Net, Weather},
     programs::{self, Places, Worker},
     record::{Actor, Records, now},
@@ -109,8 +110,10 @@ pub(crate) struct Rules {
 }
 
 /// What fails in this seed, and how often.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Plan {
+    /// Nothing fails but packets, and everything is quick: many moves of files, and nothing else.
+    calm: bool,
     cuts: bool,
     meta_kills: bool,
     meta_power: bool,
@@ -129,8 +132,19 @@ struct Plan {
 
 impl Plan {
     fn of(random: &mut TestRng) -> Plan {
+        if random.random_ratio(1, 4) {
+            return Plan {
+                calm: true,
+                defer: random.random_ratio(4, 5),
+                pause_ms: [1, 5, 30][random.random_range(0..3)],
+                every_ms: 1000,
+                length: Duration::from_millis(random.random_range(1000..4000)),
+                ..Plan::default()
+            };
+        }
         let meta_power = random.random_ratio(1, 8);
         Plan {
+            calm: false,
             cuts: random.random_ratio(3, 4),
             meta_kills: random.random_ratio(1, 2),
             meta_power,
@@ -191,8 +205,16 @@ pub(crate) fn run(seed: u64) -> Result<Outcome, String> {
 struct Seat {
     host: Host,
     actor: Actor,
+    session: SessionId,
     client: Client,
     tasks: JoinSet<()>,
+}
+
+impl Seat {
+    /// Whether the metaserver has given up on what this client had.
+    fn is_lost(&self) -> bool {
+        self.client.session() != self.session
+    }
 }
 
 struct World {
@@ -200,6 +222,7 @@ struct World {
     random: TestRng,
     cluster: Cluster,
     records: Arc<Records>,
+    rounds: Arc<Rounds>,
     seats: Vec<Option<Seat>>,
     places: Option<Places>,
     until: Instant,
@@ -225,6 +248,7 @@ impl World {
             random,
             cluster,
             records: Arc::default(),
+            rounds: Arc::default(),
             seats: Vec::new(),
             places: None,
             until: Instant::now(),
@@ -262,19 +286,25 @@ impl World {
         self.actors += 1;
         let (actor, mut tasks) = (self.actors, JoinSet::new());
         trace(format_args!("c{actor} is on h{host}"));
-        let worker = Worker {
+        let worker = self.worker(&client, actor);
+        let session = worker.session;
+        worker.start(self.plan.calm, &mut self.random, &mut tasks);
+        self.seats[at] = Some(Seat { host, actor, session, client, tasks });
+        Ok(())
+    }
+
+    fn worker(&self, client: &Client, actor: Actor) -> Worker {
+        Worker {
             client: client.clone(),
             actor,
             session: client.session(),
             places: self.places.unwrap(),
             records: self.records.clone(),
+            rounds: self.rounds.clone(),
             rules: self.plan.rules(),
             until: self.until,
             pause_ms: self.plan.pause_ms,
-        };
-        worker.start(&mut self.random, &mut tasks);
-        self.seats[at] = Some(Seat { host, actor, client, tasks });
-        Ok(())
+        }
     }
 
     /// One failure, and its repair where that takes part.
@@ -290,6 +320,9 @@ impl World {
                 let power = meta_power && self.random.random();
                 let outage = power && self.plan.outages && self.random.random();
                 self.cluster.kill_meta(power);
+                if power {
+                    self.records.lose_appends();
+                }
                 if outage {
                     (0..self.cluster.servers()).for_each(|at| self.cluster.kill_data(at, true));
                     (0..self.cluster.servers()).for_each(|at| self.cluster.start_data(at));
@@ -317,9 +350,12 @@ impl World {
 
     async fn crash_client(&mut self) -> FsResult<()> {
         let at = self.random.random_range(0..CLIENTS);
-        let Some(Seat { host, actor, tasks, .. }) = self.seats[at].take() else { return Ok(()) };
+        let Some(seat) = self.seats[at].take() else { return Ok(()) };
+        let is_lost = seat.is_lost();
+        let Seat { host, actor, tasks, .. } = seat;
         trace(format_args!("c{actor} crashes"));
         drop(tasks);
+        self.rounds.lose(actor, is_lost);
         self.cluster.net.kill_for_good(host);
         self.records.lose(actor, self.lost_since());
         self.take_seat(at).await
@@ -373,10 +409,16 @@ impl World {
         }
         for seat in std::mem::take(&mut self.seats).into_iter().flatten() {
             trace(format_args!("c{} shuts down", seat.actor));
+            if seat.is_lost() {
+                self.rounds.lose(seat.actor, true);
+            }
             if let Err(e) = seat.client.shutdown().await {
                 trace(format_args!("c{} shut down: {e}", seat.actor));
                 match rules.may_fail {
-                    true => self.records.lose(seat.actor, 0),
+                    true => {
+                        self.records.lose(seat.actor, 0);
+                        self.rounds.lose(seat.actor, seat.is_lost());
+                    }
                     false => violation(format!("c{} shut down: {e}", seat.actor)),
                 }
             }
@@ -388,6 +430,7 @@ impl World {
         if !meta_power {
             self.records.check();
         }
+        self.rounds.check(&self.worker(&last, 0)).await?;
         for ino in files {
             self.check_blocks(&last, ino).await?;
         }

@@ -87,6 +87,8 @@ impl Core {
         let told = if deferred { ops::Told::default() } else { ops::Told::by(&op) };
         let made = if let Op::Make(make) = &op { make.ino } else { 0 };
         let removes = matches!(op, Op::Remove(_) | Op::Rename(_));
+        // Files that are committed together only travel together.
+        let is_atomic = !matches!(op, Op::Commit(_));
         let is_mutation = is_mutation(&op);
         let result = if is_mutation {
             self.mutate(session, (slot, sequence), deferred, op, now)
@@ -100,6 +102,10 @@ impl Core {
         }
         let sync = sync && result.is_ok();
         self.leases.changed(Some(session), self.txn.changed(), now.mono);
+        if is_atomic {
+            let changed = self.txn.changed().to_vec();
+            self.leases.changed_together(&changed, self.txn.seen());
+        }
         if removes {
             self.release_gone(session);
         }

@@ -325,6 +325,29 @@ fn what_others_cache_is_recalled_and_nobody_is_told_before() {
 }
 
 #[test]
+fn nobody_sees_half_of_a_rename() {
+    let mut w = World::new();
+    let d = w.dir(R, "d");
+    let (a, b, c) = (w.session, w.attach(), w.attach());
+    let below =
+        |name: &str| Op::Lookup(Lookup { parent: d.0, name: name.to_owned().into(), ..Default::default() });
+    ask(&mut w, a, make("f", 0));
+    // b knows that the file is not below, and has never seen where it is.
+    assert!(ask(&mut w, b, below("f")).1 && ask(&mut w, c, look("absent")).1);
+    let rename =
+        Rename { parent: 1, name: "f".into(), new_parent: d.0, new_name: "f".into(), ..Rename::default() };
+    ask(&mut w, a, Op::Rename(rename));
+    // All obey but b.
+    for recall in w.core.take_recalls().into_iter().filter(|recall| recall.session != b) {
+        w.core.let_go(recall.session, &[recall.id.0], None, None);
+    }
+    assert_eq!(ask(&mut w, c, look("f")).0, 1, "or the file would be in no place, with b's word for it");
+    assert_eq!(ask(&mut w, c, below("f")).0, 1);
+    w.core.let_go(b, &[], Some(&GivenBack { inos: vec![d.0], as_of: u64::MAX }), None);
+    assert_eq!(ask(&mut w, c, look("f")).0, 0);
+}
+
+#[test]
 fn an_answer_that_is_repeated_waits_for_whatever_is_recalled() {
     let mut w = World::new();
     let (a, b) = (w.session, w.attach());

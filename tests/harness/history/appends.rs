@@ -3,7 +3,7 @@
 //! A record names its writer, its number among that writer's, and its length, and its bytes depend on these: one that was torn,
 //! overwritten or mixed with another shows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::rng;
 
@@ -68,20 +68,33 @@ pub struct Progress {
 /// # Errors
 /// What is missing, twice there, or out of order.
 pub fn check(found: &[Record], writers: &BTreeMap<u32, Progress>) -> Result<(), String> {
+    check_but(found, writers, &BTreeSet::new())
+}
+
+/// As [`check`], but each of `lost` may be missing, whatever comes after it.
+///
+/// # Errors
+/// What is missing, twice there, or out of order.
+pub fn check_but(
+    found: &[Record],
+    writers: &BTreeMap<u32, Progress>,
+    lost: &BTreeSet<Record>,
+) -> Result<(), String> {
     let mut next: BTreeMap<u32, u32> = BTreeMap::new();
+    let are_lost = |writer, mut numbers: std::ops::Range<u32>| numbers.all(|n| lost.contains(&(writer, n)));
     for &(writer, number) in found {
         let expected = next.entry(writer).or_default();
-        if number != *expected {
+        if number < *expected || !are_lost(writer, *expected..number) {
             return Err(format!("writer {writer}: record {number} where {expected} belongs, in {found:?}"));
         }
-        *expected += 1;
+        *expected = number + 1;
         if writers.get(&writer).is_none_or(|progress| number >= progress.begun) {
             return Err(format!("record {number} of writer {writer} was not written yet"));
         }
     }
     for (writer, progress) in writers {
         let there = next.get(writer).copied().unwrap_or(0);
-        if there < progress.sure {
+        if !are_lost(*writer, there..progress.sure) {
             return Err(format!("of writer {writer} only {there} records are there, not {}", progress.sure));
         }
     }
@@ -120,6 +133,19 @@ mod tests {
             &[(3, 0)],
         ] {
             check(wrong, &writers).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn only_what_may_be_lost_is_missing() {
+        let writers = BTreeMap::from([(1, Progress { sure: 3, begun: 4 })]);
+        let lost = BTreeSet::from([(1, 1), (1, 3)]);
+        for right in [&[(1, 0), (1, 2)][..], &[(1, 0), (1, 1), (1, 2)], &[(1, 0), (1, 2), (1, 3)]] {
+            check_but(right, &writers, &lost).unwrap();
+        }
+        for wrong in [&[(1, 0), (1, 1)][..], &[(1, 2)], &[(1, 0), (1, 2), (1, 1)], &[(1, 0), (1, 0), (1, 2)]]
+        {
+            check_but(wrong, &writers, &lost).unwrap_err();
         }
     }
 }

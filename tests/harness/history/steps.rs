@@ -1,4 +1,4 @@
-//! Something that one client changes, step by step, while others look at parts of it.
+//! Something that is changed, one step after the other, while others look at parts of it.
 //!
 //! Every look must show what was there after some step, within the time of the look, and never less than what a look had shown that
 //! ended before. Taking for each look, in order of their begin, the first step that fits is exact: a later step
@@ -42,11 +42,30 @@ impl<S: Clone + std::fmt::Debug, O: Clone + std::fmt::Debug> Steps<S, O> {
 
     /// Takes a step, which leads to `state`. An error leaves open whether it was taken: there must be no other after it.
     pub fn step<T, E>(&self, state: S, step: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
-        let began = self.clock.now();
+        self.begin_step(state, self.clock.now());
         let result = step();
-        let ended = if result.is_ok() { self.clock.now() } else { NEVER };
-        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended });
+        if result.is_ok() {
+            self.end_step(self.clock.now());
+        }
         result
+    }
+
+    /// A step after all others, at a time by the clock of who tells. Until its end is told, it may not have been taken.
+    pub fn begin_step(&self, state: S, began: Time) {
+        self.steps.lock().expect("no thread panics with it").push(Step { state, began, ended: NEVER });
+    }
+
+    /// The last step was taken.
+    pub fn end_step(&self, ended: Time) {
+        if let Some(last) = self.steps.lock().expect("no thread panics with it").last_mut() {
+            last.ended = ended;
+        }
+    }
+
+    /// What a look at one moment showed.
+    pub fn add_look(&self, seen: O, (began, ended): (Time, Time)) {
+        let look = Look { seen, began, ended, gradual: false };
+        self.looks.lock().expect("no thread panics with it").push(look);
     }
 
     /// Looks.

@@ -8,7 +8,11 @@ use std::{
 };
 
 use fjordfs_tests::{
-    history::{History, steps::Steps},
+    history::{
+        History,
+        moves::{FIRST, Move, Names, PATHS, Seen},
+        steps::Steps,
+    },
     rng::TestRng,
 };
 use rand::Rng;
@@ -18,34 +22,6 @@ use super::{Aftermath, MOUNTS, Place, Played, Stop, VICTIM, is_of_victim};
 
 const STEPS: usize = 12;
 
-/// Where the two files are; the second has two names at times.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Names {
-    /// File under each of the names.
-    at: [Option<u64>; PATHS.len()],
-}
-
-const PATHS: [&str; 4] = ["a", "d/a", "b", "d/b"];
-
-#[derive(Clone, Debug)]
-enum Seen {
-    /// What one name led to.
-    Name(usize, Option<u64>),
-    /// What a directory listed of its two names.
-    Listing(bool, Vec<usize>),
-}
-
-fn shows(names: &Names, seen: &Seen) -> bool {
-    match seen {
-        Seen::Name(name, file) => names.at[*name] == *file,
-        Seen::Listing(below, found) => {
-            let there = (0..PATHS.len())
-                .filter(|name| PATHS[*name].starts_with("d/") == *below && names.at[*name].is_some());
-            there.eq(found.iter().copied())
-        }
-    }
-}
-
 /// Two files, one of which is moved, exchanged, and given second names by one worker.
 pub(crate) struct HereAndThere {
     steps: Steps<Names, Seen>,
@@ -54,8 +30,7 @@ pub(crate) struct HereAndThere {
 
 impl Default for HereAndThere {
     fn default() -> HereAndThere {
-        let first = Names { at: [Some(1), None, Some(2), None] };
-        HereAndThere { steps: Steps::new(first), mover: std::sync::OnceLock::new() }
+        HereAndThere { steps: Steps::new(FIRST), mover: std::sync::OnceLock::new() }
     }
 }
 
@@ -79,29 +54,18 @@ impl HereAndThere {
         let rename = |from: usize, to: usize, flags| {
             renameat_with(CWD, path(from), CWD, path(to), flags).map_err(io::Error::from)
         };
-        let there: Vec<usize> = (0..PATHS.len()).filter(|name| names.at[*name].is_some()).collect();
-        let from = there[random.random_range(0..there.len())];
-        let to = random.random_range(0..PATHS.len());
-        let mut next = *names;
-        match (names.at[from], names.at[to]) {
-            (Some(one), None) if random.random_bool(0.3) => {
-                next.at[to] = Some(one);
+        let Some((done, next)) = names.choose(random) else { return Ok(()) };
+        match done {
+            Move::Link(from, to) => {
                 self.steps.step(next, || at.alive(fs::hard_link(path(from), path(to))))?;
             }
-            (_, None) => {
-                next.at.swap(from, to);
+            Move::Rename(from, to) => {
                 self.steps.step(next, || at.alive(rename(from, to, RenameFlags::empty())))?;
             }
-            (Some(one), Some(other)) if one != other => {
-                next.at.swap(from, to);
+            Move::Exchange(from, to) => {
                 self.steps.step(next, || at.alive(rename(from, to, RenameFlags::EXCHANGE)))?;
             }
-            // Two names of one file, of which one can go.
-            _ if from != to => {
-                next.at[from] = None;
-                self.steps.step(next, || at.alive(fs::remove_file(path(from))))?;
-            }
-            _ => return Ok(()),
+            Move::Remove(from) => self.steps.step(next, || at.alive(fs::remove_file(path(from))))?,
         }
         *names = next;
         Ok(())
@@ -128,7 +92,7 @@ impl Played for HereAndThere {
             }
             return Ok(());
         }
-        let mut names = Names { at: [Some(1), None, Some(2), None] };
+        let mut names = FIRST;
         (0..STEPS).try_for_each(|_| self.step(at, &mut names, random))
     }
 
@@ -142,7 +106,7 @@ impl Played for HereAndThere {
             }
         }
         let victim = self.mover.get().is_some_and(|worker| is_of_victim(*worker));
-        self.steps.check(left.lossy && victim, shows)
+        self.steps.check(left.lossy && victim, Names::show)
     }
 }
 
