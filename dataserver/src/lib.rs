@@ -9,6 +9,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | `config`, `error` | what a server is told; why it does not start |
+//! | `added` | targets that were added while it ran |
 //! | `server` | the order in which the parts come up and go down |
 //! | `listen` | where clients connect |
 //! | `runtime` | tasks, timers and the io_uring of one core |
@@ -20,6 +21,7 @@
 //! | `heal`, `peer` | completing placement groups; a connection to another data server |
 //! | `buffer`, `uring`, `blocking` | page-aligned memory; reads, writes and transfers on the ring; threads for the rest |
 
+pub mod added;
 mod blocking;
 mod buffer;
 mod config;

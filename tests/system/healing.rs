@@ -321,3 +321,64 @@ fn a_scrub_finds_what_has_rotted_and_repairs_it_from_another_copy() {
     assert_eq!(lost.shards(), before, "{lost}");
     cluster.assert_running();
 }
+
+#[test]
+fn a_target_is_added_to_a_server_in_use() {
+    let mut cluster = Cluster::start("target-add", Setup { ..setup(3) });
+    let mount = cluster.mount();
+    let stop = AtomicBool::new(false);
+    let path = cluster.dir("disk").join("added");
+    let add = |path: &std::path::Path| {
+        cluster.fjord(["target", "add", "--server", "data1", path.to_str().unwrap()])
+    };
+    let written = thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut written = 0;
+            while !stop.load(Ordering::Relaxed) {
+                fs::write(mount.join(format!("f{written}")), rng::bytes(written, 300_000)).unwrap();
+                if written >= 3 {
+                    let old = fs::read(mount.join(format!("f{}", written - 3))).unwrap();
+                    assert!(old == rng::bytes(written - 3, 300_000), "f{}", written - 3);
+                }
+                written += 1;
+            }
+            written
+        });
+        // Whatever is wrong is said, and changes nothing.
+        let ambiguous = cluster.fjord(["target", "add", path.to_str().unwrap()]);
+        assert!(ambiguous.code() != 0 && ambiguous.stderr.contains("data0"), "{}", ambiguous.stderr);
+        let used = cluster.dir("used");
+        fs::write(used.join("thesis.txt"), "mine").unwrap();
+        let refused = add(&used);
+        assert!(refused.code() != 0 && refused.stderr.contains("is not empty"), "{}", refused.stderr);
+        let told = add(&path).ok().stdout;
+        assert!(told.contains("is target t4 of data1"), "{told}");
+        let again = add(&path);
+        assert!(again.code() != 0 && again.stderr.contains("is target t4"), "{}", again.stderr);
+        cluster.wait_status("the new target to be used", |status| {
+            let shards = |t: &serde_json::Value| t["shards"].as_u64().unwrap();
+            status.targets_up() == 4 && status.list("targets").iter().any(|t| t["id"] == 4 && shards(t) > 0)
+        });
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    assert!(written > 5);
+    // It is there after a crash, too, though nobody names it.
+    cluster.kill_data(1);
+    cluster.start_data(1);
+    cluster.wait_status("all four targets", |status| status.targets_up() == 4);
+    let other = cluster.mount();
+    for n in 0..written {
+        assert!(fs::read(other.join(format!("f{n}"))).unwrap() == rng::bytes(n, 300_000), "f{n}");
+    }
+    // A disk that is not there keeps nobody from the others.
+    cluster.stop_data(1);
+    fs::rename(&path, path.with_extension("gone")).unwrap();
+    cluster.start_data(1);
+    cluster
+        .wait_status("the server without it", |status| status.servers_up() == 3 && status.targets_up() == 3);
+    assert!(!path.exists(), "nothing is written to the disk below");
+    other.unmount();
+    mount.unmount();
+    cluster.assert_running();
+}

@@ -3,14 +3,22 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, ensure};
-use fjordfs_dataserver::{Config, DataServer, TargetConfig};
+use fjordfs_dataserver::{
+    Config, DataServer, TargetConfig,
+    added::{self, Added},
+};
 use fjordfs_proto::{Domain, domain::DomainError};
+use rustix::process::Signal as SignalNumber;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     config::{self, DataFile, TargetEntry},
     daemon::{self, Signals, Stop},
     units::{ByteSize, Span},
 };
+
+/// Sent by `fjord target add`.
+pub(crate) const TARGET_ADDED: SignalNumber = SignalNumber::USR2;
 
 /// Run a data server: the shards on one or more flash devices.
 ///
@@ -73,31 +81,90 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = settings(args)?;
-    let meta = config.meta.clone();
+    let mut config = settings(args)?;
     daemon::control_runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
-        // Starting waits for the metaserver, perhaps for long; a signal ends the wait.
-        let start = tokio::task::spawn_blocking(move || DataServer::start(config));
-        let server = tokio::select! {
-            started = start => started?.context("the data server did not start")?,
-            _ = signals.next() => {
-                tracing::info!("stopped before the metaserver {meta} answered");
-                // The thread that still starts holds nothing that needs an orderly end.
-                std::process::exit(0);
+        let mut added =
+            signal(SignalKind::from_raw(TARGET_ADDED.as_raw())).context("cannot listen to signals")?;
+        take_in_added(&mut config, false)?;
+        loop {
+            let server = start(&config, &mut signals).await?;
+            let stop = tokio::select! {
+                stop = signals.next() => Some(stop),
+                () = until_added(&mut config, &mut added) => None,
+            };
+            if stop == Some(Stop::Orphaned) {
+                tokio::time::sleep(daemon::ORPHAN_GRACE).await;
             }
-        };
-        tracing::info!("data server on {}, metaserver {meta}", server.address());
-        daemon::announce(&format!("listening on {}", server.address()));
-        if signals.next().await == Stop::Orphaned {
-            tokio::time::sleep(daemon::ORPHAN_GRACE).await;
+            tracing::info!(
+                "{}",
+                if stop.is_some() { "stopping" } else { "starting again, with one more target" }
+            );
+            tokio::task::spawn_blocking(move || server.stop())
+                .await?
+                .context("the data server did not stop cleanly")?;
+            if stop.is_some() {
+                return Ok(ExitCode::SUCCESS);
+            }
         }
-        tracing::info!("stopping");
-        tokio::task::spawn_blocking(move || server.stop())
-            .await?
-            .context("the data server did not stop cleanly")?;
-        Ok(ExitCode::SUCCESS)
     })
+}
+
+async fn start(config: &Config, signals: &mut Signals) -> anyhow::Result<DataServer> {
+    let (config, meta) = (config.clone(), config.meta.clone());
+    // Starting waits for the metaserver, perhaps for long; a signal ends the wait.
+    let start = tokio::task::spawn_blocking(move || DataServer::start(config));
+    let server = tokio::select! {
+        started = start => started?.context("the data server did not start")?,
+        _ = signals.next() => {
+            tracing::info!("stopped before the metaserver {meta} answered");
+            // The thread that still starts holds nothing that needs an orderly end.
+            std::process::exit(0);
+        }
+    };
+    tracing::info!("data server on {}, metaserver {meta}", server.address());
+    daemon::announce(&format!("listening on {}", server.address()));
+    Ok(server)
+}
+
+/// Returns when `fjord target add` has listed one more target that can be used.
+async fn until_added(config: &mut Config, added: &mut Signal) {
+    loop {
+        if added.recv().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+        match take_in_added(config, true) {
+            Ok(0) => tracing::warn!("no target was added"),
+            Ok(_) => return,
+            Err(e) => tracing::error!("a target cannot be added: {e:#}"),
+        }
+    }
+}
+
+/// Adds what was added since the configuration was written; how many. `fresh`: a folder that is no target yet is made one. A target that
+/// was one and whose folder is empty now is left out: its disk is not there.
+fn take_in_added(config: &mut Config, fresh: bool) -> anyhow::Result<usize> {
+    let mut more = Vec::new();
+    for target in &config.targets {
+        let listed = added::list(&target.path)
+            .with_context(|| format!("cannot read {}", target.path.join(added::LIST).display()))?;
+        for Added { path, domain } in listed {
+            if config.targets.iter().chain(&more).any(|known| known.path == path) {
+                continue;
+            }
+            if fresh {
+                added::make_target(&path)?;
+            } else if !added::is_target(&path) {
+                tracing::error!("target {} was added and is not there: going on without it", path.display());
+                continue;
+            }
+            let domain = domain.map(|text| Domain::of_server(&text, &config.name)).transpose()?;
+            more.push(TargetConfig { path, domain });
+        }
+    }
+    let count = more.len();
+    config.targets.extend(more);
+    Ok(count)
 }
 
 /// Flags over file over defaults.

@@ -1,4 +1,6 @@
-//! `fjord target` and `fjord server`: what there is, and taking targets out of service.
+//! `fjord target` and `fjord server`: what there is, and taking targets into service and out of it.
+
+mod add;
 
 use std::process::ExitCode;
 
@@ -11,13 +13,12 @@ use crate::{
     status::Status,
 };
 
-/// Show targets, and take them out of service: while clients read and write.
-///
-/// A new target needs no verb: start `fjord data` with one more --target, and new files use it.
+/// Show targets, take them into service, and out of it: while clients read and write.
 #[derive(clap::Subcommand)]
 #[command(after_help = "\
 Examples:
   fjord target list
+  fjord target add /mnt/nvme7   on the host of the data server
   fjord target drain t7      move its shards to others, then:
   fjord target remove t7
   fjord target replace t7    the disk in the place of t7 was changed
@@ -25,6 +26,8 @@ Examples:
 pub(crate) enum Verb {
     /// Show all targets
     List(ShowArgs),
+    /// Give a folder of this host to its data server, as one more target
+    Add(add::Args),
     /// Move everything that a target holds to others
     Drain(OneArgs),
     /// Leave a target in service that was being drained
@@ -99,6 +102,7 @@ pub(crate) fn run(verb: &Verb) -> anyhow::Result<ExitCode> {
             }
             return Ok(ExitCode::SUCCESS);
         }
+        Verb::Add(args) => return add::run(args),
         Verb::Drain(one) => (one, TargetChange::Drain, 0, false),
         Verb::Keep(one) => (one, TargetChange::Keep, 0, false),
         Verb::Remove(args) => (&args.one, TargetChange::Remove, 0, args.force),

@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Versions of a target folder. 1: first.
 pub(crate) const FORMAT_VERSION: u32 = 1;
 
-const LABEL: &str = "label.json";
-const LABEL_NEW: &str = "label.json.new";
+pub(crate) const LABEL: &str = "label.json";
 const LOCK: &str = "lock";
 
 /// `label.json`.
@@ -92,7 +91,7 @@ impl Folder {
                     server: 0,
                     target: 0,
                 };
-                write(path, &label).map_err(io("cannot write label.json"))?;
+                replace(path, LABEL, &label).map_err(io("cannot write label.json"))?;
                 label
             }
             Err(e) => return Err(io("cannot read label.json")(e)),
@@ -112,7 +111,7 @@ impl Folder {
     pub(crate) fn assign(&mut self, cluster_id: &str, server: u64, target: u64) -> Result<(), LabelError> {
         let label = Label { cluster_id: cluster_id.to_owned(), server, target, ..self.label.clone() };
         if label != self.label {
-            write(&self.path, &label).map_err(|source| LabelError::Io {
+            replace(&self.path, LABEL, &label).map_err(|source| LabelError::Io {
                 path: self.path.clone(),
                 what: "cannot write label.json",
                 source,
@@ -137,11 +136,13 @@ fn parse(path: &Path, raw: &[u8]) -> Result<Label, LabelError> {
     serde_json::from_slice(raw).map_err(damaged)
 }
 
-fn write(folder: &Path, label: &Label) -> io::Result<()> {
-    let mut file = File::create(folder.join(LABEL_NEW))?;
-    file.write_all(&serde_json::to_vec_pretty(label)?)?;
+/// Writes a file of the folder, in one step that survives a power failure.
+pub(crate) fn replace(folder: &Path, name: &str, content: &impl Serialize) -> io::Result<()> {
+    let new = folder.join(format!("{name}.new"));
+    let mut file = File::create(&new)?;
+    file.write_all(&serde_json::to_vec_pretty(content)?)?;
     file.sync_all()?;
-    std::fs::rename(folder.join(LABEL_NEW), folder.join(LABEL))?;
+    std::fs::rename(&new, folder.join(name))?;
     File::open(folder)?.sync_all()
 }
 

@@ -8,7 +8,7 @@ use fjordfs_proto::{
     pb::meta::{DeletedBlocks, HeartbeatReply, HeartbeatRequest, TargetReport},
 };
 
-use super::{Membership, event_of, is_full};
+use super::{Membership, event_of, is_full, states::Event};
 use crate::{keys, refusal::Refusal, store::Order, txn::Txn};
 
 /// Deletions of one reply.
@@ -61,11 +61,23 @@ impl Membership {
         Ok(reply)
     }
 
-    /// The server is up, and its targets are as they say.
+    /// The server is up, and its targets are as they say. One that it does not mention it does not serve: it was started without, or the
+    /// disk is not there.
     fn note(&mut self, txn: &mut Txn, server: ServerId, reports: &[&TargetReport]) {
         let mut map = ClusterMap::clone(&self.map);
         if let Some(server) = map.servers.get_mut(&server) {
             server.state = ServerState::Up;
+        }
+        let absent: Vec<TargetId> = (map.targets.iter())
+            .filter(|(id, target)| target.server == server && reports.iter().all(|r| r.target != id.0))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in absent {
+            let before = map.targets.get(&id).map(|target| target.state);
+            self.step(&mut map, id, Event::Silent);
+            if before == Some(TargetState::Up) {
+                tracing::warn!(target = %id, %server, "its data server does without this target");
+            }
         }
         for report in reports {
             let id = TargetId(report.target);

@@ -113,6 +113,18 @@ fn a_server_goes_down_and_comes_back() {
 }
 
 #[test]
+fn a_target_that_its_server_does_without_is_down() {
+    let mut w = bare();
+    register(&mut w, &registration("a", &["x", "y"]));
+    register(&mut w, &registration("b", &["z"]));
+    let state = |w: &World, id: u64| map(w).targets[&TargetId(id)].state;
+    beat(&mut w, 1, vec![target(1, 1 << 40)]);
+    assert_eq!([1, 2, 3].map(|id| state(&w, id)), [TargetState::Up, TargetState::Down, TargetState::Up]);
+    beat(&mut w, 1, vec![target(1, 1 << 40), target(2, 1 << 40)]);
+    assert_eq!(state(&w, 2), TargetState::Up);
+}
+
+#[test]
 fn a_full_target_is_marked_and_does_not_flicker() {
     let mut w = World::new();
     let small = |free: u64| TargetReport { capacity: 300 << 20, ..target(1, free << 20) };
