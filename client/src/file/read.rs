@@ -76,14 +76,13 @@ type Gone = (Instant, FsError);
 
 impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
-        self.note_access();
         let mut gone = None;
         for _ in 0..ATTEMPTS {
-            let plan = self.state.lock().view.plan_read(offset, len as u64);
+            let (plan, size) = self.plan(offset, len);
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
                 ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
-                ReadPlan::Parts(parts) => match self.fetch(offset, parts).await {
+                ReadPlan::Parts(parts) => match self.fetch(offset, parts, size).await {
                     // Perhaps the extents were stale and the block is gone: look again.
                     Err(e) if e.errno == Errno::ENOENT => {
                         gone = Some(self.perhaps_stale(gone, e)?);
@@ -97,12 +96,17 @@ impl Handle {
         Err(self.never_found(gone))
     }
 
-    async fn fetch(&self, offset: u64, parts: Vec<Part>) -> FsResult<Vec<Bytes>> {
+    /// What a read needs, and how large the file is.
+    fn plan(&self, offset: u64, len: usize) -> (ReadPlan, u64) {
+        self.look(|view| (view.plan_read(offset, len as u64), view.size()))
+    }
+
+    async fn fetch(&self, offset: u64, parts: Vec<Part>, size: u64) -> FsResult<Vec<Bytes>> {
         if let [Part::Memory(bytes)] = &parts[..] {
             return Ok(vec![bytes.clone()]);
         }
         let end = offset + parts.iter().map(Part::len).sum::<u64>();
-        let fetch = self.reading(offset..end);
+        let fetch = self.reading(offset..end, size);
         if let [Part::Block(piece)] = parts[..] {
             return self.client.cache.read(piece, fetch).await;
         }
@@ -118,13 +122,12 @@ impl Handle {
     }
 
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
-        self.note_access();
         let mut gone = None;
         for _ in 0..ATTEMPTS {
-            let plan = self.state.lock().view.plan_read(offset, memory.len() as u64);
+            let (plan, size) = self.plan(offset, memory.len());
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
-                ReadPlan::Parts(parts) => match self.fill(offset, &parts, memory).await {
+                ReadPlan::Parts(parts) => match self.fill(offset, &parts, size, memory).await {
                     Err(e) if e.errno == Errno::ENOENT => {
                         gone = Some(self.perhaps_stale(gone, e)?);
                         0
@@ -156,10 +159,10 @@ impl Handle {
     }
 
     /// Puts parts into memory, one after the other, and says how many bytes they are.
-    async fn fill(&self, offset: u64, parts: &[Part], memory: &mut [u8]) -> FsResult<usize> {
+    async fn fill(&self, offset: u64, parts: &[Part], size: u64, memory: &mut [u8]) -> FsResult<usize> {
         let total = parts.iter().map(Part::len).sum::<u64>() as usize;
         let fetch = match parts.iter().any(|part| matches!(part, Part::Block(_))) {
-            true => self.reading(offset..offset + total as u64),
+            true => self.reading(offset..offset + total as u64, size),
             false => Fetch::Pages,
         };
         if let [Part::Block(piece)] = parts {
@@ -181,11 +184,10 @@ impl Handle {
         Ok(total)
     }
 
-    /// Decides how this read fetches, and reads ahead of a sequential reader.
-    fn reading(&self, range: Range<u64>) -> Fetch {
+    /// Decides how this read of a file of `size` bytes fetches, and reads ahead of a sequential reader.
+    fn reading(&self, range: Range<u64>, size: u64) -> Fetch {
         // What writers have given back is the cache's again.
         self.client.cache.yield_to(self.client.budget.used());
-        let size = self.state.lock().view.size();
         if size <= SMALL_FILE {
             return Fetch::Neighbours;
         }
