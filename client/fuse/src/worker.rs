@@ -1,7 +1,8 @@
 //! A worker: one thread, one runtime, many requests in flight.
 //!
-//! The thread takes requests from its transport and has all of them under way in one task, so a slow request never holds up another.
-//! A task for each would cost every request that waits for anything an allocation more, and one look at it in vain.
+//! The thread takes requests from its transport and has all of them under way in one task, so a slow request never holds up another. A
+//! request is polled once where it was received, since most that the client library can answer from memory are then done; the others
+//! join those that wait.
 //!
 //! # Invariants
 //! - Every request that has an answer gets exactly one: also when the filesystem panics, also when the answer cannot be encoded.
@@ -9,11 +10,13 @@
 //! - The worker ends when the mount has ended and all its requests are done.
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
@@ -37,7 +40,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
 ) -> io::Result<()> {
     let dispatcher = &*dispatcher;
     let in_flight = InFlight::default();
-    let mut requests = FuturesUnordered::new();
+    let mut waiting = FuturesUnordered::new();
     let result = loop {
         let received = {
             let mut receiving = pin!(receive(&mut transport));
@@ -45,7 +48,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
                 // Biased: what can be answered is, before more is taken in and all answers are handed over together.
                 tokio::select! {
                     biased;
-                    Some(()) = requests.next() => {}
+                    Some(()) = waiting.next() => {}
                     received = &mut receiving, if in_flight.count() < IN_FLIGHT_MAX => break received,
                 }
             }
@@ -54,10 +57,13 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             Ok(Some((message, slot))) => {
                 // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
                 let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
-                requests.push(async move {
+                let mut request = Box::pin(async move {
                     serve(dispatcher, message, slot).await;
                     drop(place);
                 });
+                if poll_fn(|context| Poll::Ready(request.as_mut().poll(context))).await.is_pending() {
+                    waiting.push(request);
+                }
             }
             Ok(None) => {
                 dispatcher.interrupts.end();
@@ -66,7 +72,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             Err(e) => break Err(e),
         }
     };
-    while in_flight.count() > 0 && requests.next().await.is_some() {}
+    while in_flight.count() > 0 && waiting.next().await.is_some() {}
     result
 }
 
