@@ -50,6 +50,8 @@ pub(super) struct Cursor {
     ahead: u64,
     /// File offset up to which chunks were dropped behind.
     behind: u64,
+    /// It counts among the client's streams.
+    pub(super) is_stream: bool,
 }
 
 impl Cursor {
@@ -194,7 +196,14 @@ impl Handle {
         let window = self.client.options.readahead;
         let (ahead, passed) = {
             let mut cursor = self.cursor.lock();
-            if !cursor.note(&range) {
+            let is_sequential = cursor.note(&range);
+            if is_sequential != std::mem::replace(&mut cursor.is_stream, is_sequential) {
+                match is_sequential {
+                    true => self.client.streams.begin(self.state.ino, size),
+                    false => self.client.streams.end(self.state.ino),
+                }
+            }
+            if !is_sequential {
                 return Fetch::Pages;
             }
             // The window opens with the streak: a short run costs little.
@@ -210,7 +219,7 @@ impl Handle {
             (from..target, passed)
         };
         self.prefetch(ahead);
-        if self.client.options.drop_behind && !self.client.cache.can_hold(size) {
+        if self.client.options.drop_behind && !self.client.cache.can_hold(self.client.streams.bytes()) {
             self.chunks_of(passed, |piece, index| self.client.cache.drop_chunk(piece.block, index));
         }
         Fetch::Chunks
