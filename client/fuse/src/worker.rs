@@ -72,7 +72,8 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             Err(e) => break Err(e),
         }
     };
-    while in_flight.count() > 0 && waiting.next().await.is_some() {}
+    // Who waits for a lock is given up when the mount has ended, and only then.
+    while (result.is_ok() || in_flight.count() > 0) && waiting.next().await.is_some() {}
     result
 }
 
