@@ -99,7 +99,7 @@ impl BlockCache {
         }
     }
 
-    /// Whether a file of this size can stay in memory as a whole.
+    /// Whether files of so many bytes can stay in memory as a whole.
     pub(crate) fn can_hold(&self, size: u64) -> bool {
         // A part is lost to chunks that are not spread evenly over the cache's shards.
         size <= self.chunks.capacity() / 8 * 7

@@ -21,6 +21,7 @@ use crate::{
     keeper,
     memory::DirtyBudget,
     meta::MetaClient,
+    streams::Streams,
     write::{packer, spawn_flusher},
 };
 
@@ -57,6 +58,7 @@ pub(crate) struct Inner {
     pub(crate) packer: mpsc::UnboundedSender<packer::Request>,
     moved: broadcast::Sender<InodeId>,
     pub(crate) habits: Habits,
+    pub(crate) streams: Streams,
     /// Last: the others' tasks run on it.
     pub(crate) engine: Arc<Engine>,
 }
@@ -98,6 +100,7 @@ impl Client {
             packer,
             moved: broadcast::Sender::new(1024),
             habits: Habits::default(),
+            streams: Streams::default(),
             meta,
             data,
             options,

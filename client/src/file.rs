@@ -119,6 +119,9 @@ impl Drop for Handle {
     fn drop(&mut self) {
         self.client.meta.forget_handle(self.id);
         self.client.meta.leases().closed(self.state.ino, self.id);
+        if self.cursor.get_mut().is_stream {
+            self.client.streams.end(self.state.ino);
+        }
     }
 }
 

@@ -53,6 +53,7 @@ mod network;
 mod options;
 mod path;
 mod prefetch;
+mod streams;
 mod write;
 mod xattr;
 

@@ -19,8 +19,8 @@ pub struct Options {
     pub dirty_age_max: Duration,
     /// How far a sequential reader is read ahead, bytes.
     pub readahead: u64,
-    /// Whether what a sequential reader of a file larger than the cache has passed is dropped from this client's memory. For
-    /// readers that cache below, as the kernel does for a mount: the memory is better used for what comes next.
+    /// Whether what sequential readers have passed is dropped from this client's memory while the files that are read so are more than
+    /// it can hold. For readers that cache below, as the kernel does for a mount: the memory is better used for what comes next.
     pub drop_behind: bool,
     /// Whether what nobody else uses is decided here and sent to the metaserver later, a second at most: names made and removed,
     /// attributes, and what was written at `close`. Others see everything at once all the same; what is at stake

@@ -3,19 +3,24 @@
 //! A table, not a pointer in disguise: a number that the kernel should not have is `EBADF`, never undefined behaviour.
 
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+use crate::numbers::NumberHasher;
+
 /// Enough that workers rarely meet on one lock.
 const SHARDS: usize = 32;
+
+type Shard<T> = HashMap<u64, Arc<T>, BuildHasherDefault<NumberHasher>>;
 
 /// A table of open things.
 #[derive(Debug)]
 pub(crate) struct Handles<T> {
     next: AtomicU64,
-    shards: [RwLock<HashMap<u64, Arc<T>>>; SHARDS],
+    shards: [RwLock<Shard<T>>; SHARDS],
 }
 
 impl<T> Handles<T> {
@@ -23,7 +28,7 @@ impl<T> Handles<T> {
         Handles { next: AtomicU64::new(1), shards: std::array::from_fn(|_| RwLock::default()) }
     }
 
-    fn shard(&self, fh: u64) -> &RwLock<HashMap<u64, Arc<T>>> {
+    fn shard(&self, fh: u64) -> &RwLock<Shard<T>> {
         &self.shards[(fh % SHARDS as u64) as usize]
     }
 

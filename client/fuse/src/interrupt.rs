@@ -15,11 +15,15 @@
 //! register it; such early ones are kept for a moment.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
+
+use crate::numbers::NumberHasher;
 
 const SHARDS: usize = 16;
 const EARLY_MAX: usize = 64;
@@ -27,7 +31,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct Shard {
-    waiting: HashMap<u64, Arc<Notify>>,
+    waiting: HashMap<u64, Arc<Notify>, BuildHasherDefault<NumberHasher>>,
     early: VecDeque<u64>,
 }
 
@@ -35,7 +39,7 @@ struct Shard {
 #[derive(Debug, Default)]
 pub(crate) struct Interrupts {
     shards: [Mutex<Shard>; SHARDS],
-    ended: watch::Sender<bool>,
+    ended: AtomicBool,
 }
 
 impl Interrupts {
@@ -60,23 +64,20 @@ impl Interrupts {
 
     /// The mount has ended.
     pub(crate) fn end(&self) {
-        self.ended.send_replace(true);
+        self.ended.store(true, Ordering::Release);
+        for shard in &self.shards {
+            shard.lock().waiting.values().for_each(|waiting| waiting.notify_one());
+        }
     }
 
     /// Ends when nobody can hear the answer to request `unique` any more: it was interrupted and its caller is dying, or
     /// the mount has ended.
     pub(crate) async fn caller_is_gone(&self, unique: u64, pid: u32) {
         let (signal, _registration) = self.register(unique);
-        let dying = async {
-            signal.notified().await;
-            while !is_dying(pid) {
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-        };
-        let mut ended = self.ended.subscribe();
-        tokio::select! {
-            () = dying => {}
-            _ = ended.wait_for(|ended| *ended) => {}
+        signal.notified().await;
+        while !self.ended.load(Ordering::Acquire) && !is_dying(pid) {
+            // The end of the mount is another signal.
+            let _nothing_or_that = tokio::time::timeout(LOOK_AGAIN, signal.notified()).await;
         }
     }
 }
@@ -86,11 +87,7 @@ impl Interrupts {
     /// interrupted, and the kernel takes it up again if the signal is of that kind. Ends with the mount, too.
     pub(crate) async fn interrupted(&self, unique: u64) {
         let (signal, _registration) = self.register(unique);
-        let mut ended = self.ended.subscribe();
-        tokio::select! {
-            () = signal.notified() => {}
-            _ = ended.wait_for(|ended| *ended) => {}
-        }
+        signal.notified().await;
     }
 
     fn register(&self, unique: u64) -> (Arc<Notify>, Registration<'_>) {
@@ -101,6 +98,10 @@ impl Interrupts {
             signal.notify_one();
         }
         shard.waiting.insert(unique, Arc::clone(&signal));
+        // Whoever ends the mount sets this before it comes to the shard.
+        if self.ended.load(Ordering::Acquire) {
+            signal.notify_one();
+        }
         (signal, Registration { interrupts: self, unique })
     }
 }

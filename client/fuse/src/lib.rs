@@ -35,6 +35,7 @@ mod kernel_cache;
 mod lock_owners;
 pub mod mount;
 pub mod notify;
+mod numbers;
 pub mod options;
 mod reply;
 mod request;

@@ -27,8 +27,10 @@ mod threads;
 use init::{INIT_TIMEOUT, Init};
 use threads::RingThreads;
 
-/// Recycled read buffers, per worker.
-const IDLE_BUFFERS_PER_WORKER: usize = 8;
+/// Buffers that wait to be used again, bytes. Written data comes back a block at a time and from several blocks at once: with room for one
+/// block, a sixth of a stream's CPU time went to the kernel's clearing of fresh memory. Not by worker: what many of them have in flight
+/// is bounded by the client's memory.
+const IDLE_BUFFERS: usize = 96 << 20;
 
 /// Why a connection could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +82,7 @@ impl Session {
         options: &MountOptions,
         selection: Selection,
     ) -> Result<Session, SessionError> {
-        let pool =
-            BufferPool::new(options.request_size_max, IDLE_BUFFERS_PER_WORKER * options.threads.max(1));
+        let pool = BufferPool::new(options.request_size_max, IDLE_BUFFERS / options.request_size_max.max(1));
         let validity = Validity { entry: options.entry_timeout, attr: options.attr_timeout };
         let init = Init::read(&device, &pool)?;
         let is_must = options.transport == TransportChoice::IoUring;

@@ -1,8 +1,8 @@
 //! A worker: one thread, one runtime, many requests in flight.
 //!
-//! The thread takes requests from its transport and runs each as a local task, so a slow request never holds up another. A
-//! request is polled once where it was received, since most that the client library can answer from memory are then done: no task
-//! is made for those.
+//! The thread takes requests from its transport and has all of them under way in one task, so a slow request never holds up another. A
+//! request is polled once where it was received, since most that the client library can answer from memory are then done; the others
+//! join those that wait.
 //!
 //! # Invariants
 //! - Every request that has an answer gets exactly one: also when the filesystem panics, also when the answer cannot be encoded.
@@ -13,14 +13,14 @@ use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use futures_util::FutureExt;
-use tokio::sync::Notify;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 
 use crate::abi::opcode;
 use crate::dispatch::{Answer, Dispatcher};
@@ -38,15 +38,49 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
     mut transport: T,
     dispatcher: Arc<Dispatcher<F>>,
 ) -> io::Result<()> {
-    let in_flight = Rc::new(InFlight::default());
+    let dispatcher = &*dispatcher;
+    let in_flight = InFlight::default();
+    let mut waiting = FuturesUnordered::new();
     let result = loop {
-        in_flight.wait_below(IN_FLIGHT_MAX).await;
-        match transport.next().await {
-            Ok(Some((message, slot))) => start(&dispatcher, &in_flight, message, slot).await,
+        let received = {
+            let mut receiving = pin!(receive(&mut transport));
+            loop {
+                // Biased: what can be answered is, before more is taken in and all answers are handed over together.
+                tokio::select! {
+                    biased;
+                    Some(()) = waiting.next() => {}
+                    received = &mut receiving, if in_flight.count() < IN_FLIGHT_MAX => break received,
+                }
+            }
+        };
+        match received {
+            Ok(Some((message, slot))) => {
+                // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
+                let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
+                let mut request = Box::pin(async move {
+                    serve(dispatcher, message, slot).await;
+                    drop(place);
+                });
+                if poll_fn(|context| Poll::Ready(request.as_mut().poll(context))).await.is_pending() {
+                    waiting.push(request);
+                }
+            }
             Ok(None) => {
                 dispatcher.interrupts.end();
                 break Ok(());
             }
+            Err(e) => break Err(e),
+        }
+    };
+    // Who waits for a lock is given up when the mount has ended, and only then.
+    while (result.is_ok() || in_flight.count() > 0) && waiting.next().await.is_some() {}
+    result
+}
+
+/// The next request.
+async fn receive<T: Transport>(transport: &mut T) -> io::Result<Option<(Message, T::Slot)>> {
+    loop {
+        match transport.next().await {
             // Memory pressure in the kernel: try again rather than lose the mount.
             Err(e)
                 if matches!(
@@ -57,29 +91,8 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
                 tracing::warn!("reading a request failed, trying again: {e}");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            Err(e) => break Err(e),
+            received => return received,
         }
-    };
-    in_flight.wait_below(1).await;
-    result
-}
-
-async fn start<F: Filesystem, S: Slot>(
-    dispatcher: &Arc<Dispatcher<F>>,
-    in_flight: &Rc<InFlight>,
-    message: Message,
-    slot: S,
-) {
-    // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
-    let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
-    let dispatcher = Arc::clone(dispatcher);
-    let mut request: Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
-        serve(&dispatcher, message, slot).await;
-        drop(place);
-    });
-    let done = poll_fn(|context| Poll::Ready(request.as_mut().poll(context).is_ready())).await;
-    if !done {
-        tokio::task::spawn_local(request);
     }
 }
 
@@ -147,31 +160,25 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// Counts requests of one worker.
 #[derive(Debug, Default)]
-struct InFlight {
-    count: Cell<usize>,
-    fewer: Notify,
-}
+struct InFlight(Rc<Cell<usize>>);
 
 impl InFlight {
-    fn enter(self: &Rc<Self>) -> Place {
-        self.count.set(self.count.get() + 1);
-        Place(Rc::clone(self))
+    fn enter(&self) -> Place {
+        self.0.set(self.0.get() + 1);
+        Place(Rc::clone(&self.0))
     }
 
-    async fn wait_below(&self, limit: usize) {
-        while self.count.get() >= limit {
-            self.fewer.notified().await;
-        }
+    fn count(&self) -> usize {
+        self.0.get()
     }
 }
 
 /// One request's place in the count.
-struct Place(Rc<InFlight>);
+struct Place(Rc<Cell<usize>>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.count.set(self.0.count.get() - 1);
-        self.0.fewer.notify_one();
+        self.0.set(self.0.get() - 1);
     }
 }
 
@@ -179,14 +186,13 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn waiting_for_places_ends_when_one_is_free() {
-        let in_flight = Rc::new(InFlight::default());
+    #[test]
+    fn places_are_counted_until_they_are_given_up() {
+        let in_flight = InFlight::default();
         let places = [in_flight.enter(), in_flight.enter()];
-        let waiting = tokio::time::timeout(Duration::from_millis(10), in_flight.wait_below(2)).await;
-        assert!(waiting.is_err());
+        assert_eq!(in_flight.count(), 2);
         drop(places);
-        in_flight.wait_below(1).await;
+        assert_eq!(in_flight.count(), 0);
     }
 
     #[test]

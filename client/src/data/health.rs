@@ -15,7 +15,7 @@
 //! [`Options::hedge_delay`]: crate::Options::hedge_delay
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -51,7 +51,7 @@ pub(super) struct Health {
 
 #[derive(Default)]
 struct State {
-    targets: HashMap<TargetId, Target>,
+    targets: BTreeMap<TargetId, Target>,
     /// In reads: a hedge costs [`READS_PER_HEDGE`].
     saved: u32,
 }

@@ -18,7 +18,7 @@
 mod ring;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, btree_map::Entry},
     fs::{File, OpenOptions},
     io,
     num::NonZeroUsize,
@@ -96,7 +96,7 @@ enum Unknown {
 pub(super) struct LocalReads {
     is_on: bool,
     engine: Arc<Engine>,
-    rings: Mutex<HashMap<LaneId, Option<Arc<Ring>>>>,
+    rings: Mutex<BTreeMap<LaneId, Option<Arc<Ring>>>>,
     places: Cache<Shard, Arc<Place>, ByTable>,
     /// By device and inode.
     files: Mutex<LruCache<(u64, u64), Arc<File>>>,

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use super::{Handle, now};
+use super::{Handle, View, now};
 
 /// What a handle knows of its reads.
 pub(super) struct Accesses {
@@ -23,19 +23,22 @@ impl Accesses {
 }
 
 impl Handle {
-    /// The file is being read. Only the first read of a handle looks at the clock: nobody keeps a file open for days to read it once
-    /// in a while and be found by its access time.
-    pub(super) fn note_access(&self) {
-        if !self.accesses.noted.load(Relaxed) {
-            return;
-        }
-        let is_first = !self.accesses.was_read.load(Relaxed) && !self.accesses.was_read.swap(true, Relaxed);
+    /// The file is being read: what `look` finds out of it, under the one lock that a read in memory takes. Only the first read of a
+    /// handle looks at the clock: nobody keeps a file open for days to read it once in a while and be found by its access time.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&View) -> T) -> T {
         let mut file = self.state.lock();
+        let found = look(&file.view);
+        let Accesses { noted, was_read } = &self.accesses;
+        if !noted.load(Relaxed) {
+            return found;
+        }
+        let is_first = !was_read.load(Relaxed) && !was_read.swap(true, Relaxed);
         if let Some(before) = file.view.access_due(is_first.then(now)) {
             let time = now();
             file.view.set_access_time(time);
             drop(file);
             self.client.meta.leases().note_access(self.state.ino, time, before);
         }
+        found
     }
 }

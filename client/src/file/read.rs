@@ -50,6 +50,8 @@ pub(super) struct Cursor {
     ahead: u64,
     /// File offset up to which chunks were dropped behind.
     behind: u64,
+    /// It counts among the client's streams.
+    pub(super) is_stream: bool,
 }
 
 impl Cursor {
@@ -76,14 +78,13 @@ type Gone = (Instant, FsError);
 
 impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
-        self.note_access();
         let mut gone = None;
         for _ in 0..ATTEMPTS {
-            let plan = self.state.lock().view.plan_read(offset, len as u64);
+            let (plan, size) = self.plan(offset, len);
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
                 ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
-                ReadPlan::Parts(parts) => match self.fetch(offset, parts).await {
+                ReadPlan::Parts(parts) => match self.fetch(offset, parts, size).await {
                     // Perhaps the extents were stale and the block is gone: look again.
                     Err(e) if e.errno == Errno::ENOENT => {
                         gone = Some(self.perhaps_stale(gone, e)?);
@@ -97,12 +98,17 @@ impl Handle {
         Err(self.never_found(gone))
     }
 
-    async fn fetch(&self, offset: u64, parts: Vec<Part>) -> FsResult<Vec<Bytes>> {
+    /// What a read needs, and how large the file is.
+    fn plan(&self, offset: u64, len: usize) -> (ReadPlan, u64) {
+        self.look(|view| (view.plan_read(offset, len as u64), view.size()))
+    }
+
+    async fn fetch(&self, offset: u64, parts: Vec<Part>, size: u64) -> FsResult<Vec<Bytes>> {
         if let [Part::Memory(bytes)] = &parts[..] {
             return Ok(vec![bytes.clone()]);
         }
         let end = offset + parts.iter().map(Part::len).sum::<u64>();
-        let fetch = self.reading(offset..end);
+        let fetch = self.reading(offset..end, size);
         if let [Part::Block(piece)] = parts[..] {
             return self.client.cache.read(piece, fetch).await;
         }
@@ -118,13 +124,12 @@ impl Handle {
     }
 
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
-        self.note_access();
         let mut gone = None;
         for _ in 0..ATTEMPTS {
-            let plan = self.state.lock().view.plan_read(offset, memory.len() as u64);
+            let (plan, size) = self.plan(offset, memory.len());
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
-                ReadPlan::Parts(parts) => match self.fill(offset, &parts, memory).await {
+                ReadPlan::Parts(parts) => match self.fill(offset, &parts, size, memory).await {
                     Err(e) if e.errno == Errno::ENOENT => {
                         gone = Some(self.perhaps_stale(gone, e)?);
                         0
@@ -156,10 +161,10 @@ impl Handle {
     }
 
     /// Puts parts into memory, one after the other, and says how many bytes they are.
-    async fn fill(&self, offset: u64, parts: &[Part], memory: &mut [u8]) -> FsResult<usize> {
+    async fn fill(&self, offset: u64, parts: &[Part], size: u64, memory: &mut [u8]) -> FsResult<usize> {
         let total = parts.iter().map(Part::len).sum::<u64>() as usize;
         let fetch = match parts.iter().any(|part| matches!(part, Part::Block(_))) {
-            true => self.reading(offset..offset + total as u64),
+            true => self.reading(offset..offset + total as u64, size),
             false => Fetch::Pages,
         };
         if let [Part::Block(piece)] = parts {
@@ -181,18 +186,24 @@ impl Handle {
         Ok(total)
     }
 
-    /// Decides how this read fetches, and reads ahead of a sequential reader.
-    fn reading(&self, range: Range<u64>) -> Fetch {
+    /// Decides how this read of a file of `size` bytes fetches, and reads ahead of a sequential reader.
+    fn reading(&self, range: Range<u64>, size: u64) -> Fetch {
         // What writers have given back is the cache's again.
         self.client.cache.yield_to(self.client.budget.used());
-        let size = self.state.lock().view.size();
         if size <= SMALL_FILE {
             return Fetch::Neighbours;
         }
         let window = self.client.options.readahead;
         let (ahead, passed) = {
             let mut cursor = self.cursor.lock();
-            if !cursor.note(&range) {
+            let is_sequential = cursor.note(&range);
+            if is_sequential != std::mem::replace(&mut cursor.is_stream, is_sequential) {
+                match is_sequential {
+                    true => self.client.streams.begin(self.state.ino, size),
+                    false => self.client.streams.end(self.state.ino),
+                }
+            }
+            if !is_sequential {
                 return Fetch::Pages;
             }
             // The window opens with the streak: a short run costs little.
@@ -208,7 +219,7 @@ impl Handle {
             (from..target, passed)
         };
         self.prefetch(ahead);
-        if self.client.options.drop_behind && !self.client.cache.can_hold(size) {
+        if self.client.options.drop_behind && !self.client.cache.can_hold(self.client.streams.bytes()) {
             self.chunks_of(passed, |piece, index| self.client.cache.drop_chunk(piece.block, index));
         }
         Fetch::Chunks

@@ -10,21 +10,22 @@
 //! - A segment belongs to at most one unit. What is overwritten while its unit is on its way leaves the unit, so an
 //!   older unit can never undo a newer write.
 
+mod plan;
 mod seek;
 
 use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, Extent, ExtentMap, FsError, FsResult, InodeId, Layout, Policy, Source,
+    BlockId, Extent, ExtentMap, FsError, FsResult, InodeId, Layout, Policy,
     error::Errno,
-    extent::BlockPiece,
     interval::{IntervalMap, Run},
     mode::without_suid,
     operation::access_is_due,
     pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
 };
 
+pub(crate) use plan::{Part, ReadPlan};
 pub(crate) use seek::Seek;
 
 use super::segment::{Body, Segment, Taken, UnitId};
@@ -44,26 +45,6 @@ impl Run for Known {
         self.0 += next.0;
         Ok(())
     }
-}
-
-/// A part of a read, in file order.
-#[derive(Clone, Debug)]
-pub(crate) enum Part {
-    /// Here.
-    Memory(Bytes),
-    /// A hole.
-    Zeros(u64),
-    /// In a block.
-    Block(BlockPiece),
-}
-
-/// What a read needs.
-#[derive(Debug)]
-pub(crate) enum ReadPlan {
-    /// These parts.
-    Parts(Vec<Part>),
-    /// The extents from this offset on, first.
-    Extents(u64),
 }
 
 /// See the module.
@@ -215,54 +196,6 @@ impl View {
     /// through this client only, has them as of the last.
     pub(crate) fn own_versions(&self) -> RangeInclusive<u64> {
         self.own_since..=self.extents_version
-    }
-
-    // ---- reading ----
-
-    /// How to read `len` bytes at `offset`; the result ends at the end of the file.
-    pub(crate) fn plan_read(&self, offset: u64, len: u64) -> ReadPlan {
-        let end = offset.saturating_add(len).min(self.size());
-        if offset >= end {
-            return ReadPlan::Parts(Vec::new());
-        }
-        let mut parts = Vec::new();
-        for (range, segment) in self.local.cover(offset..end) {
-            match segment.map(|s| s.body) {
-                Some(Body::Memory(bytes)) => parts.push(Part::Memory(bytes)),
-                Some(Body::Growing(bytes)) => parts.push(Part::Memory(bytes.freeze())),
-                Some(Body::Stored(addr, layout)) => {
-                    let run = Extent::blocks(addr, range.end - range.start, layout);
-                    parts.extend(run.pieces().map(Part::Block));
-                }
-                None => {
-                    if let Some(missing) = self.plan_committed(range, &mut parts) {
-                        return ReadPlan::Extents(missing);
-                    }
-                }
-            }
-        }
-        ReadPlan::Parts(parts)
-    }
-
-    /// Adds the committed parts of `range`; the first offset whose extents are not known, if any.
-    fn plan_committed(&self, range: Range<u64>, parts: &mut Vec<Part>) -> Option<u64> {
-        // Beyond the committed size there is nothing to know.
-        let inside = range.start..range.end.min(self.attr.size).max(range.start);
-        let unknown = self.known.cover(inside.clone()).into_iter().find(|(_, known)| known.is_none());
-        if let Some((missing, _)) = unknown {
-            return Some(missing.start);
-        }
-        for (hole, extent) in self.committed.cover(inside.clone()) {
-            match extent {
-                None => parts.push(Part::Zeros(hole.end - hole.start)),
-                Some(Extent { source: Source::Inline(data), .. }) => parts.push(Part::Memory(data)),
-                Some(extent) => parts.extend(extent.pieces().map(Part::Block)),
-            }
-        }
-        if inside.end < range.end {
-            parts.push(Part::Zeros(range.end - inside.end));
-        }
-        None
     }
 
     // ---- writing ----

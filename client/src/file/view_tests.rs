@@ -195,6 +195,10 @@ impl World {
         let read = self.read(0, 1 << 20);
         prop_assert_eq!(read.len(), self.expected.len());
         prop_assert_eq!(&read, &self.expected);
+        for offset in (0..read.len()).step_by(7) {
+            let end = read.len().min(offset + 13);
+            prop_assert_eq!(self.read(offset as u64, 13), &read[offset..end], "from {}", offset);
+        }
         prop_assert_eq!(self.view.size(), self.expected.len() as u64);
         let dirty: u64 = self.view.local.iter().filter(|(_, s)| s.is_dirty()).map(|(_, s)| s.length).sum();
         prop_assert_eq!(self.view.dirty_bytes(), dirty);

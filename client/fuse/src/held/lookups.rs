@@ -4,15 +4,17 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 
 use fjordfs_proto::InodeId;
 use parking_lot::Mutex;
 
+use crate::numbers::NumberHasher;
+
 /// Enough that workers rarely meet on one lock.
 const SHARDS: usize = 64;
 
-type Shard = HashMap<InodeId, u64, BuildHasherDefault<InodeHasher>>;
+type Shard = HashMap<InodeId, u64, BuildHasherDefault<NumberHasher>>;
 
 /// See the module.
 #[derive(Debug)]
@@ -62,25 +64,6 @@ impl Lookups {
     }
 }
 
-/// Inode numbers are given out in turn and need no defence against an adversary: one multiplication spreads them.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct InodeHasher(u64);
-
-impl Hasher for InodeHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        // The golden ratio's bits; the map takes low bits and high bits, so both must depend on all of them.
-        self.0 = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,19 +91,5 @@ mod tests {
         assert!(lookups.shards[0].lock().capacity() >= 100_000);
         inodes().for_each(|ino| assert!(lookups.subtract(ino, 1)));
         assert!(lookups.shards[0].lock().capacity() < 100, "{}", lookups.shards[0].lock().capacity());
-    }
-
-    #[test]
-    fn hashes_of_neighbours_differ_at_both_ends() {
-        let hash = |ino: u64| {
-            let mut hasher = InodeHasher::default();
-            hasher.write_u64(ino);
-            hasher.finish()
-        };
-        for shift in [0, 57] {
-            let ends: std::collections::HashSet<u64> =
-                (0..128).map(|i| hash(i * 64) >> shift & 0x7f).collect();
-            assert!(ends.len() > 64, "{}", ends.len());
-        }
     }
 }
