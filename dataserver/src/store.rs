@@ -30,12 +30,14 @@ mod delete;
 pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod files;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 pub(crate) mod index;
 pub(crate) mod label;
 mod put;
 pub(crate) mod record;
 mod recovery;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used, reason = "for tests only: there a panic is the report")]
 mod sim;
 mod snapshot;
