@@ -39,6 +39,7 @@ pub(crate) mod record;
 mod recovery;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used, reason = "for tests only: there a panic is the report")]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "tests also let it crash and rot"))]
 mod sim;
 mod snapshot;
 mod sync;

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Decodes a value as `M`, and requires that it means the same after it was written again.
-fn value<M: Message + Default + PartialEq>(raw: &[u8]) -> Option<M> {
+fn value<M: Message + Default + PartialEq + std::fmt::Debug>(raw: &[u8]) -> Option<M> {
     let value: M = records::decode(Bytes::copy_from_slice(raw), || "a value".to_owned()).ok()?;
     let again = records::decode(value.encode_to_vec().into(), || "its copy".to_owned());
     assert!(again.is_ok_and(|again: M| again == value), "{value:?} does not come back");
