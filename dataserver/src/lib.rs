@@ -45,3 +45,9 @@ pub use error::{StartError, StopError};
 pub use peer::Peer;
 pub use server::DataServer;
 pub use store::label::LabelError;
+
+/// What the fuzzer of `tests/fuzz` reaches.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use crate::store::fuzzing::run as recover;
+}

@@ -32,13 +32,16 @@ mod deleted;
 pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod files;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 pub(crate) mod index;
 pub(crate) mod label;
 mod put;
 pub(crate) mod record;
 mod recovery;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used, reason = "for tests only: there a panic is the report")]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "tests also let it crash and rot"))]
 mod sim;
 mod snapshot;
 mod sync;

@@ -45,6 +45,8 @@ impl RecallId {
 struct Recall {
     session: SessionId,
     ino: InodeId,
+    began: Instant,
+    /// When it was last sent.
     since: Instant,
     /// What must not be shown before it ends: the inode, and others that were changed together with it.
     hides: Vec<InodeId>,
@@ -226,7 +228,7 @@ impl Leases {
         let id = RecallId(self.last_id);
         held.recalls.insert(ino, id);
         self.contended.insert(ino, now);
-        self.recalls.insert(id, Recall { session, ino, since: now, hides: Vec::new() });
+        self.recalls.insert(id, Recall { session, ino, began: now, since: now, hides: Vec::new() });
         self.hide(id, ino);
         let delegated = self.delegations.get(&ino) == Some(&session);
         self.orders.push(Order { session, id, ino, delegated });
@@ -333,8 +335,8 @@ impl Leases {
     }
 
     /// The session has a new stream. Of before a start: it caches nothing any more, but may have something to send.
-    /// Otherwise recalls that were sent on the old stream are sent again.
-    pub(crate) fn attached(&mut self, session: SessionId) {
+    /// Otherwise recalls that were sent on the old stream are sent again, and there is as much time again to obey them.
+    pub(crate) fn attached(&mut self, session: SessionId, now: Instant) {
         if self.unknown.contains(&session) {
             self.absent.remove(&session);
             self.release_all(session);
@@ -346,6 +348,11 @@ impl Leases {
         let mut again: Vec<Order> =
             held.recalls.iter().map(|(&ino, &id)| Order { session, id, ino, delegated: of(ino) }).collect();
         again.sort_unstable_by_key(|order| order.id);
+        for order in &again {
+            if let Some(recall) = self.recalls.get_mut(&order.id) {
+                recall.since = now;
+            }
+        }
         self.orders.append(&mut again);
     }
 
@@ -382,9 +389,10 @@ impl Leases {
         self.orders.retain(|order| order.session != session);
     }
 
-    /// Sessions that were recalled more than `bound` ago and have not obeyed.
+    /// Sessions that were told more than `bound` ago and have not obeyed. Whose streams break again and again has twice as long.
     pub(crate) fn disobedient(&self, bound: Duration, now: Instant) -> Vec<SessionId> {
-        let late = |recall: &&Recall| now.saturating_duration_since(recall.since) > bound;
+        let age = |of: Instant| now.saturating_duration_since(of);
+        let late = |recall: &&Recall| age(recall.since) > bound || age(recall.began) > 2 * bound;
         let mut sessions: Vec<SessionId> =
             self.recalls.values().filter(late).map(|recall| recall.session).collect();
         sessions.sort_unstable();
@@ -400,6 +408,7 @@ impl Leases {
     /// Nobody could be heard for this long.
     pub(crate) fn forgive(&mut self, stalled: Duration) {
         for recall in self.recalls.values_mut() {
+            recall.began += stalled;
             recall.since += stalled;
         }
     }
@@ -422,6 +431,7 @@ mod tests {
     const A: SessionId = SessionId(1);
     const B: SessionId = SessionId(2);
     const I: InodeId = InodeId(7);
+    const MOMENT: Duration = Duration::from_millis(1);
 
     #[test]
     fn who_changes_what_nobody_else_caches_waits_for_nobody() {
@@ -563,10 +573,14 @@ mod tests {
     fn a_session_that_comes_back_is_recalled_again() {
         let mut leases = Leases::default();
         leases.delegate_new(A, I);
-        let recalls = leases.take_back(&[I], Instant::now());
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let recalls = leases.take_back(&[I], now);
         let orders = leases.take_orders();
-        leases.attached(A);
+        leases.attached(A, now + second);
         assert_eq!(leases.take_orders(), orders);
+        assert!(leases.disobedient(second, now + 2 * second).is_empty(), "it was told a second ago");
+        leases.attached(A, now + 2 * second);
+        assert_eq!(leases.disobedient(second, now + 2 * second + MOMENT), [A], "but not for ever");
         leases.end_all(A);
         assert_eq!(leases.take_ended(), recalls);
     }
@@ -576,7 +590,7 @@ mod tests {
         let mut leases = Leases::default();
         leases.add_unknown(A);
         leases.add_unknown(B);
-        leases.attached(A);
+        leases.attached(A, Instant::now());
         // What A commits before it settles waits for B alone, who may cache anything.
         leases.changed(Some(A), &[I], Instant::now());
         assert_eq!(leases.take_orders().iter().map(|o| o.session).collect::<Vec<_>>(), [B]);

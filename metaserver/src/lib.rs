@@ -72,6 +72,8 @@ mod core;
 mod executor;
 mod extents;
 pub mod fsck;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod healing;
 mod hot_extents;
 mod keys;

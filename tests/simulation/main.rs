@@ -10,6 +10,7 @@
 //! | `data_server` | shards in memory behind the real protocol; a power failure takes what was not synced |
 //! | `cluster` | who runs, killing and starting |
 //! | `programs`, `moves` | what the clients do |
+//! | `dentries` | names that a kernel would cache above the library |
 //! | `record` | what was promised and what was seen |
 //! | `run` | one seed from its first to its last moment |
 //!
@@ -36,6 +37,7 @@
 
 mod cluster;
 mod data_server;
+mod dentries;
 mod disk;
 mod fate;
 mod moves;

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use fjordfs_client::{FsResult, InodeId, ROOT_INODE};
+use fjordfs_client::{FsError, FsResult, InodeId, ROOT_INODE};
 use fjordfs_proto::error::Errno;
 use fjordfs_tests::{
     history::{
@@ -18,6 +18,7 @@ use fjordfs_tests::{
 use rand::Rng;
 
 use crate::{
+    dentries::Name,
     programs::{NEW, Worker, directory},
     record::{Actor, now},
     run::{trace, violation},
@@ -180,16 +181,20 @@ impl Round {
 
     /// The directory of some of the names, by its path.
     async fn walk(&self, worker: &Worker, below: bool) -> FsResult<InodeId> {
-        let top = InodeId(worker.client.lookup(ROOT_INODE, self.name.as_bytes()).await?.ino);
+        let there = async |parent, name: &[u8]| {
+            let missing = || FsError::new(Errno::ENOENT, format!("{name:?} in {parent} does not exist"));
+            worker.dentries.lookup((parent, name)).await?.ok_or_else(missing)
+        };
+        let top = there(ROOT_INODE, self.name.as_bytes()).await?;
         let next = match (below, self.apart) {
             (true, _) => b"d",
             (false, true) => b"e",
             (false, false) => return Ok(top),
         };
-        Ok(InodeId(worker.client.lookup(top, next).await?.ino))
+        there(top, next).await
     }
 
-    async fn place(&self, worker: &Worker, name: usize) -> FsResult<(InodeId, &'static [u8])> {
+    async fn place(&self, worker: &Worker, name: usize) -> FsResult<Name> {
         Ok((self.walk(worker, is_below(name)).await?, last(name)))
     }
 
@@ -223,24 +228,19 @@ impl Round {
     }
 
     async fn apply(&self, worker: &Worker, done: Move, names: Names) -> FsResult<()> {
-        let client = &worker.client;
+        let dentries = &worker.dentries;
         let rename = async |from, to, flags| {
-            let (from, name) = self.place(worker, from).await?;
-            let (to, new_name) = self.place(worker, to).await?;
-            client.rename(from, name, to, new_name, flags).await
+            let (from, to) = (self.place(worker, from).await?, self.place(worker, to).await?);
+            dentries.rename(from, to, flags).await
         };
         match done {
             Move::Link(from, to) => {
                 let file = names.at[from].map_or(0, |file| self.files[file as usize - 1]);
-                let (parent, name) = self.place(worker, to).await?;
-                client.link(InodeId(file), parent, name).await.map(drop)
+                dentries.link(InodeId(file), self.place(worker, to).await?).await
             }
             Move::Rename(from, to) => rename(from, to, 0).await,
             Move::Exchange(from, to) => rename(from, to, EXCHANGE).await,
-            Move::Remove(name) => {
-                let (parent, name) = self.place(worker, name).await?;
-                client.unlink(parent, name).await
-            }
+            Move::Remove(name) => dentries.unlink(self.place(worker, name).await?).await,
         }
     }
 
@@ -263,12 +263,8 @@ impl Round {
 
     async fn look_at(&self, worker: &Worker, name: usize) -> FsResult<()> {
         let began = now();
-        let (parent, last) = self.place(worker, name).await?;
-        let found = match worker.client.lookup(parent, last).await {
-            Ok(attr) => self.file(attr.ino),
-            Err(e) if e.errno == Errno::ENOENT => None,
-            Err(e) => return Err(e),
-        };
+        let found = worker.dentries.stat(self.place(worker, name).await?).await?;
+        let found = found.and_then(|ino| self.file(ino.0));
         self.saw(worker, Seen::Name(name, found), began);
         Ok(())
     }

@@ -12,6 +12,7 @@ use rand::Rng;
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
+    dentries::Dentries,
     moves::{self, Rounds},
     record::{Actor, Records, now},
     run::{Rules, trace, violation},
@@ -80,6 +81,7 @@ pub(crate) struct Worker {
     pub(crate) places: Places,
     pub(crate) records: Arc<Records>,
     pub(crate) rounds: Arc<Rounds>,
+    pub(crate) dentries: Arc<Dentries>,
     pub(crate) rules: Rules,
     pub(crate) until: Instant,
     /// Longest pause between two operations, milliseconds.

@@ -17,6 +17,7 @@ use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
     cluster::Cluster,
+    dentries::Dentries,
     fate,
     moves::Rounds,
     network::{Host, Net, Weather},
@@ -208,6 +209,8 @@ struct Seat {
     session: SessionId,
     client: Client,
     tasks: JoinSet<()>,
+    /// What obeys recalls above the library.
+    kernel: JoinSet<()>,
 }
 
 impl Seat {
@@ -287,9 +290,9 @@ impl World {
         let (actor, mut tasks) = (self.actors, JoinSet::new());
         trace(format_args!("c{actor} is on h{host}"));
         let worker = self.worker(&client, actor);
-        let session = worker.session;
+        let (session, kernel) = (worker.session, worker.dentries.start());
         worker.start(self.plan.calm, &mut self.random, &mut tasks);
-        self.seats[at] = Some(Seat { host, actor, session, client, tasks });
+        self.seats[at] = Some(Seat { host, actor, session, client, tasks, kernel });
         Ok(())
     }
 
@@ -301,6 +304,7 @@ impl World {
             places: self.places.unwrap(),
             records: self.records.clone(),
             rounds: self.rounds.clone(),
+            dentries: Arc::new(Dentries::new(client.clone())),
             rules: self.plan.rules(),
             until: self.until,
             pause_ms: self.plan.pause_ms,
@@ -352,9 +356,9 @@ impl World {
         let at = self.random.random_range(0..CLIENTS);
         let Some(seat) = self.seats[at].take() else { return Ok(()) };
         let is_lost = seat.is_lost();
-        let Seat { host, actor, tasks, .. } = seat;
+        let Seat { host, actor, tasks, kernel, .. } = seat;
         trace(format_args!("c{actor} crashes"));
-        drop(tasks);
+        drop((tasks, kernel));
         self.rounds.lose(actor, is_lost);
         self.cluster.net.kill_for_good(host);
         self.records.lose(actor, self.lost_since());
@@ -430,7 +434,9 @@ impl World {
         if !meta_power {
             self.records.check();
         }
-        self.rounds.check(&self.worker(&last, 0)).await?;
+        let worker = self.worker(&last, 0);
+        let _kernel = worker.dentries.start();
+        self.rounds.check(&worker).await?;
         for ino in files {
             self.check_blocks(&last, ino).await?;
         }

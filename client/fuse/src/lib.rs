@@ -28,6 +28,8 @@ mod directory;
 mod dispatch;
 mod ends;
 pub mod filesystem;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handles;
 mod held;
 mod interrupt;

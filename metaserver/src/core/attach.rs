@@ -38,7 +38,7 @@ impl Core {
                 (session, self.has_lost(session, &hello.answered)?)
             }
         };
-        self.leases.attached(session);
+        self.leases.attached(session, now.mono);
         if let Some(session) = self.sessions.get_mut(session) {
             session.delegations = hello.delegations;
         }

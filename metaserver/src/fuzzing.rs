@@ -1,0 +1,48 @@
+//! What the fuzzer of `tests/fuzz` reaches.
+
+use std::hint::black_box;
+
+use bytes::Bytes;
+use fjordfs_proto::InodeId;
+use prost::Message;
+
+use crate::{
+    keys,
+    records::{self, ExtentRecord},
+};
+
+/// Decodes a value as `M`, and requires that it means the same after it was written again.
+fn value<M: Message + Default + PartialEq + std::fmt::Debug>(raw: &[u8]) -> Option<M> {
+    let value: M = records::decode(Bytes::copy_from_slice(raw), || "a value".to_owned()).ok()?;
+    let again = records::decode(value.encode_to_vec().into(), || "its copy".to_owned());
+    assert!(again.is_ok_and(|again: M| again == value), "{value:?} does not come back");
+    Some(value)
+}
+
+/// Reads bytes as a key, and as a value of the kind that the first byte says. Whatever they are, nothing panics.
+pub fn record(bytes: &[u8]) {
+    let Some((kind, raw)) = bytes.split_first() else { return };
+    _ = black_box((keys::first_id(raw), keys::second_id(raw), keys::leased_inode(raw)));
+    _ = black_box((keys::split_dirent(raw), keys::split_xattr(raw), keys::split_width(raw)));
+    match kind % 11 {
+        0 => _ = black_box(value::<records::Inode>(raw).map(|inode| inode.attr(InodeId(7)))),
+        1 => _ = black_box(value::<records::Dirent>(raw)),
+        2 => {
+            let offset = raw.first_chunk().map_or(0, |first| u64::from_be_bytes(*first));
+            let extent = value::<ExtentRecord>(raw).and_then(|r| r.extent(InodeId(7), offset).ok());
+            // One that is believed is one that can be stored.
+            if let Some(extent) = extent {
+                let again = ExtentRecord::new(&extent).extent(InodeId(7), offset);
+                assert_eq!(again.ok(), Some(extent));
+            }
+        }
+        3 => _ = black_box(value::<records::LiveBlock>(raw)),
+        4 => _ = black_box(value::<records::LeasedRange>(raw)),
+        5 => _ = black_box(value::<records::DeadRun>(raw)),
+        6 => _ = black_box(value::<records::SessionRecord>(raw).map(|session| session.ranges())),
+        7 => _ = black_box(value::<records::InodeRange>(raw)),
+        8 => _ = black_box(value::<records::SlotRecord>(raw)),
+        9 => _ = black_box(value::<records::Counters>(raw)),
+        _ => _ = black_box(value::<records::TargetRecord>(raw)),
+    }
+}
