@@ -21,6 +21,7 @@ use crate::{
     keeper,
     memory::DirtyBudget,
     meta::MetaClient,
+    successor::Successor,
     write::{packer, spawn_flusher},
 };
 
@@ -57,6 +58,7 @@ pub(crate) struct Inner {
     pub(crate) packer: mpsc::UnboundedSender<packer::Request>,
     moved: broadcast::Sender<InodeId>,
     pub(crate) habits: Habits,
+    pub(crate) successor: Option<Successor>,
     /// Last: the others' tasks run on it.
     pub(crate) engine: Arc<Engine>,
 }
@@ -98,11 +100,15 @@ impl Client {
             packer,
             moved: broadcast::Sender::new(1024),
             habits: Habits::default(),
+            successor: options.handover.as_ref().and_then(Successor::new),
             meta,
             data,
             options,
             engine,
         });
+        if inner.successor.is_some() {
+            inner.clear_former_losses();
+        }
         inner.engine.spawn(packer::run(Arc::downgrade(&inner), queue));
         spawn_flusher(&inner);
         inner.engine.spawn(keeper::run(Arc::downgrade(&inner), inner.meta.leases().keeper()));

@@ -50,16 +50,19 @@ pub(super) struct Queue {
     /// By id: the order in which they were sent.
     unanswered: BTreeMap<u64, Unanswered>,
     id_next: u64,
+    /// Sequences of slots begin after this one.
+    sequence_before: u64,
 }
 
 impl Queue {
-    pub(super) fn new(slots: u32) -> Queue {
+    pub(super) fn new(slots: u32, sequence_before: u64) -> Queue {
         Queue {
             quiet: VecDeque::new(),
             waiting: VecDeque::new(),
-            slots: Slots::new(slots),
+            slots: Slots::new(slots, sequence_before),
             unanswered: BTreeMap::new(),
             id_next: 1,
+            sequence_before,
         }
     }
 
@@ -166,7 +169,7 @@ impl Queue {
 
     /// A session that knows nothing of the former one's slots.
     pub(super) fn start_over(&mut self, slots: u32) {
-        self.slots = Slots::new(slots);
+        self.slots = Slots::new(slots, self.sequence_before);
     }
 
     /// Takes out everything that was or would have been sent. What would have been told is void.
@@ -248,7 +251,7 @@ mod tests {
 
     #[test]
     fn callers_never_overtake_what_was_deferred_and_notices_stand_in_line() {
-        let mut queue = Queue::new(8);
+        let mut queue = Queue::new(8, 0);
         queue.submit(look(1), Sent::default(), Answer::Nobody);
         queue.defer([(make(2), true), (Op::Close(Close { handle: 3 }), false)].into_iter());
         queue.tell(ClientMessage { beat: 4, ..ClientMessage::default() });
@@ -262,7 +265,7 @@ mod tests {
 
     #[test]
     fn callers_leave_slots_to_what_was_decided() {
-        let mut queue = Queue::new(8);
+        let mut queue = Queue::new(8, 0);
         (0..8).for_each(|ino| queue.submit(make(ino), Sent::default(), Answer::Nobody));
         assert_eq!(sent(&mut queue), [0, 1, 2, 3, 4, 5]);
         queue.defer([(make(10), true), (make(11), true), (make(12), true)].into_iter());

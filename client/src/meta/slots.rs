@@ -17,10 +17,11 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(count: u32) -> Slots {
+    /// `before`: sequences up to here may have been used by another process with this session.
+    pub(super) fn new(count: u32, before: u64) -> Slots {
         Slots {
             free: (0..count).rev().collect(),
-            last: vec![0; count as usize],
+            last: vec![before; count as usize],
             done: vec![0; count as usize],
         }
     }
@@ -69,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_slot_is_used_once_at_a_time_with_growing_sequences() {
-        let mut slots = Slots::new(2);
+        let mut slots = Slots::new(2, 0);
         let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
         assert_ne!(a.index, b.index);
         assert_eq!(slots.take(), None);
@@ -78,5 +79,12 @@ mod tests {
         slots.give_back(a, true);
         assert_eq!(slots.done().collect::<Vec<_>>(), [a]);
         assert_eq!(slots.take(), Some(Slot { index: a.index, sequence: a.sequence + 1 }));
+    }
+
+    #[test]
+    fn a_successor_uses_no_sequence_of_before() {
+        let mut slots = Slots::new(1, 1000);
+        assert_eq!(slots.take(), Some(Slot { index: 0, sequence: 1001 }));
+        assert_eq!(slots.done().next(), None);
     }
 }
