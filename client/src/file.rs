@@ -193,7 +193,8 @@ impl File {
     pub(crate) fn resumed(client: &Arc<Inner>, id: HandleId, attr: Attr, lost: bool) -> File {
         let file = File::of_handle(client, id, attr);
         if lost {
-            let why = format!("{}: what was written last is lost with the mount's former process", file.ino());
+            let why =
+                format!("{}: what was written last is lost with the mount's former process", file.ino());
             file.handle.state.lock().error.get_or_insert_with(|| FsError::new(Errno::EIO, why));
         }
         file

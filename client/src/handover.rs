@@ -143,8 +143,7 @@ impl Handover {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover memory has another size"));
         }
         let memory = MmapOptions::new().len(LENGTH).map_raw(&file)?;
-        let mut handover =
-            Handover { memory, generation: 0, places: Mutex::default(), legacy: None };
+        let mut handover = Handover { memory, generation: 0, places: Mutex::default(), legacy: None };
         let word = |at| handover.word(at).load(Ordering::Acquire);
         match (word(header::MAGIC), word(header::VERSION)) {
             (0, 0) => {}
@@ -287,7 +286,15 @@ impl Handover {
                 }
                 kind::LOCK => {
                     let (flock, write) = (c & 1 != 0, c & 2 != 0);
-                    legacy.locks.push(FileLock { ino: a, owner: b, flock, write, start: d, end: e, pid: f as u32 });
+                    legacy.locks.push(FileLock {
+                        ino: a,
+                        owner: b,
+                        flock,
+                        write,
+                        start: d,
+                        end: e,
+                        pid: f as u32,
+                    });
                     Key::Lock(a, flock, b)
                 }
                 kind::DIRTY => {
@@ -306,7 +313,8 @@ impl Handover {
 
     fn cluster_id(&self) -> String {
         let length = (self.word(header::CLUSTER).load(Ordering::Acquire) as usize).min(CLUSTER_MAX);
-        let words = (0..length.div_ceil(8)).map(|i| self.word(header::CLUSTER + 1 + i).load(Ordering::Acquire));
+        let words =
+            (0..length.div_ceil(8)).map(|i| self.word(header::CLUSTER + 1 + i).load(Ordering::Acquire));
         let mut bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         bytes.truncate(length);
         String::from_utf8_lossy(&bytes).into_owned()

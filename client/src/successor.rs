@@ -16,7 +16,7 @@ use std::{
 use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
 
-use crate::{Attr, Client, File, Handover, client::Inner, file::FileState, handover::Open};
+use crate::{Client, File, Handover, client::Inner, file::FileState, handover::Open};
 
 /// What is left of the former process.
 pub(crate) struct Successor {
@@ -112,25 +112,32 @@ impl Client {
             handover.closed(number);
         }
         let former = self.inner.successor.as_ref();
-        if let Some(Open { handle, ino, .. }) = former.and_then(|former| former.opens.lock().remove(&number)) {
+        if let Some(Open { handle, ino, .. }) = former.and_then(|former| former.opens.lock().remove(&number))
+        {
             self.inner.meta.forget_handle(handle);
             self.inner.meta.leases().closed(ino, handle);
         }
     }
 
-    /// The open file that the kernel was given a number for by a former process, with its attributes; `None` when there is none that
-    /// has not been resumed. Not for two callers at a time with the same number.
+    /// The open file that the kernel was given a number for by a former process; `None` when there is none that has not been
+    /// resumed. Not for two callers at a time with the same number.
     ///
     /// # Errors
     /// `ESTALE` when the file was lost with that process, and those of looking it up.
-    pub async fn resume(&self, number: u64) -> FsResult<Option<(Attr, File)>> {
+    pub async fn resume(&self, number: u64) -> FsResult<Option<File>> {
         let Some(former) = &self.inner.successor else { return Ok(None) };
-        let Some(Open { handle, ino, .. }) = former.opens.lock().get(&number).copied() else { return Ok(None) };
+        let Some(Open { handle, ino, .. }) = former.opens.lock().get(&number).copied() else {
+            return Ok(None);
+        };
         let attr = self.getattr(ino).await?;
         former.opens.lock().remove(&number);
         let lost = former.lost.lock().contains(&ino);
-        let file = File::resumed(&self.inner, handle, attr, lost);
-        Ok(Some((file.attr(), file)))
+        Ok(Some(File::resumed(&self.inner, handle, attr, lost)))
+    }
+
+    /// No former process has given the kernel this number, nor any above.
+    pub fn first_number(&self) -> u64 {
+        self.inner.options.handover.as_ref().map_or(1, |handover| handover.first_number())
     }
 
     /// Open files of a former process that have not been resumed: the kernel's number, and the inode.

@@ -20,7 +20,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::abi::opcode;
 use crate::dispatch::{Answer, Dispatcher};
@@ -33,15 +33,21 @@ use crate::transport::{Message, Slot, Transport};
 /// that wait for memory must not keep readers out, so this is far above what the kernel sends in the background.
 const IN_FLIGHT_MAX: usize = 1024;
 
-/// Serves a transport until the mount ends.
+/// Serves a transport until the mount ends, or requests are left to another process; those it has taken are done then.
 pub(crate) async fn run<F: Filesystem, T: Transport>(
     mut transport: T,
     dispatcher: Arc<Dispatcher<F>>,
+    mut leaving: watch::Receiver<bool>,
 ) -> io::Result<()> {
     let in_flight = Rc::new(InFlight::default());
     let result = loop {
         in_flight.wait_below(IN_FLIGHT_MAX).await;
-        match transport.next().await {
+        let next = tokio::select! {
+            biased;
+            () = told(&mut leaving) => break Ok(()),
+            next = transport.next() => next,
+        };
+        match next {
             Ok(Some((message, slot))) => start(&dispatcher, &in_flight, message, slot).await,
             Ok(None) => {
                 dispatcher.interrupts.end();
@@ -62,6 +68,13 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
     };
     in_flight.wait_below(1).await;
     result
+}
+
+async fn told(leaving: &mut watch::Receiver<bool>) {
+    if leaving.wait_for(|leaving| *leaving).await.is_err() {
+        // Nobody is left who could tell.
+        std::future::pending().await
+    }
 }
 
 async fn start<F: Filesystem, S: Slot>(

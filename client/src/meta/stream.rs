@@ -147,8 +147,8 @@ impl Driver {
         // A new session has nothing to send first. What the process before this one gave to the caches below cannot be taken
         // back; it runs out.
         let settled_at = attached.greeted + self.beats.lease;
-        let mut settling = is_successor
-            .then(|| Box::pin(tokio::time::sleep_until(settled_at)) as BoxFuture<'static, ()>);
+        let mut settling =
+            is_successor.then(|| Box::pin(tokio::time::sleep_until(settled_at)) as BoxFuture<'static, ()>);
         loop {
             self.leases.renew(attached.greeted.into(), self.beats.lease);
             match self.serve(attached, settling).await {
