@@ -361,6 +361,11 @@ impl Leases {
         }
     }
 
+    /// Whether something was decided here that the server has not answered.
+    pub(crate) fn has_unanswered(&self) -> bool {
+        self.state.lock().deferred.unanswered() > 0
+    }
+
     /// The process before this one had decided what the server may never have heard of. The next sync says so.
     pub(crate) fn predecessor_lost(&self) {
         let why = "what the mount's former process had decided and not sent is lost with it";

@@ -11,12 +11,16 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
-use fjordfs_proto::{FsResult, InodeId};
+use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
 use parking_lot::Mutex;
 
 use crate::{Client, File, Handover, client::Inner, file::FileState, handover::Open};
+
+/// Between looks whether the metaserver has answered everything: a handover is rare.
+const ANSWER_PAUSE: Duration = Duration::from_millis(2);
 
 /// What is left of the former process.
 pub(crate) struct Successor {
@@ -163,9 +167,19 @@ impl Client {
     /// misses nothing. The session stays.
     ///
     /// # Errors
-    /// The first failure; the file's users are told as well, if this process goes on.
+    /// The first failure; a successor tells the files' users.
     pub async fn hand_over(&self) -> FsResult<()> {
         self.sync_all().await?;
-        self.publish().await
+        let answered = async {
+            self.publish().await?;
+            while self.inner.meta.leases().has_unanswered() {
+                tokio::time::sleep(ANSWER_PAUSE).await;
+            }
+            Ok(())
+        };
+        let limit = self.inner.options.operation_timeout;
+        let late =
+            |_| Err(FsError::new(Errno::ETIMEDOUT, "the metaserver did not take all that was decided here"));
+        tokio::time::timeout(limit, answered).await.unwrap_or_else(late)
     }
 }
