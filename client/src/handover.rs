@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! page 0:  magic | version | generation | session | decided | records in use | length and bytes of the cluster's id
+//! pages 1, 2: for each slot of the session: request of the kernel (0: none) | sequence | kind of operation
 //! records: 64 bytes each: kind (0: none) | seven words
 //! ```
 //!
@@ -15,6 +16,8 @@
 //! treats locks so (the same owner's locks merge).
 //!
 //! # Invariants
+//! - A mutation is listed in its slot before it is sent for a request of the kernel, until that is answered. A successor that gets the
+//!   request again sends it as the same mutation, which the metaserver executes once.
 //! - A file is listed as dirty before a caller is told that its write is done, and until all of it is committed.
 //! - A successor uses handle numbers, slot sequences and numbers of the kernel's handles that begin at its generation's
 //!   [`first`](Handover::first_number), so none is used twice.
@@ -43,7 +46,14 @@ const RECORD: usize = WORDS * size_of::<u64>();
 
 /// Twice as many as a session may have handles; memory is used for those that were ever in use at once.
 const RECORDS_MAX: usize = 1 << 21;
-const LENGTH: usize = PAGE + RECORDS_MAX * RECORD;
+const LENGTH: usize = RECORDS_AT + RECORDS_MAX * RECORD;
+
+/// Slots of a session that are listed; a metaserver grants as many.
+const SLOTS_MAX: usize = 256;
+const SLOT_WORDS: usize = 3;
+const SLOTS_AT: usize = PAGE;
+const RECORDS_AT: usize = 3 * PAGE;
+const _: () = assert!(SLOTS_AT + SLOTS_MAX * SLOT_WORDS * size_of::<u64>() <= RECORDS_AT);
 
 /// Words of page 0.
 mod header {
@@ -90,6 +100,16 @@ pub(crate) struct Open {
     pub(crate) ino: InodeId,
 }
 
+/// A mutation that was sent for a request of the kernel which was not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) request: u64,
+    pub(crate) slot: u32,
+    pub(crate) sequence: u64,
+    /// Of the operation: one request may send several.
+    pub(crate) kind: u64,
+}
+
 /// What the former process has left.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Legacy {
@@ -98,6 +118,7 @@ pub(crate) struct Legacy {
     pub(crate) opens: Vec<Open>,
     pub(crate) locks: Vec<FileLock>,
     pub(crate) dirty: Vec<InodeId>,
+    pub(crate) asked: Vec<Asked>,
     /// Operations were reported as done that the metaserver may not have.
     pub(crate) decided: bool,
 }
@@ -200,6 +221,26 @@ impl Handover {
         self.word(header::DECIDED).store(count as u64, Ordering::Release);
     }
 
+    /// A mutation is about to be sent.
+    pub(crate) fn asked(&self, asked: Asked) {
+        let Asked { request, slot, sequence, kind } = asked;
+        if (slot as usize) < SLOTS_MAX {
+            self.slot_word(slot as usize, 0).store(0, Ordering::Release);
+            self.slot_word(slot as usize, 1).store(sequence, Ordering::Release);
+            self.slot_word(slot as usize, 2).store(kind, Ordering::Release);
+            self.slot_word(slot as usize, 0).store(request, Ordering::Release);
+        }
+    }
+
+    /// A request of the kernel is answered.
+    pub(crate) fn answered(&self, request: u64) {
+        for word in (0..SLOTS_MAX).map(|slot| self.slot_word(slot, 0)) {
+            if word.load(Ordering::Relaxed) == request {
+                word.store(0, Ordering::Release);
+            }
+        }
+    }
+
     /// The kernel is about to be given a number for an open file.
     pub(crate) fn opened(&self, number: u64, handle: HandleId, ino: InodeId) {
         self.set(Key::Open(number), kind::OPEN, &[[handle.0, ino.0, number, 0, 0, 0, 0]]);
@@ -276,6 +317,13 @@ impl Handover {
             cluster_id: self.cluster_id(),
             ..Legacy::default()
         };
+        for slot in 0..SLOTS_MAX {
+            let [request, sequence, kind] =
+                std::array::from_fn(|i| self.slot_word(slot, i).load(Ordering::Acquire));
+            if request != 0 {
+                legacy.asked.push(Asked { request, slot: slot as u32, sequence, kind });
+            }
+        }
         for at in 0..used {
             let [kind, a, b, c, d, e, f, _] =
                 std::array::from_fn(|i| self.record_word(at, i).load(Ordering::Acquire));
@@ -321,7 +369,11 @@ impl Handover {
     }
 
     fn record_word(&self, record: usize, word: usize) -> &AtomicU64 {
-        self.word((PAGE + record * RECORD) / size_of::<u64>() + word)
+        self.word((RECORDS_AT + record * RECORD) / size_of::<u64>() + word)
+    }
+
+    fn slot_word(&self, slot: usize, word: usize) -> &AtomicU64 {
+        self.word(SLOTS_AT / size_of::<u64>() + slot * SLOT_WORDS + word)
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
@@ -384,6 +436,21 @@ mod tests {
         assert!(!legacy.decided);
         third.closed(1);
         assert!(take_over(&memory).legacy().unwrap().opens.is_empty());
+    }
+
+    #[test]
+    fn what_was_asked_stays_until_it_is_answered() {
+        let memory = Handover::memory().unwrap();
+        let first = take_over(&memory);
+        first.set_session(SessionId(5), "");
+        let asked = |request, slot, sequence| Asked { request, slot, sequence, kind: 1 };
+        first.asked(asked(8, 0, 1));
+        first.asked(asked(10, 255, 7));
+        first.asked(asked(8, 3, 2));
+        first.asked(asked(12, 0, 2));
+        first.asked(asked(14, 256, 1));
+        first.answered(8);
+        assert_eq!(take_over(&memory).legacy().unwrap().asked, [asked(12, 0, 2), asked(10, 255, 7)]);
     }
 
     #[test]

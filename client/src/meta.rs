@@ -42,6 +42,7 @@ use crate::{
     engine::Alive,
     leases::{Leases, Sent},
     locks::Locks,
+    successor,
 };
 
 /// Wait between attempts to reach the metaserver: from, to.
@@ -49,8 +50,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from
 
 /// What callers ask of the driver.
 enum Call {
-    /// An operation on its way.
-    Operation(Op, Sent, Reply),
+    /// An operation on its way, and the request of the kernel that it is for, or 0.
+    Operation(Op, Sent, Reply, u64),
     /// End the session when everything before is answered.
     Goodbye,
 }
@@ -186,7 +187,7 @@ impl MetaClient {
         let sent = self.leases.sent(&op);
         self.locks.sent(&op);
         // A closed queue drops the sender, which the waiter sees as a shut-down client.
-        let _ = self.calls.send(Call::Operation(op, sent, reply));
+        let _ = self.calls.send(Call::Operation(op, sent, reply, successor::request()));
         Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }
     }
 

@@ -22,6 +22,16 @@ use crate::{Client, File, Handover, client::Inner, file::FileState, handover::Op
 /// Between looks whether the metaserver has answered everything: a handover is rare.
 const ANSWER_PAUSE: Duration = Duration::from_millis(2);
 
+tokio::task_local! {
+    /// The request of the kernel that a task works on.
+    static REQUEST: u64;
+}
+
+/// The kernel's request that the current task works on; 0 for none, or when there will be no successor.
+pub(crate) fn request() -> u64 {
+    REQUEST.try_with(|request| *request).unwrap_or(0)
+}
+
 /// What is left of the former process.
 pub(crate) struct Successor {
     /// Its open files that nobody has used since, by the kernel's numbers.
@@ -103,6 +113,22 @@ impl Inner {
 }
 
 impl Client {
+    /// Runs what is to be done for a request of the kernel, by its number. A successor that gets it again has each change of names done once,
+    /// until [`Client::request_answered`].
+    pub async fn for_request<T>(&self, request: u64, work: impl Future<Output = T>) -> T {
+        match self.inner.options.handover {
+            Some(_) => REQUEST.scope(request, work).await,
+            None => work.await,
+        }
+    }
+
+    /// The kernel has taken in the answer to a request.
+    pub fn request_answered(&self, request: u64) {
+        if let Some(handover) = &self.inner.options.handover {
+            handover.answered(request);
+        }
+    }
+
     /// The kernel is about to be given a number for an open file: a successor of this process will know what it stands for.
     pub fn leave_open(&self, number: u64, file: &File) {
         if let Some(handover) = &self.inner.options.handover {

@@ -159,7 +159,8 @@ fn locks_outlive_the_process_and_go_with_their_files() {
 #[test]
 fn what_was_asked_is_asked_again() {
     let mut cluster = Cluster::start("supervised-resend", Setup::default());
-    let mut mount = cluster.mount_with(SUPERVISED);
+    // Nothing is decided without the metaserver.
+    let mut mount = cluster.mount_with(&format!("{SUPERVISED},close=sync"));
     fs::create_dir(mount.join("dir")).unwrap();
     File::open(mount.path()).unwrap().sync_all().unwrap();
     for round in 0..2 {
@@ -185,6 +186,7 @@ fn what_was_asked_is_asked_again() {
             thread::sleep(Duration::from_millis(200));
             kill_worker(&mut mount);
             thread::sleep(Duration::from_millis(300));
+            assert!(lookups.iter().all(|lookup| !lookup.is_finished()));
             cluster.meta().signal(Signal::CONT);
             for lookup in lookups {
                 let (found, written) = lookup.join().unwrap();
@@ -192,10 +194,52 @@ fn what_was_asked_is_asked_again() {
                 written.unwrap();
             }
         });
-        // What this process has decided is not to be lost with it in the next round.
-        File::open(mount.join("dir")).unwrap().sync_all().unwrap();
     }
     assert_eq!(fs::read_dir(mount.join("dir")).unwrap().count(), 16);
+    mount.unmount();
+}
+
+/// Each change of a name was made once, whenever the process was killed: no error, and nothing twice.
+#[test]
+fn names_change_once_however_often_it_is_asked() {
+    let cluster = Cluster::start("supervised-once", Setup::default());
+    let mut mount = cluster.mount_with(&format!("{SUPERVISED},close=sync"));
+    let path = mount.path().to_owned();
+    let stop = AtomicBool::new(false);
+    let made = thread::scope(|scope| {
+        let (path, stop) = (&path, &stop);
+        let work = |thread: usize| {
+            let dir = path.join(format!("{thread}"));
+            fs::create_dir(&dir).unwrap();
+            let mut made = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let names = ["new", "renamed", "link", "sub"].map(|name| dir.join(format!("{name}{made}")));
+                let [new, renamed, link, sub] = &names;
+                File::options().write(true).create_new(true).open(new).unwrap();
+                fs::rename(new, renamed).unwrap();
+                fs::hard_link(renamed, link).unwrap();
+                fs::create_dir(sub).unwrap();
+                fs::remove_file(renamed).unwrap();
+                fs::remove_dir(sub).unwrap();
+                std::os::unix::fs::symlink("target", new).unwrap();
+                fs::remove_file(new).unwrap();
+                made += 1;
+            }
+            made
+        };
+        let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || work(i))).collect();
+        for _ in 0..4 {
+            thread::sleep(Duration::from_millis(700));
+            kill_worker(&mut mount);
+        }
+        thread::sleep(Duration::from_millis(700));
+        stop.store(true, Ordering::Relaxed);
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<usize>>()
+    });
+    for (thread, made) in made.iter().enumerate() {
+        assert!(*made > 0);
+        assert_eq!(fs::read_dir(mount.join(format!("{thread}"))).unwrap().count(), *made);
+    }
     mount.unmount();
 }
 

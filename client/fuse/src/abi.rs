@@ -147,6 +147,29 @@ pub(crate) mod init_flag {
     pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
+/// Set in the number of a request that is sent again.
+pub(crate) const UNIQUE_RESEND: u64 = 1 << 63;
+
+/// Whether a request changes names or extended attributes: done twice, it has another answer.
+pub(crate) fn changes_names(code: u32) -> bool {
+    use opcode::*;
+    matches!(
+        code,
+        SYMLINK
+            | MKNOD
+            | MKDIR
+            | UNLINK
+            | RMDIR
+            | RENAME
+            | RENAME2
+            | LINK
+            | CREATE
+            | TMPFILE
+            | SETXATTR
+            | REMOVEXATTR
+    )
+}
+
 /// `SetattrIn::valid`.
 pub(crate) mod fattr {
     pub(crate) const MODE: u32 = 1 << 0;

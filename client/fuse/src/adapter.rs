@@ -245,6 +245,14 @@ impl Filesystem for Adapter {
         file.fsync().await
     }
 
+    fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
+        self.client.for_request(unique, work)
+    }
+
+    fn request_answered(&self, unique: u64) {
+        self.client.request_answered(unique);
+    }
+
     fn leave_open(&self, number: u64, file: &File) {
         self.client.leave_open(number, file);
     }

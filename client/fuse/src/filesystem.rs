@@ -369,6 +369,15 @@ pub trait Filesystem: Send + Sync + 'static {
     fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
     /// What `fsync` promises: what was written survives power failure.
     fn fsync(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+    /// Runs what changes names or extended attributes for a request of the kernel. A successor that gets the request again is to do it once.
+    fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
+        let _ = unique;
+        work
+    }
+    /// The kernel has taken in the answer to such a request.
+    fn request_answered(&self, unique: u64) {
+        let _ = unique;
+    }
     /// The kernel is about to know an open file by this number. To be noted where a successor of this process finds it.
     fn leave_open(&self, number: u64, file: &Self::File) {
         let _ = (number, file);

@@ -22,7 +22,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::{Notify, watch};
 
-use crate::abi::opcode;
+use crate::abi::{UNIQUE_RESEND, changes_names, opcode};
 use crate::dispatch::{Answer, Dispatcher};
 use crate::filesystem::Filesystem;
 use crate::reply::Reply;
@@ -98,6 +98,7 @@ async fn start<F: Filesystem, S: Slot>(
 
 async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
     let opcode = message.header.opcode;
+    let request = message.header.unique & !UNIQUE_RESEND;
     if opcode == opcode::SETLKW {
         slot.may_be_kept_long();
     }
@@ -113,6 +114,9 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
             Reply::Error(libc::EIO).into()
         });
     let answered = slot.answer(&answer.reply);
+    if changes_names(opcode) {
+        dispatcher.filesystem().request_answered(request);
+    }
     if let Some(short) = answer.ends.take() {
         slot.drop_when_taken_in(short);
     }
@@ -138,10 +142,15 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message, pay
             return Reply::Error(e.errno()).into();
         }
     };
+    let (unique, pid) = (message.header.unique, request.caller.pid);
+    if changes_names(message.header.opcode) {
+        let number = unique & !UNIQUE_RESEND;
+        let serving = dispatcher.filesystem().for_request(number, dispatcher.serve(request, payload));
+        return serving.await;
+    }
     if !request.is_interruptible() {
         return dispatcher.serve(request, payload).await;
     }
-    let (unique, pid) = (message.header.unique, request.caller.pid);
     // Biased: a request that is done at once never registers for interrupts.
     tokio::select! {
         biased;

@@ -50,10 +50,9 @@ pub(super) fn spawn(
 ) -> (watch::Receiver<Arc<ClusterMap>>, watch::Receiver<SessionState>) {
     let (map_tx, map) = watch::channel(attached.map.clone());
     let (state_tx, state) = watch::channel(SessionState { session: attached.session(), ended: false });
-    let sequence_before = handover.as_ref().map_or(0, |handover| handover.first_number() - 1);
     let is_successor = handover.as_ref().is_some_and(|handover| handover.legacy().is_some());
     let driver = Driver {
-        queue: Queue::new(attached.welcome.slots, sequence_before),
+        queue: Queue::new(attached.welcome.slots, handover.clone()),
         cluster_id: attached.welcome.cluster_id.clone(),
         session: attached.welcome.session,
         beats: Beats::of(&attached.welcome),
@@ -212,6 +211,7 @@ impl Driver {
                 message = self.letting_go.next() => self.tell(message),
                 () = async { if let Some(settling) = &mut settling { settling.await } }, if settling.is_some() => {
                     settling = None;
+                    self.queue.forget_left();
                     let beat = self.beats.next();
                     self.tell(beat);
                 }
@@ -234,7 +234,9 @@ impl Driver {
     fn take_calls(&mut self, batch: &mut Vec<Call>) {
         for call in batch.drain(..) {
             match call {
-                Call::Operation(op, sent, reply) => self.queue.submit(op, sent, Answer::Caller(reply)),
+                Call::Operation(op, sent, reply, request) => {
+                    self.queue.submit(op, sent, Answer::Caller(reply), request);
+                }
                 Call::Goodbye => self.ending = true,
             }
         }

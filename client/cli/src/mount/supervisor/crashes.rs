@@ -38,6 +38,6 @@ mod tests {
         let after = |seconds| begin + Duration::from_secs(seconds);
         assert!((0..20).all(|i| !crashes.too_often(after(i * 20))));
         assert_eq!(crashes.count(), 4);
-        assert!(crashes.too_often(after(381)));
+        assert!(crashes.too_often(after(380)));
     }
 }
