@@ -506,6 +506,41 @@ fn signals_and_the_end_of_the_supervisor_unmount() {
 }
 
 #[test]
+fn a_mount_can_be_ended_while_one_process_follows_another() {
+    let mut cluster = Cluster::start("supervised-between", Setup::default());
+    let mut mount = cluster.mount_with(SUPERVISED);
+    fs::write(mount.join("f"), b"content").unwrap();
+    File::open(mount.join("f")).unwrap().sync_all().unwrap();
+    kill_process(worker(&mut mount), Signal::KILL).unwrap();
+    mount.unmount();
+
+    let mut mount = cluster.mount_with(SUPERVISED);
+    let path = mount.path().to_owned();
+    fs::write(mount.join("f"), b"changed").unwrap();
+    // The process has something to hand over, and nobody takes it.
+    cluster.meta().signal(Signal::STOP);
+    thread::scope(|scope| {
+        let upgrading = scope.spawn(|| {
+            let mut command = fjord(["mount", "--upgrade"]);
+            command.arg(&path);
+            fjordfs_tests::run(command)
+        });
+        wait_for("the handover to begin", SOON, || {
+            if mount.process().log().contains("handing over to") { Ok(()) } else { Err("not yet") }
+        });
+        mount.process().signal(Signal::TERM);
+        cluster.meta().signal(Signal::CONT);
+        let status = mount.process().wait();
+        assert!(status.success(), "{status}: {}", mount.process().log());
+        let _either_way = upgrading.join().unwrap();
+    });
+    mountpoint::wait_unmounted(&path);
+    let other = cluster.mount();
+    assert_eq!(fs::read(other.join("f")).unwrap(), b"changed");
+    other.unmount();
+}
+
+#[test]
 fn only_what_is_possible_is_supervised() {
     let cluster = Cluster::start("supervised-not", Setup::default());
     let dir = cluster.dir("not");

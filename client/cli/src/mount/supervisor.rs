@@ -6,8 +6,9 @@
 //! does next to nothing, in one thread, so it has little to die of.
 //!
 //! # Why not over io_uring
-//! Linux (as of 6.18) keeps what a process has taken over io_uring with the buffers in that process's memory, sends none of it again when
-//! the process is gone, and does not end it either: whoever waits would wait until the mount is gone.
+//! A successor can register rings anew (tried on Linux 6.18, as is the rest). But the kernel keeps what the dead process has taken over
+//! its rings with the buffers in that process's memory: it neither sends it again, nor ends it before the mount is gone. Whoever
+//! waits for such an answer cannot even be killed meanwhile.
 //!
 //! # What ends it
 //! | the worker | then |
@@ -218,6 +219,10 @@ impl Supervisor {
                     self.control = self.listen();
                     daemon::announce(&format!("{}{}", background::READY, self.dir.display()));
                 }
+                if self.stopping {
+                    // It was asked for when the process before this one did not listen any more.
+                    pass_on(&worker.child, Stop::Asked);
+                }
                 if let Some(Upgrade { requester, .. }) = self.upgrade.take() {
                     tracing::info!("upgraded to {}", self.program.shown.display());
                     requester.answer(Ok(())).await;
@@ -254,7 +259,7 @@ impl Supervisor {
     }
 
     async fn ended(&mut self, worker: &Running, status: ExitStatus, signals: &mut Signals) -> Next {
-        if worker.handed_over && !self.stopping {
+        if worker.handed_over {
             if let Some(upgrade) = &mut self.upgrade {
                 std::mem::swap(&mut self.program, &mut upgrade.other);
             }
