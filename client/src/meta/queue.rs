@@ -67,7 +67,7 @@ impl Queue {
     pub(super) fn new(slots: u32, handover: Option<Arc<Handover>>) -> Queue {
         let left = handover.as_ref().and_then(|handover| handover.legacy());
         let left = left.map_or(&[][..], |left| &left.asked);
-        let slots = Slots::new(slots, sequence_before(&handover), left);
+        let slots = Slots::new(slots, sequence_before(&handover), left, handover.is_some());
         Queue {
             quiet: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -205,7 +205,7 @@ impl Queue {
 
     /// A session that knows nothing of the former one's slots.
     pub(super) fn start_over(&mut self, slots: u32) {
-        self.slots = Slots::new(slots, sequence_before(&self.handover), &[]);
+        self.slots = Slots::new(slots, sequence_before(&self.handover), &[], self.handover.is_some());
     }
 
     /// Takes out everything that was or would have been sent. What would have been told is void.

@@ -7,12 +7,17 @@ pub(super) struct Slot {
     pub(super) sequence: u64,
 }
 
+use std::collections::VecDeque;
+
 use crate::handover::Asked;
 
 /// Free slots and the last sequence of each.
 #[derive(Debug)]
 pub(super) struct Slots {
-    free: Vec<u32>,
+    free: VecDeque<u32>,
+    /// Whether free slots are used in turn. A successor must find what a slot was last used for until its request is answered, which
+    /// is a while after the server's answer; in turn, the slot is not used again before.
+    in_turn: bool,
     /// In use by mutations of a former process, whose requests come again. For others only when there is no free one.
     left: Vec<Asked>,
     last: Vec<u64>,
@@ -22,12 +27,13 @@ pub(super) struct Slots {
 
 impl Slots {
     /// `before`: sequences up to here may have been used by another process with this session, and these mutations may not be
-    /// answered.
-    pub(super) fn new(count: u32, before: u64, left: &[Asked]) -> Slots {
+    /// answered. `in_turn`: there may be a successor.
+    pub(super) fn new(count: u32, before: u64, left: &[Asked], in_turn: bool) -> Slots {
         let left: Vec<Asked> = left.iter().filter(|asked| asked.slot < count).copied().collect();
         let is_free = |slot: &u32| left.iter().all(|asked| asked.slot != *slot);
         Slots {
-            free: (0..count).rev().filter(is_free).collect(),
+            free: (0..count).filter(is_free).collect(),
+            in_turn,
             left,
             last: vec![before; count as usize],
             done: vec![0; count as usize],
@@ -58,7 +64,7 @@ impl Slots {
 
     /// Takes a free slot for its next sequence.
     pub(super) fn take(&mut self) -> Option<Slot> {
-        let index = self.free.pop().or_else(|| self.left.pop().map(|asked| asked.slot))?;
+        let index = self.free.pop_front().or_else(|| self.left.pop().map(|asked| asked.slot))?;
         let sequence = &mut self.last[index as usize];
         *sequence += 1;
         Some(Slot { index, sequence: *sequence })
@@ -66,7 +72,10 @@ impl Slots {
 
     /// The slot's mutation is answered, with success if `done`.
     pub(super) fn give_back(&mut self, slot: Slot, done: bool) {
-        self.free.push(slot.index);
+        match self.in_turn {
+            true => self.free.push_back(slot.index),
+            false => self.free.push_front(slot.index),
+        }
         if done {
             self.done[slot.index as usize] = slot.sequence;
         }
@@ -90,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_slot_is_used_once_at_a_time_with_growing_sequences() {
-        let mut slots = Slots::new(2, 0, &[]);
+        let mut slots = Slots::new(2, 0, &[], false);
         let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
         assert_ne!(a.index, b.index);
         assert_eq!(slots.take(), None);
@@ -103,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_successor_uses_no_sequence_of_before() {
-        let mut slots = Slots::new(1, 1000, &[]);
+        let mut slots = Slots::new(1, 1000, &[], true);
         assert_eq!(slots.take(), Some(Slot { index: 0, sequence: 1001 }));
         assert_eq!(slots.done().next(), None);
     }
@@ -111,7 +120,7 @@ mod tests {
     #[test]
     fn what_was_left_is_sent_again_as_it_was() {
         let asked = |request, slot, sequence| Asked { request, slot, sequence, kind: 1 };
-        let mut slots = Slots::new(4, 1000, &[asked(8, 1, 3), asked(10, 2, 9), asked(12, 7, 1)]);
+        let mut slots = Slots::new(4, 1000, &[asked(8, 1, 3), asked(10, 2, 9), asked(12, 7, 1)], true);
         assert_eq!((slots.take_left(8, 2), slots.take_left(9, 1), slots.free()), (None, None, 4));
         let again = slots.take_left(8, 1).unwrap();
         assert_eq!(again, Slot { index: 1, sequence: 3 });
@@ -121,7 +130,7 @@ mod tests {
         assert_eq!(taken.pop(), Some(2), "the other one last");
         taken.sort_unstable();
         assert_eq!(taken, [0, 1, 3]);
-        let mut slots = Slots::new(2, 0, &[asked(8, 1, 3)]);
+        let mut slots = Slots::new(2, 0, &[asked(8, 1, 3)], true);
         slots.forget_left();
         assert_eq!((slots.take_left(8, 1), slots.free()), (None, 2));
     }
