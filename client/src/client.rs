@@ -22,6 +22,7 @@ use crate::{
     memory::DirtyBudget,
     meta::MetaClient,
     streams::Streams,
+    successor::Successor,
     write::{packer, spawn_flusher},
 };
 
@@ -59,6 +60,7 @@ pub(crate) struct Inner {
     moved: broadcast::Sender<InodeId>,
     pub(crate) habits: Habits,
     pub(crate) streams: Streams,
+    pub(crate) successor: Option<Successor>,
     /// Last: the others' tasks run on it.
     pub(crate) engine: Arc<Engine>,
 }
@@ -101,11 +103,15 @@ impl Client {
             moved: broadcast::Sender::new(1024),
             habits: Habits::default(),
             streams: Streams::default(),
+            successor: options.handover.as_ref().and_then(Successor::new),
             meta,
             data,
             options,
             engine,
         });
+        if inner.successor.is_some() {
+            inner.clear_former_losses();
+        }
         inner.engine.spawn(packer::run(Arc::downgrade(&inner), queue));
         spawn_flusher(&inner);
         inner.engine.spawn(keeper::run(Arc::downgrade(&inner), inner.meta.leases().keeper()));

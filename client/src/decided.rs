@@ -90,13 +90,13 @@ impl Inner {
         if !last {
             return;
         }
-        let mut dirty = self.dirty.lock();
+        let dirty = self.dirty.lock();
         // The list's own share, and no handle's.
         if dirty.get(&ino).is_none_or(|file| Arc::strong_count(file) > 1) {
             return;
         }
-        if let Some(file) = dirty.remove(&ino) {
-            drop(dirty);
+        drop(dirty);
+        if let Some(file) = self.is_clean(ino) {
             self.budget.release(file.lock().forget_written());
         }
     }

@@ -115,6 +115,17 @@ struct Handle {
     accesses: access::Accesses,
 }
 
+impl Handle {
+    /// Reports a write-back failure once, also one of a former process.
+    fn take_error(&self) -> FsResult<()> {
+        let told = self.state.take_error();
+        if told.is_err() {
+            self.client.loss_is_told(self.state.ino);
+        }
+        told
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         self.client.meta.forget_handle(self.id);
@@ -179,6 +190,21 @@ impl File {
                 accesses,
             }),
         }
+    }
+
+    /// A handle that a former process had open, which the server knows.
+    pub(crate) fn resumed(client: &Arc<Inner>, id: HandleId, attr: Attr, lost: bool) -> File {
+        let file = File::of_handle(client, id, attr);
+        if lost {
+            let why =
+                format!("{}: what was written last is lost with the mount's former process", file.ino());
+            file.handle.state.lock().error.get_or_insert_with(|| FsError::new(Errno::EIO, why));
+        }
+        file
+    }
+
+    pub(crate) fn handle_id(&self) -> HandleId {
+        self.handle.id
     }
 
     /// The inode.
@@ -291,7 +317,7 @@ impl File {
         if !self.handle.client.meta.leases().is_delegated(self.ino()) {
             self.handle.client.flush(&self.handle.state).await?;
         }
-        self.handle.state.take_error()
+        self.handle.take_error()
     }
 
     /// Commits everything written and returns when data and metadata survive power failure.
@@ -302,7 +328,7 @@ impl File {
         let leases = self.handle.client.meta.leases();
         let losses = leases.losses();
         self.handle.client.flush(&self.handle.state).await?;
-        self.handle.state.take_error()?;
+        self.handle.take_error()?;
         self.handle.client.sync_file(self.ino()).await?;
         match leases.losses() == losses {
             true => Ok(()),

@@ -26,7 +26,10 @@ mod extents;
 mod openings;
 mod table;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -47,7 +50,7 @@ use table::Bounds;
 pub(crate) use table::Sent;
 pub(crate) use table::Table;
 
-use crate::file::now;
+use crate::{file::now, handover::Handover};
 
 /// About 100 MiB when full: 300 bytes for an inode, 100 for a name.
 const BOUNDS: Bounds = Bounds { inodes: 1 << 17, names: 1 << 19 };
@@ -132,6 +135,7 @@ pub(crate) struct Leases {
     state: Mutex<State>,
     /// Something has been deferred, or should not be any longer.
     deferred_changed: Notify,
+    handover: Option<Arc<Handover>>,
 }
 
 #[derive(Debug)]
@@ -201,8 +205,8 @@ impl State {
 }
 
 impl Leases {
-    /// `decides`: delegations are used.
-    pub(crate) fn new(decides: bool) -> Leases {
+    /// `decides`: delegations are used. A successor is told what of that is not with the server.
+    pub(crate) fn new(decides: bool, handover: Option<Arc<Handover>>) -> Leases {
         let state = State {
             table: Table::new(BOUNDS),
             openings: Openings::default(),
@@ -215,7 +219,7 @@ impl Leases {
             good_until: None,
             listener: None,
         };
-        Leases { state: Mutex::new(state), deferred_changed: Notify::new() }
+        Leases { state: Mutex::new(state), deferred_changed: Notify::new(), handover }
     }
 
     // ---- for callers ----
@@ -348,6 +352,25 @@ impl Leases {
         if state.deferred.push(op, decided) {
             self.deferred_changed.notify_one();
         }
+        self.leave_to_successor(state);
+    }
+
+    fn leave_to_successor(&self, state: &State) {
+        if let Some(handover) = &self.handover {
+            handover.set_decided(state.deferred.unanswered());
+        }
+    }
+
+    /// Whether something was decided here that the server has not answered.
+    pub(crate) fn has_unanswered(&self) -> bool {
+        self.state.lock().deferred.unanswered() > 0
+    }
+
+    /// The process before this one had decided what the server may never have heard of. The next sync says so.
+    pub(crate) fn predecessor_lost(&self) {
+        let why = "what the mount's former process had decided and not sent is lost with it";
+        tracing::error!("{why}: the next fsync reports it");
+        self.state.lock().refusal.get_or_insert_with(|| FsError::new(Errno::EIO, why));
     }
 
     /// Tells the keeper from now on.
@@ -403,6 +426,7 @@ impl Leases {
     pub(crate) fn deferred_answered(&self, op: &Op, result: &FsResult<Reply>) {
         let mut state = self.state.lock();
         state.deferred.answered();
+        self.leave_to_successor(&state);
         if let Err(e) = result {
             state.refuse(op, e);
         }

@@ -28,7 +28,9 @@
 //! | `leases` | what may be used, and decided, without asking |
 //! | `locks` | what is locked, to be told again after a reconnect |
 //! | `decided` | operations that need not wait for the metaserver |
+//! | [`handover`](Handover) | what a process leaves to the one that takes its place |
 //! | `keeper` | commits what was written before others may see |
+//! | `successor` | going on where a former process was killed |
 //! | `meta` | the session stream |
 //! | `engine` | threads |
 //! | [`network`](Network) | other ways to the servers than TCP |
@@ -42,6 +44,7 @@ mod decided;
 mod engine;
 mod file;
 mod habits;
+mod handover;
 mod inode_ids;
 mod keeper;
 mod leases;
@@ -54,6 +57,7 @@ mod options;
 mod path;
 mod prefetch;
 mod streams;
+mod successor;
 mod write;
 mod xattr;
 
@@ -66,6 +70,7 @@ pub use fjordfs_proto::{
     error::Errno,
     pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time},
 };
+pub use handover::Handover;
 pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use network::{Network, Wire};

@@ -9,7 +9,10 @@
 
 use std::{
     collections::HashMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use fjordfs_proto::{
@@ -17,6 +20,8 @@ use fjordfs_proto::{
     pb::meta::{FileLock, request::Op, response::Result as Reply},
 };
 use parking_lot::Mutex;
+
+use crate::handover::Handover;
 
 /// Whose locks, on what: the inode, flock or not, and the owner's number.
 type Key = (u64, bool, u64);
@@ -30,6 +35,7 @@ fn key(lock: &FileLock) -> Key {
 pub(crate) struct Locks {
     state: Mutex<State>,
     wait_next: AtomicU64,
+    handover: Option<Arc<Handover>>,
 }
 
 #[derive(Debug, Default)]
@@ -41,8 +47,23 @@ struct State {
 }
 
 impl Locks {
-    pub(crate) fn new() -> Locks {
-        Locks { state: Mutex::default(), wait_next: AtomicU64::new(1) }
+    /// Those that a former process has left are held from the start.
+    pub(crate) fn new(handover: Option<Arc<Handover>>) -> Locks {
+        let legacy = handover.as_ref().and_then(|handover| handover.legacy());
+        let mut state = State::default();
+        for lock in legacy.into_iter().flat_map(|legacy| &legacy.locks) {
+            state.held.entry(key(lock)).or_default().push(*lock);
+        }
+        let wait_next = handover.as_ref().map_or(1, |handover| handover.first_number());
+        Locks { state: Mutex::new(state), wait_next: AtomicU64::new(wait_next), handover }
+    }
+
+    /// What an owner holds now is left to a successor.
+    fn leave(&self, state: &State, key: Key) {
+        if let Some(handover) = &self.handover {
+            let (ino, flock, owner) = key;
+            handover.locked(ino, flock, owner, state.held.get(&key).map_or(&[], Vec::as_slice));
+        }
     }
 
     /// A number for a wait, by which it can be cancelled.
@@ -57,6 +78,12 @@ impl Locks {
         state.held.contains_key(&(ino.0, flock, owner)) || state.asked.iter().any(is_its)
     }
 
+    /// Owners of locks other than those of `flock`.
+    pub(crate) fn owners(&self) -> Vec<(InodeId, u64)> {
+        let state = self.state.lock();
+        state.held.keys().filter(|key| !key.1).map(|&(ino, _, owner)| (InodeId(ino), owner)).collect()
+    }
+
     /// An operation is about to be sent.
     pub(crate) fn sent(&self, op: &Op) {
         let mut state = self.state.lock();
@@ -68,12 +95,14 @@ impl Locks {
                 let held = state.held.get(&key(&lock)).into_iter().flatten();
                 if lock.flock && held.clone().any(|held| held.write != lock.write) {
                     state.held.remove(&key(&lock));
+                    self.leave(&state, key(&lock));
                 }
             }
             Op::Unlock(op) => {
                 let Some(lock) = op.lock else { return };
                 state.given_up.push(lock);
                 state.cut(&lock);
+                self.leave(&state, key(&lock));
             }
             _ => {}
         }
@@ -92,6 +121,7 @@ impl Locks {
                     let later: Vec<FileLock> =
                         state.given_up.iter().filter(|up| key(up) == key(&lock)).copied().collect();
                     later.iter().for_each(|up| state.cut(up));
+                    self.leave(&state, key(&lock));
                 }
             }
             Op::Unlock(op) => {
@@ -129,7 +159,9 @@ impl Locks {
     /// The session is over, and with it everything it held. How many locks that were.
     pub(crate) fn lost(&self) -> usize {
         let mut state = self.state.lock();
-        std::mem::take(&mut state.held).into_values().map(|locks| locks.len()).sum()
+        let held = std::mem::take(&mut state.held);
+        held.keys().for_each(|key| self.leave(&state, *key));
+        held.into_values().map(|locks| locks.len()).sum()
     }
 }
 
@@ -206,7 +238,7 @@ mod tests {
 
     #[test]
     fn what_was_granted_is_declared_and_what_was_given_up_is_not() {
-        let locks = Locks::new();
+        let locks = Locks::new(None);
         let all = file_lock(0, u64::MAX, true);
         locks.sent(&lock(all));
         assert_eq!(declared(&locks), []);
@@ -225,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_lock_that_is_given_up_before_it_is_granted_is_not_kept() {
-        let locks = Locks::new();
+        let locks = Locks::new(None);
         let (all, part) = (file_lock(0, 9, true), file_lock(5, 9, false));
         locks.sent(&lock(all));
         locks.sent(&unlock(part));
@@ -242,7 +274,7 @@ mod tests {
 
     #[test]
     fn who_asks_for_less_declares_less() {
-        let locks = Locks::new();
+        let locks = Locks::new(None);
         take(&locks, file_lock(0, 9, true));
         locks.sent(&lock(file_lock(3, 20, false)));
         assert_eq!(declared(&locks), [(0, 2, true), (3, 9, false)]);
@@ -251,8 +283,26 @@ mod tests {
     }
 
     #[test]
+    fn a_successor_holds_what_was_held() {
+        let memory = Handover::memory().unwrap();
+        let take_over = || Some(Arc::new(Handover::take_over(memory.try_clone().unwrap()).unwrap()));
+        let handover = take_over();
+        handover.as_ref().unwrap().set_session(fjordfs_proto::SessionId(1), "");
+        let locks = Locks::new(handover);
+        take(&locks, file_lock(0, 9, true));
+        take(&locks, file_lock(3, 4, false));
+        locks.sent(&unlock(file_lock(8, 9, false)));
+        locks.sent(&lock(file_lock(20, 29, true)));
+        let next = Locks::new(take_over());
+        assert_eq!(declared(&next), [(0, 2, true), (3, 4, false), (5, 7, true)]);
+        assert!(next.may_hold(InodeId(1), false, 2));
+        locks.lost();
+        assert_eq!(declared(&Locks::new(take_over())), []);
+    }
+
+    #[test]
     fn a_flock_that_changes_its_kind_is_not_held_meanwhile() {
-        let locks = Locks::new();
+        let locks = Locks::new(None);
         let flock = |write| FileLock { flock: true, ..file_lock(0, u64::MAX, write) };
         take(&locks, flock(false));
         locks.sent(&lock(flock(false)));

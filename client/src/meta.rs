@@ -42,12 +42,16 @@ use crate::{
     engine::Alive,
     leases::{Leases, Sent},
     locks::Locks,
+    successor,
 };
+
+/// Wait between attempts to reach the metaserver: from, to.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// What callers ask of the driver.
 enum Call {
-    /// An operation on its way.
-    Operation(Op, Sent, Reply),
+    /// An operation on its way, and the request of the kernel that it is for, or 0.
+    Operation(Op, Sent, Reply, u64),
     /// End the session when everything before is answered.
     Goodbye,
 }
@@ -103,23 +107,30 @@ impl Pending {
 }
 
 impl MetaClient {
-    /// Attaches a new session; returns when the server has welcomed it.
+    /// Attaches a new session, or the one that a former process has left; returns when the server has welcomed it.
     pub(crate) async fn connect(
         address: &str,
         options: &crate::Options,
         alive: Alive,
     ) -> FsResult<(MetaClient, SessionId)> {
-        let handles = Arc::new(Mutex::new(HashMap::new()));
+        let handover = &options.handover;
+        let legacy = handover.as_ref().and_then(|handover| handover.legacy());
+        let opens = legacy.into_iter().flat_map(|legacy| &legacy.opens);
+        let handles = Arc::new(Mutex::new(opens.map(|open| (open.handle, open.ino)).collect()));
         let (calls, queue) = mpsc::unbounded_channel();
-        let leases = Arc::new(Leases::new(options.defer));
-        let locks = Arc::new(Locks::new());
+        let leases = Arc::new(Leases::new(options.defer, handover.clone()));
+        let locks = Arc::new(Locks::new(handover.clone()));
         let attached = attach::attach_first(address, options, handles.clone(), locks.clone()).await?;
+        if legacy.is_some_and(|legacy| legacy.decided) {
+            leases.predecessor_lost();
+        }
         let session = attached.session();
-        let (map, state) = stream::spawn(attached, queue, leases.clone(), locks.clone(), alive);
+        let (map, state) =
+            stream::spawn(attached, queue, leases.clone(), locks.clone(), handover.clone(), alive);
         let client = MetaClient {
             calls,
             handles,
-            handle_next: AtomicU64::new(1),
+            handle_next: AtomicU64::new(handover.as_ref().map_or(1, |handover| handover.first_number())),
             map,
             state,
             leases,
@@ -176,7 +187,7 @@ impl MetaClient {
         let sent = self.leases.sent(&op);
         self.locks.sent(&op);
         // A closed queue drops the sender, which the waiter sees as a shut-down client.
-        let _ = self.calls.send(Call::Operation(op, sent, reply));
+        let _ = self.calls.send(Call::Operation(op, sent, reply, successor::request()));
         Pending { reply: answer, timeout: self.timeout, address: self.address.clone() }
     }
 

@@ -191,7 +191,7 @@ impl Client {
             inner.view.set_times(op.mtime, op.ctime);
             if !inner.view.has_local() {
                 inner.dirty_since = None;
-                self.inner.dirty.lock().remove(&ino);
+                self.inner.is_clean(ino);
             }
             (freed, self.inner.meta.submit(Op::SetAttr(op)))
         };

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::Network;
+use crate::{Handover, Network};
 
 /// Settings of a [`crate::Client`]. All have defaults that suit a training node.
 #[derive(Clone, Debug)]
@@ -38,6 +38,9 @@ pub struct Options {
     /// Servers are reached through this instead of TCP and Unix sockets, and the client has no threads of its own: for programs with
     /// one runtime that does everything.
     pub network: Option<Arc<dyn Network>>,
+    /// Where this client keeps what a successor needs to go on with its session. One that another process has left is gone on
+    /// with.
+    pub handover: Option<Arc<Handover>>,
 }
 
 impl Default for Options {
@@ -56,6 +59,7 @@ impl Default for Options {
             local_reads: true,
             threads: 2,
             network: None,
+            handover: None,
         }
     }
 }

@@ -150,10 +150,9 @@ fn histories(name: &str, setup: Setup, steps: usize, disturb: impl FnOnce(&mut C
             })
             .collect();
         scope.spawn(|| {
-            for worker in workers {
-                worker.join().unwrap();
-            }
+            let outcomes: Vec<_> = workers.into_iter().map(thread::ScopedJoinHandle::join).collect();
             finished.store(true, Ordering::Release);
+            outcomes.into_iter().for_each(Result::unwrap);
         });
         disturb(&mut cluster, &finished, seed);
     });

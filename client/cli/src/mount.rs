@@ -17,28 +17,38 @@ use crate::{
     umount::{self, Refused},
 };
 
+use supervisor::Worker;
+
 pub(crate) mod background;
 pub(crate) mod helper;
 pub(crate) mod options;
+mod supervisor;
 
 /// Mount a FjordFS.
 ///
 /// Returns when it is mounted and goes on in the background, with a log in /var/log/fjord (or ~/.local/state/fjord).
 /// With -f it stays in the foreground; SIGTERM or Ctrl-C unmounts cleanly, a second one detaches a mount in use.
+///
+/// A supervised mount (-o supervise) is served by a process of its own. When that dies, another takes over within moments: the
+/// mount, open files and locks stay, and what was asked of it is asked again.
 #[derive(clap::Args)]
 #[command(after_help = options::HELP)]
 pub(crate) struct Args {
     /// Address of the metaserver, and the folder of the filesystem to mount if that is not all of it
-    #[arg(value_name = "HOST:PORT[:/FOLDER]")]
-    meta: String,
+    #[arg(value_name = "HOST:PORT[:/FOLDER]", required_unless_present = "upgrade")]
+    meta: Option<String>,
     /// The mount point: an empty folder
-    dir: PathBuf,
+    #[arg(required_unless_present = "upgrade")]
+    dir: Option<PathBuf>,
     /// Mount options, separated by commas
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     /// Stay in the foreground
     #[arg(short, long)]
     foreground: bool,
+    /// Let this program take over a supervised mount. Whoever uses it notices nothing
+    #[arg(long, value_name = "MOUNTPOINT", exclusive = true)]
+    upgrade: Option<PathBuf>,
     /// Ignore unknown options (mount -s)
     #[arg(long, hide = true)]
     sloppy: bool,
@@ -48,38 +58,48 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let dir =
-        mounts::absolute(&args.dir).with_context(|| format!("cannot mount on {}", args.dir.display()))?;
+    if let Some(dir) = args.upgrade {
+        let dir = mounts::absolute(&dir).with_context(|| format!("no such folder: {}", dir.display()))?;
+        return supervisor::upgrade(&dir);
+    }
+    let (Some(source), Some(dir)) = (args.meta, args.dir) else {
+        bail!("name the metaserver and the mount point: fjord mount HOST:PORT DIR");
+    };
+    let dir = mounts::absolute(&dir).with_context(|| format!("cannot mount on {}", dir.display()))?;
     let list = args.options.join(",");
     if let Some((change, rest)) = Remount::parse(&list) {
         return remount(&dir, &change, &rest);
     }
-    let (meta, folder) = split_source(&args.meta);
+    let (meta, folder) = split_source(&source);
     let mut settings = options::parse(&list, meta, &dir, args.sloppy)?;
     settings.fuse.folder = folder.into();
+    if let Some(pid) = supervisor::supervisor_pid() {
+        return serve_until_unmounted(meta, &dir, settings, Some(pid));
+    }
     check_mountpoint(&dir, settings.fuse.nonempty)?;
     if args.fake {
         return Ok(ExitCode::SUCCESS);
     }
-    if args.foreground {
-        if std::env::var_os(background::DETACH_ENV).is_some() {
-            rustix::process::setsid().context("cannot leave the terminal's session")?;
-            std::env::set_current_dir("/").context("cannot change to /")?;
-        }
-        let runtime = daemon::runtime()?;
-        let served = runtime.block_on(serve(meta, &dir, settings));
-        // After a lazy unmount a thread still waits for the last user; the end of the process ends that.
-        runtime.shutdown_background();
-        return served;
-    }
-    let log = settings.log.unwrap_or_else(|| background::default_log(&dir));
-    let mut again: Vec<OsString> = vec![args.meta.into(), dir.into()];
+    let mut again: Vec<OsString> = vec![source.clone().into(), dir.clone().into()];
     for options in args.options {
         again.extend(["-o".into(), options.into()]);
     }
     if args.sloppy {
         again.push("--sloppy".into());
     }
+    if args.foreground {
+        if std::env::var_os(background::DETACH_ENV).is_some() {
+            rustix::process::setsid().context("cannot leave the terminal's session")?;
+            std::env::set_current_dir("/").context("cannot change to /")?;
+        }
+        return match settings.is_supervised()? {
+            true => supervisor::run(&dir, again),
+            false => serve_until_unmounted(meta, &dir, settings, None),
+        };
+    }
+    // What is not possible is said here, not in the log.
+    settings.is_supervised()?;
+    let log = settings.log.unwrap_or_else(|| background::default_log(&dir));
     background::start(again, &log)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -136,9 +156,31 @@ pub(crate) fn check_mountpoint(dir: &Path, allow_nonempty: bool) -> anyhow::Resu
     Ok(())
 }
 
-/// Mounts, serves until unmounted by anyone, flushes.
-async fn serve(meta: &str, dir: &Path, mut settings: options::Settings) -> anyhow::Result<ExitCode> {
+fn serve_until_unmounted(
+    meta: &str,
+    dir: &Path,
+    settings: options::Settings,
+    supervisor: Option<u32>,
+) -> anyhow::Result<ExitCode> {
+    let runtime = daemon::runtime()?;
+    let served = runtime.block_on(serve(meta, dir, settings, supervisor));
+    // After a lazy unmount a thread still waits for the last user; the end of the process ends that.
+    runtime.shutdown_background();
+    served
+}
+
+/// Mounts, serves until unmounted by anyone, flushes. With a supervisor, it may also take over a mount, and leave it to another process.
+async fn serve(
+    meta: &str,
+    dir: &Path,
+    mut settings: options::Settings,
+    supervisor: Option<u32>,
+) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::listen()?;
+    let worker = match supervisor {
+        Some(pid) => Some(Worker::begin(pid, &mut settings).await?),
+        None => None,
+    };
     // For `fjord status`. A transport that is not possible is the mount's to report.
     if let Ok(transport) = fjordfs_fuse::planned_transport(&settings.fuse) {
         settings.client.description.push_str(&format!(" over {transport}"));
@@ -150,10 +192,18 @@ async fn serve(meta: &str, dir: &Path, mut settings: options::Settings) -> anyho
         _ = signals.next() => bail!("stopped before the metaserver {meta} answered"),
     };
     let handle = client.clone();
-    let mut mount = tokio::task::spawn_blocking(move || fjordfs_fuse::mount(handle, settings.fuse))
-        .await?
-        .with_context(|| format!("cannot mount on {}", dir.display()))?;
-    daemon::announce(&format!("{}{}", background::READY, dir.display()));
+    let mounting = tokio::task::spawn_blocking(move || match worker {
+        Some(mut worker) => worker.mount(handle, settings.fuse).map(|mount| (mount, Some(worker))),
+        None => fjordfs_fuse::mount(handle, settings.fuse).map(|mount| (mount, None)),
+    });
+    let (mut mount, mut worker) =
+        mounting.await?.with_context(|| format!("cannot mount on {}", dir.display()))?;
+    match &worker {
+        // The supervisor says so.
+        Some(worker) => worker.serving()?,
+        None => daemon::announce(&format!("{}{}", background::READY, dir.display())),
+    }
+    let departure = mount.departure();
 
     let mut gone = tokio::task::spawn_blocking(move || {
         mount.wait();
@@ -169,6 +219,7 @@ async fn serve(meta: &str, dir: &Path, mut settings: options::Settings) -> anyho
                 leaving.lazy |= leaving.asked > 1 || why == Stop::Orphaned;
             }
             () = tokio::time::sleep(Duration::from_millis(500)), if leaving.asked > 0 => {}
+            worker = told_to_leave(worker.as_mut()) => worker.leave(&client, departure).await,
         }
         if leaving.asked > 0 && leaving.attempt(dir) {
             break;
@@ -180,6 +231,16 @@ async fn serve(meta: &str, dir: &Path, mut settings: options::Settings) -> anyho
         .await
         .with_context(|| format!("not everything written below {} reached the servers", dir.display()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn told_to_leave(worker: Option<&mut Worker>) -> &Worker {
+    match worker {
+        Some(worker) => {
+            worker.told_to_leave().await;
+            worker
+        }
+        None => std::future::pending().await,
+    }
 }
 
 /// An unmount under way.

@@ -29,7 +29,7 @@ use crate::{
     units::ByteSize,
 };
 
-mod backoff;
+pub(crate) mod backoff;
 mod child;
 mod crew;
 mod folder;

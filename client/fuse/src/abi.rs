@@ -142,7 +142,32 @@ pub(crate) mod init_flag {
     pub(crate) const SETXATTR_EXT: u64 = 1 << 29;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    /// The kernel can send again what was read and not answered (Linux 6.9).
+    pub(crate) const HAS_RESEND: u64 = 1 << 39;
     pub(crate) const OVER_IO_URING: u64 = 1 << 41;
+}
+
+/// Set in the number of a request that is sent again.
+pub(crate) const UNIQUE_RESEND: u64 = 1 << 63;
+
+/// Whether a request changes names or extended attributes: done twice, it has another answer.
+pub(crate) fn changes_names(code: u32) -> bool {
+    use opcode::*;
+    matches!(
+        code,
+        SYMLINK
+            | MKNOD
+            | MKDIR
+            | UNLINK
+            | RMDIR
+            | RENAME
+            | RENAME2
+            | LINK
+            | CREATE
+            | TMPFILE
+            | SETXATTR
+            | REMOVEXATTR
+    )
 }
 
 /// `SetattrIn::valid`.
@@ -186,6 +211,7 @@ pub(crate) const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 pub(crate) mod notify_code {
     pub(crate) const INVAL_INODE: i32 = 2;
     pub(crate) const INVAL_ENTRY: i32 = 3;
+    pub(crate) const RESEND: i32 = 7;
     pub(crate) const INC_EPOCH: i32 = 8;
 }
 

@@ -1,6 +1,8 @@
 //! FjordFS as a [`Filesystem`]: translation only, so that everything else is tested without FUSE.
 
+use std::io;
 use std::ops::{Range, RangeInclusive};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,17 +13,38 @@ use parking_lot::Mutex;
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 
 use crate::filesystem::{
-    Allocation, AttrChange, CopiedRange, Filesystem, KnownEntry, Lock, LockOwner, NewFile, NewNode, Space,
-    TimeChange,
+    Allocation, AttrChange, CopiedRange, Filesystem, KnownEntry, LeftBehind, Lock, LockOwner, NewFile,
+    NewNode, Space, TimeChange,
 };
-use crate::mount::{Mount, MountError, mount_filesystem};
+use crate::mount::{Mount, MountError, mount_filesystem, mount_kept, resume_filesystem};
 use crate::notify::Notifier;
 use crate::options::MountOptions;
+use crate::session::Agreed;
 
 /// Mounts what a client is connected to. The client outlives the mount: after [`Mount::wait`] or [`Mount::unmount`] the caller
 /// shuts it down, which writes back what is left and reports whether that succeeded.
 pub fn mount(client: Client, options: MountOptions) -> Result<Mount, MountError> {
     mount_filesystem(Adapter { client, notifier: Mutex::new(None) }, &options)
+}
+
+/// As [`mount`], and hands the descriptors to a supervisor, so that a successor of this process can take over. Over /dev/fuse only.
+pub fn mount_supervised(
+    client: Client,
+    options: MountOptions,
+    keep: &mut dyn FnMut(&[OwnedFd], Agreed) -> io::Result<()>,
+) -> Result<Mount, MountError> {
+    mount_kept(Adapter { client, notifier: Mutex::new(None) }, &options, keep)
+}
+
+/// Goes on with the mount of a process that has ended. `client` is its successor, with the same session; `options` are the same.
+pub fn resume(
+    client: Client,
+    options: MountOptions,
+    devices: Vec<OwnedFd>,
+    agreed: Agreed,
+) -> Result<Mount, MountError> {
+    let first_number = client.first_number();
+    resume_filesystem(Adapter { client, notifier: Mutex::new(None) }, &options, devices, agreed, first_number)
 }
 
 struct Adapter {
@@ -221,6 +244,34 @@ impl Filesystem for Adapter {
 
     async fn fsync(&self, file: &File) -> FsResult<()> {
         file.fsync().await
+    }
+
+    fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
+        self.client.for_request(unique, work)
+    }
+
+    fn request_answered(&self, unique: u64) {
+        self.client.request_answered(unique);
+    }
+
+    fn leave_open(&self, number: u64, file: &File) {
+        self.client.leave_open(number, file);
+    }
+
+    fn leave_closed(&self, number: u64) {
+        self.client.leave_closed(number);
+    }
+
+    async fn resume(&self, number: u64) -> FsResult<Option<(InodeId, File)>> {
+        Ok(self.client.resume(number).await?.map(|file| (file.ino(), file)))
+    }
+
+    fn left_behind(&self) -> LeftBehind {
+        LeftBehind {
+            opens: self.client.left_open(),
+            lock_owners: self.client.left_locks(),
+            stale: self.client.lost_bytes(),
+        }
     }
 
     async fn release(&self, file: &File) -> FsResult<()> {

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use crate::abi::{self, opcode};
 use crate::directory::{Listing, OpenDirectory, Plus};
 use crate::ends::{Ends, ShortAnswer};
-use crate::filesystem::{CopiedRange, Filesystem};
+use crate::filesystem::{CopiedRange, Filesystem, LeftBehind};
 use crate::handles::Handles;
 use crate::held::Held;
 use crate::interrupt::Interrupts;
@@ -55,6 +55,10 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
     complaints: Complaints,
+    /// Numbers before it were given out by a former process.
+    first_number: u64,
+    /// Held while an open file of a former process is looked up.
+    resuming: tokio::sync::Mutex<()>,
 }
 
 /// An answer, and what must be undone if the kernel did not take it.
@@ -91,14 +95,15 @@ impl<F: Filesystem> Dispatcher<F> {
         kernel_minor: u32,
         notifier: Notifier,
         held: Arc<Held>,
+        first_number: u64,
     ) -> Dispatcher<F> {
         Dispatcher {
             fs,
             validity,
             answers_can_be_recalled: abi::answers_can_be_recalled(kernel_minor),
             size_max,
-            files: Handles::new(),
-            directories: Handles::new(),
+            files: Handles::new(first_number),
+            directories: Handles::new(first_number),
             kernel_cache: KernelCache::new(),
             held,
             ends: Arc::default(),
@@ -106,7 +111,21 @@ impl<F: Filesystem> Dispatcher<F> {
             interrupts: Interrupts::default(),
             notifier,
             complaints: Complaints::default(),
+            first_number,
+            resuming: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// Takes over what a former process has left.
+    pub(crate) fn take_over(&self) {
+        let LeftBehind { opens, lock_owners, stale } = self.fs.left_behind();
+        for (ino, owner) in lock_owners {
+            // Through which of them is not known: the locks go with the last.
+            for (fh, _) in opens.iter().filter(|(_, of)| *of == ino) {
+                self.lock_owners.uses(ino, *fh, owner);
+            }
+        }
+        stale.into_iter().for_each(|ino| self.notifier.invalidate_inode(ino));
     }
 
     pub(crate) fn filesystem(&self) -> &F {
@@ -238,16 +257,21 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Flush { fh, lock_owner } => self.flush(fh, lock_owner).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
             Operation::Release { fh, flock_owner } => {
+                if fh < self.first_number {
+                    // It may have locks. One that is lost has none.
+                    let _lost = self.file(fh).await;
+                }
                 if let Some(open) = self.files.remove(fh) {
                     self.open_was_taken_in(fh, &open);
                     self.unlock_open_file(fh, &open, flock_owner).await;
                     self.release(&open).await;
                 }
+                self.fs.leave_closed(fh);
                 Reply::Empty
             }
 
             Operation::Readdir { fh, offset, size, plus } => {
-                return self.readdir(fh, offset, size, plus).await;
+                return self.readdir(node, fh, offset, size, plus).await;
             }
             Operation::Releasedir { fh } => {
                 self.close(Opened::Directory(fh)).await;
@@ -341,7 +365,11 @@ impl<F: Filesystem> Dispatcher<F> {
         Validity { attr: self.fs.attr_left(attr).max(self.validity.attr), ..self.validity }
     }
 
-    async fn readdir(&self, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Answer> {
+    async fn readdir(&self, node: InodeId, fh: u64, offset: u64, size: u32, plus: bool) -> FsResult<Answer> {
+        if fh < self.first_number && self.directories.get(fh).is_none() {
+            // Offsets say all that a former process may have kept.
+            self.directories.insert_as(fh, OpenDirectory::new(node));
+        }
         let directory = self.directories.get(fh).ok_or_else(|| unknown_handle(fh))?;
         self.held.unsettled.settle_listing(directory.ino(), fh);
         let plus = plus.then_some(Plus { held: &self.held, handle: fh, least: self.validity });
@@ -374,6 +402,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 if let Some(open) = self.files.remove(fh) {
                     self.release(&open).await;
                 }
+                self.fs.leave_closed(fh);
             }
         }
     }

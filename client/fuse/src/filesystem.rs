@@ -151,6 +151,17 @@ pub struct Space {
     pub files: u64,
 }
 
+/// What a former process of the mount has left in the kernel's hands.
+#[derive(Clone, Debug, Default)]
+pub struct LeftBehind {
+    /// Numbers of open files, and what they stand for.
+    pub opens: Vec<(u64, InodeId)>,
+    /// Owners of locks, other than those of `flock(2)`.
+    pub lock_owners: Vec<(InodeId, u64)>,
+    /// Files of which the kernel may cache bytes that are lost.
+    pub stale: Vec<InodeId>,
+}
+
 /// What the kernel takes as "do not ask again": it then goes its own way.
 fn not_served() -> FsError {
     FsError::new(Errno::ENOSYS, "not an operation of this filesystem")
@@ -358,6 +369,32 @@ pub trait Filesystem: Send + Sync + 'static {
     fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
     /// What `fsync` promises: what was written survives power failure.
     fn fsync(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+    /// Runs what changes names or extended attributes for a request of the kernel. A successor that gets the request again is to do it once.
+    fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
+        let _ = unique;
+        work
+    }
+    /// The kernel has taken in the answer to such a request.
+    fn request_answered(&self, unique: u64) {
+        let _ = unique;
+    }
+    /// The kernel is about to know an open file by this number. To be noted where a successor of this process finds it.
+    fn leave_open(&self, number: u64, file: &Self::File) {
+        let _ = (number, file);
+    }
+    /// The kernel has given the number up.
+    fn leave_closed(&self, number: u64) {
+        let _ = number;
+    }
+    /// The open file that a former process has given this number, with its inode; `None` when there is none. One caller at a time.
+    fn resume(&self, number: u64) -> impl Future<Output = FsResult<Option<(InodeId, Self::File)>>> {
+        let _ = number;
+        async { Ok(None) }
+    }
+    /// What a former process has left.
+    fn left_behind(&self) -> LeftBehind {
+        LeftBehind::default()
+    }
     /// The last descriptor was closed.
     fn release(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
 

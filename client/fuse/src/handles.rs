@@ -24,8 +24,9 @@ pub(crate) struct Handles<T> {
 }
 
 impl<T> Handles<T> {
-    pub(crate) fn new() -> Handles<T> {
-        Handles { next: AtomicU64::new(1), shards: std::array::from_fn(|_| RwLock::default()) }
+    /// `first`: numbers before it are a former process's.
+    pub(crate) fn new(first: u64) -> Handles<T> {
+        Handles { next: AtomicU64::new(first), shards: std::array::from_fn(|_| RwLock::default()) }
     }
 
     fn shard(&self, fh: u64) -> &RwLock<Shard<T>> {
@@ -68,7 +69,7 @@ mod tests {
 
     #[test]
     fn unknown_and_removed_numbers_are_nothing() {
-        let handles = Handles::new();
+        let handles = Handles::new(1);
         let fh = handles.insert("file");
         assert_eq!(handles.get(fh).as_deref(), Some(&"file"));
         assert!(handles.get(fh + 1).is_none());

@@ -27,6 +27,8 @@ mod asked;
 mod lookups;
 mod unsettled;
 
+use std::time::Duration;
+
 use fjordfs_proto::InodeId;
 
 pub(crate) use asked::Asked;
@@ -49,8 +51,8 @@ impl Held {
         }
     }
 
-    /// Gives up lookups that may keep the kernel from taking in a listing.
-    pub(crate) fn give_up_lookups(&self) {
-        self.asked.give_up(|directory| self.unsettled.is_listed(directory));
+    /// Gives up lookups that may have kept the kernel from taking in a listing for so long.
+    pub(crate) fn give_up_lookups(&self, held_up: Duration) {
+        self.asked.give_up(held_up, |directory| self.unsettled.is_listed(directory));
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::filesystem::Filesystem;
 use crate::options::MountOptions;
-use crate::session::{Session, SessionError};
+use crate::session::{Agreed, Departure, Keep, Session, SessionError};
 use crate::transport::selection::{self, TransportInfo};
 
 mod direct;
@@ -149,6 +149,45 @@ struct Place {
 
 /// Mounts any filesystem and starts serving it.
 pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<Mount, MountError> {
+    mount_new(fs, options, None)
+}
+
+/// As [`mount_filesystem`], and `keep` is handed what a successor of this process needs.
+pub(crate) fn mount_kept<F: Filesystem>(
+    fs: F,
+    options: &MountOptions,
+    keep: Keep<'_>,
+) -> Result<Mount, MountError> {
+    mount_new(fs, options, Some(keep))
+}
+
+/// Goes on with a mount that `keep` was handed by a process that has ended.
+pub(crate) fn resume_filesystem<F: Filesystem>(
+    fs: F,
+    options: &MountOptions,
+    devices: Vec<OwnedFd>,
+    agreed: Agreed,
+    first_number: u64,
+) -> Result<Mount, MountError> {
+    // Nothing here may look into the mount: nobody answers yet.
+    let mountpoint = options.mountpoint.clone();
+    let session = Session::resume(fs, devices, options, agreed, first_number)
+        .map_err(|source| MountError::Session { path: mountpoint.clone(), source })?;
+    let place = Place { device: mountinfo::top_at(&mountpoint).map(|mount| mount.device), mountpoint };
+    let unmounter = Unmounter { place: Arc::new(place) };
+    tracing::info!(
+        source = options.source,
+        "took over {} from a process that has ended",
+        unmounter.mountpoint().display()
+    );
+    Ok(Mount { session, unmounter })
+}
+
+fn mount_new<F: Filesystem>(
+    fs: F,
+    options: &MountOptions,
+    keep: Option<Keep<'_>>,
+) -> Result<Mount, MountError> {
     let mountpoint = mountpoint::check(&options.mountpoint, options.nonempty)?;
     let selection = selection::select(options).map_err(|reason| MountError::Session {
         path: mountpoint.clone(),
@@ -156,11 +195,11 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
     })?;
     let (device, unseen) = open(&mountpoint, options)?;
     if let Some(unseen) = unseen {
-        return mount_folder(fs, options, selection, mountpoint, device, unseen);
+        return mount_folder(fs, options, selection, keep, mountpoint, device, unseen);
     }
     let place = Place { device: mountinfo::top_at(&mountpoint).map(|mount| mount.device), mountpoint };
     let unmounter = Unmounter { place: Arc::new(place) };
-    let session = Session::start(fs, device, options, selection).map_err(|source| {
+    let session = Session::start(fs, device, options, selection, keep).map_err(|source| {
         if let Err(e) = unmounter.unmount(true) {
             tracing::warn!("after a failed start: {e}");
         }
@@ -174,11 +213,12 @@ fn mount_folder<F: Filesystem>(
     fs: F,
     options: &MountOptions,
     selection: selection::Selection,
+    keep: Option<Keep<'_>>,
     mountpoint: PathBuf,
     device: OwnedFd,
     unseen: folder::Unseen,
 ) -> Result<Mount, MountError> {
-    let started = Session::start(fs, device, options, selection);
+    let started = Session::start(fs, device, options, selection, keep);
     let mut session = started.map_err(|source| MountError::Session { path: mountpoint.clone(), source })?;
     if let Err(e) = unseen.show(&options.folder, &mountpoint) {
         // Without a mount it ends by itself.
@@ -229,6 +269,11 @@ impl Mount {
     /// For the thread that handles signals.
     pub fn unmounter(&self) -> Unmounter {
         self.unmounter.clone()
+    }
+
+    /// For leaving it to another process.
+    pub fn departure(&self) -> Departure {
+        self.session.departure()
     }
 
     /// How the kernel's requests come.

@@ -23,7 +23,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use fjordfs_proto::InodeId;
 use tokio::sync::oneshot;
 
-use crate::abi::{NotifyInvalEntry, NotifyInvalInode, OutHeader, Pod, notify_code};
+use crate::abi::{NotifyInvalEntry, NotifyInvalInode, OutHeader, Pod, answers_can_be_recalled, notify_code};
 use crate::held::Held;
 use crate::transport::dev_fuse::write_all;
 
@@ -116,6 +116,15 @@ pub(crate) fn start(fd: OwnedFd, held: Arc<Held>) -> io::Result<(Notifier, [Join
     let mut recaller = Recaller::new(fd, held);
     let recaller = thread("fjord-fuse-recall").spawn(move || recaller.obey(&recalled))?;
     Ok((Notifier { queue, recalls }, [notifier, recaller]))
+}
+
+/// A process takes over from one that has ended: the kernel sends again what that one has read and not answered, and asks for every
+/// name before it uses it again.
+pub(crate) fn take_over(fd: &OwnedFd, kernel_minor: u32) -> io::Result<()> {
+    if answers_can_be_recalled(kernel_minor) {
+        notify(fd, notify_code::INC_EPOCH, &[])?;
+    }
+    notify(fd, notify_code::RESEND, &[])
 }
 
 fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {

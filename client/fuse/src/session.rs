@@ -6,7 +6,7 @@
 //! entry; when it refuses one that is needed, it goes back to /dev/fuse by itself, and so do we.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -21,9 +21,12 @@ use crate::transport::dev_fuse;
 use crate::transport::io_uring::RegisterError;
 use crate::transport::selection::{Selection, TransportInfo, TransportKind};
 
+mod departure;
 mod init;
 mod threads;
 
+pub use departure::Departure;
+use departure::{Departing, departure};
 use init::{INIT_TIMEOUT, Init};
 use threads::RingThreads;
 
@@ -46,6 +49,9 @@ pub enum SessionError {
     /// No INIT came.
     #[error("the kernel did not begin the FUSE session within {} s; look at `dmesg`", INIT_TIMEOUT.as_secs())]
     NoInit,
+    /// A successor could not get what this process has read.
+    #[error("the kernel cannot send requests again (that came with Linux 6.9): mount with supervise=off")]
+    NoResend,
     /// The mount was undone before it was in service.
     #[error("unmounted before it was in service")]
     Unmounted,
@@ -72,6 +78,23 @@ pub(crate) struct Session {
     workers: Vec<JoinHandle<()>>,
     notifications: Option<(Notifier, [JoinHandle<()>; 2])>,
     transport: TransportInfo,
+    departure: Departure,
+}
+
+/// What the kernel and a mount have agreed on when it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Agreed {
+    /// Minor version of the kernel's protocol.
+    pub kernel_minor: u32,
+    /// Largest request, bytes.
+    pub size_max: u32,
+}
+
+/// Takes a copy of the descriptors that requests are read from, before any is.
+pub(crate) type Keep<'a> = &'a mut dyn FnMut(&[OwnedFd], Agreed) -> io::Result<()>;
+
+fn buffers(options: &MountOptions) -> Arc<BufferPool> {
+    BufferPool::new(options.request_size_max, IDLE_BUFFERS / options.request_size_max.max(1))
 }
 
 impl Session {
@@ -81,10 +104,13 @@ impl Session {
         device: OwnedFd,
         options: &MountOptions,
         selection: Selection,
+        keep: Option<Keep<'_>>,
     ) -> Result<Session, SessionError> {
-        let pool = BufferPool::new(options.request_size_max, IDLE_BUFFERS / options.request_size_max.max(1));
-        let validity = Validity { entry: options.entry_timeout, attr: options.attr_timeout };
+        let pool = buffers(options);
         let init = Init::read(&device, &pool)?;
+        if keep.is_some() && !init.can_resend() {
+            return Err(SessionError::NoResend);
+        }
         let is_must = options.transport == TransportChoice::IoUring;
         let or_dev_fuse =
             |reason: String| if is_must { Err(SessionError::Transport(reason)) } else { Ok(Some(reason)) };
@@ -102,24 +128,14 @@ impl Session {
         let size_max = rings.as_ref().map_or(options.request_size_max, |(plan, _)| plan.size_max);
         init.answer(&device, size_max, rings.is_some())?;
 
-        let held = Arc::new(Held::default());
-        let (notifier, notify_threads) = dev_fuse::clone_device(device.as_fd())
-            .and_then(|device| notify::start(device, Arc::clone(&held)))
-            .map_err(io_error("starting the notifier"))?;
-        let dispatcher =
-            Arc::new(Dispatcher::new(fs, validity, size_max, init.kernel_minor(), notifier.clone(), held));
-        dispatcher.filesystem().mounted(notifier.clone());
-        let mut session = Session {
-            workers: Vec::new(),
-            notifications: Some((notifier, notify_threads)),
-            transport: TransportInfo { kind: TransportKind::DevFuse, fallback: None },
-        };
+        let agreed = Agreed { kernel_minor: init.kernel_minor(), size_max: size_max as u32 };
+        let (mut session, dispatcher, leaving) = Session::begin(fs, device.as_fd(), options, agreed, 1)?;
 
         if let Some((plan, threads)) = rings {
             match threads.register(&device) {
                 Ok(()) => {
                     session.transport.kind = plan.kind();
-                    session.workers = threads.serve(&dispatcher, device, &pool);
+                    session.workers = threads.serve(&dispatcher, device, &pool, &leaving);
                     return Ok(session);
                 }
                 Err(e @ RegisterError::Refused { .. }) => {
@@ -131,8 +147,70 @@ impl Session {
             }
         }
         session.transport.fallback = fallback;
-        session.workers = threads::serve_dev_fuse(device, options.threads.max(1), &dispatcher, &pool)?;
+        // Every descriptor before any thread: a failure here leaves nothing running.
+        let devices = threads::devices(device, options.threads.max(1))?;
+        if let Some(keep) = keep {
+            keep(&devices, agreed).map_err(io_error("handing the descriptors to the supervisor"))?;
+        }
+        session.workers = threads::serve_dev_fuse(devices, &dispatcher, &pool, &leaving)?;
         Ok(session)
+    }
+
+    /// Goes on with a session that a former process has begun. Numbers before `first_number` are of files that it has opened.
+    pub(crate) fn resume<F: Filesystem>(
+        fs: F,
+        devices: Vec<OwnedFd>,
+        options: &MountOptions,
+        agreed: Agreed,
+        first_number: u64,
+    ) -> Result<Session, SessionError> {
+        let Some(device) = devices.first() else { return Err(SessionError::Unmounted) };
+        let pool = buffers(options);
+        let (mut session, dispatcher, leaving) =
+            Session::begin(fs, device.as_fd(), options, agreed, first_number)?;
+        dispatcher.take_over();
+        let device = device.try_clone().map_err(io_error("duplicating the descriptor of /dev/fuse"))?;
+        session.workers = threads::serve_dev_fuse(devices, &dispatcher, &pool, &leaving)?;
+        match notify::take_over(&device, agreed.kernel_minor) {
+            Ok(()) => Ok(session),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENOTCONN | libc::EPERM)) => {
+                Err(SessionError::Unmounted)
+            }
+            Err(e) => Err(io_error("asking the kernel for the requests under way")(e)),
+        }
+    }
+
+    /// Everything but the workers.
+    fn begin<F: Filesystem>(
+        fs: F,
+        device: BorrowedFd<'_>,
+        options: &MountOptions,
+        agreed: Agreed,
+        first_number: u64,
+    ) -> Result<(Session, Arc<Dispatcher<F>>, Departing), SessionError> {
+        let validity = Validity { entry: options.entry_timeout, attr: options.attr_timeout };
+        let held = Arc::new(Held::default());
+        let (notifier, notify_threads) = dev_fuse::clone_device(device)
+            .and_then(|device| notify::start(device, Arc::clone(&held)))
+            .map_err(io_error("starting the notifier"))?;
+        let Agreed { kernel_minor, size_max } = agreed;
+        let size_max = size_max as usize;
+        let dispatcher =
+            Dispatcher::new(fs, validity, size_max, kernel_minor, notifier.clone(), held, first_number);
+        dispatcher.filesystem().mounted(notifier.clone());
+        let (departure, leaving) = departure();
+        let session = Session {
+            workers: Vec::new(),
+            notifications: Some((notifier, notify_threads)),
+            transport: TransportInfo { kind: TransportKind::DevFuse, fallback: None },
+            departure,
+        };
+        Ok((session, Arc::new(dispatcher), leaving))
+    }
+
+    /// For leaving the mount to another process.
+    pub(crate) fn departure(&self) -> Departure {
+        self.departure.clone()
     }
 
     /// How requests come.

@@ -21,8 +21,9 @@ use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
+use tokio::sync::watch;
 
-use crate::abi::opcode;
+use crate::abi::{UNIQUE_RESEND, changes_names, opcode};
 use crate::dispatch::{Answer, Dispatcher};
 use crate::filesystem::Filesystem;
 use crate::reply::Reply;
@@ -33,15 +34,18 @@ use crate::transport::{Message, Slot, Transport};
 /// that wait for memory must not keep readers out, so this is far above what the kernel sends in the background.
 const IN_FLIGHT_MAX: usize = 1024;
 
-/// Serves a transport until the mount ends.
+/// Serves a transport until the mount ends, or requests are left to another process; those it has taken are done then.
 pub(crate) async fn run<F: Filesystem, T: Transport>(
     mut transport: T,
     dispatcher: Arc<Dispatcher<F>>,
+    mut leaving: watch::Receiver<bool>,
 ) -> io::Result<()> {
     let dispatcher = &*dispatcher;
     let in_flight = InFlight::default();
     let mut waiting = FuturesUnordered::new();
-    let result = loop {
+    let mut told = pin!(told(&mut leaving));
+    // Who waits for a lock is given up when the mount has ended, and only then.
+    let (result, is_over) = 'serving: loop {
         let received = {
             let mut receiving = pin!(receive(&mut transport));
             loop {
@@ -49,6 +53,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
                 tokio::select! {
                     biased;
                     Some(()) = waiting.next() => {}
+                    () = &mut told => break 'serving (Ok(()), false),
                     received = &mut receiving, if in_flight.count() < IN_FLIGHT_MAX => break received,
                 }
             }
@@ -67,13 +72,12 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             }
             Ok(None) => {
                 dispatcher.interrupts.end();
-                break Ok(());
+                break (Ok(()), true);
             }
-            Err(e) => break Err(e),
+            Err(e) => break (Err(e), false),
         }
     };
-    // Who waits for a lock is given up when the mount has ended, and only then.
-    while (result.is_ok() || in_flight.count() > 0) && waiting.next().await.is_some() {}
+    while (is_over || in_flight.count() > 0) && waiting.next().await.is_some() {}
     result
 }
 
@@ -96,8 +100,16 @@ async fn receive<T: Transport>(transport: &mut T) -> io::Result<Option<(Message,
     }
 }
 
+async fn told(leaving: &mut watch::Receiver<bool>) {
+    if leaving.wait_for(|leaving| *leaving).await.is_err() {
+        // Nobody is left who could tell.
+        std::future::pending().await
+    }
+}
+
 async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
     let opcode = message.header.opcode;
+    let request = message.header.unique & !UNIQUE_RESEND;
     if opcode == opcode::SETLKW {
         slot.may_be_kept_long();
     }
@@ -113,6 +125,9 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
             Reply::Error(libc::EIO).into()
         });
     let answered = slot.answer(&answer.reply);
+    if changes_names(opcode) {
+        dispatcher.filesystem().request_answered(request);
+    }
     if let Some(short) = answer.ends.take() {
         slot.drop_when_taken_in(short);
     }
@@ -138,10 +153,15 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message, pay
             return Reply::Error(e.errno()).into();
         }
     };
+    let (unique, pid) = (message.header.unique, request.caller.pid);
+    if changes_names(message.header.opcode) {
+        let number = unique & !UNIQUE_RESEND;
+        let serving = dispatcher.filesystem().for_request(number, dispatcher.serve(request, payload));
+        return serving.await;
+    }
     if !request.is_interruptible() {
         return dispatcher.serve(request, payload).await;
     }
-    let (unique, pid) = (message.header.unique, request.caller.pid);
     // Biased: a request that is done at once never registers for interrupts.
     tokio::select! {
         biased;

@@ -34,7 +34,7 @@ impl Handle {
         }
         too_big(self.state.ino, Some(range.end))?;
         self.client.flush(&self.state).await?;
-        self.state.take_error()?;
+        self.take_error()?;
         let (freed, pending) = {
             let mut inner = self.state.lock();
             // Dropping written bytes must not make the file shorter.

@@ -45,7 +45,7 @@ impl Handle {
             return Err(FsError::new(Errno::EINVAL, format!("{}: the ranges overlap", self.state.ino)));
         }
         self.client.flush(&source.state).await?;
-        source.state.take_error()?;
+        source.take_error()?;
         let length = length.min(source.state.lock().view.size().saturating_sub(from));
         let end = too_big(self.state.ino, to.checked_add(length))?;
         if length == 0 {
@@ -98,7 +98,7 @@ impl Handle {
     async fn submit_copy(&self, op: CopyRange, target: &Range<u64>) -> FsResult<crate::meta::Pending> {
         for _ in 0..ATTEMPTS {
             self.client.flush(&self.state).await?;
-            self.state.take_error()?;
+            self.take_error()?;
             let inner = self.state.lock();
             if !inner.view.has_local_in(target.clone()) {
                 return Ok(self.client.meta.submit(Op::CopyRange(op)));

@@ -33,7 +33,7 @@ impl Handle {
 
     /// Puts `data` in place, in portions that the dirty bound lets through. Returns where it begins.
     async fn write(&self, at: At, mut data: Bytes) -> FsResult<u64> {
-        self.state.take_error()?;
+        self.take_error()?;
         let mut begin = None;
         let mut next = at;
         while !data.is_empty() {
@@ -85,7 +85,7 @@ impl Handle {
         inner.dirty_since.get_or_insert_with(Instant::now);
         if newly_dirty {
             // Under the file's lock: a unit that finishes now takes the file off the list under it too.
-            self.client.dirty.lock().insert(self.state.ino, self.state.clone());
+            self.client.is_dirty(&self.state);
         }
         drop(inner);
         self.client.budget.release(freed);

@@ -69,6 +69,11 @@ impl Deferred {
         self.unanswered >= UNANSWERED_MAX
     }
 
+    /// Decided operations that are queued or unanswered.
+    pub(super) fn unanswered(&self) -> usize {
+        self.unanswered
+    }
+
     pub(super) fn due(&self) -> Option<Instant> {
         self.due
     }

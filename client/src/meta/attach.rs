@@ -21,7 +21,8 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::{Network, Options, locks::Locks};
+use super::BACKOFF;
+use crate::{Network, Options, handover::Legacy, locks::Locks};
 
 /// How to reach the server, and who we are.
 pub(super) struct Peer {
@@ -201,7 +202,9 @@ fn root_cause(e: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-/// Attaches a new session; fails at once when the server is not there, so that a wrong address is told at once.
+/// Attaches a new session; fails at once when the server is not there, so that a wrong address is told at once. With the session
+/// of a former process, whose address was right, it goes on trying: the mount stands still without it, and nobody is helped by
+/// its end.
 pub(super) async fn attach_first(
     address: &str,
     options: &Options,
@@ -217,6 +220,10 @@ pub(super) async fn attach_first(
         handles,
         locks,
     });
+    let legacy = options.handover.as_ref().and_then(|handover| handover.legacy());
+    if let Some(legacy) = legacy {
+        return resume(&peer, legacy).await;
+    }
     match peer.attach(0, "", &[]).await {
         Ok(attached) => Ok(attached),
         Err(AttachError::Unreachable(why)) => Err(FsError::new(
@@ -227,6 +234,38 @@ pub(super) async fn attach_first(
         )),
         Err(AttachError::Refused(why) | AttachError::SessionLost(why)) => {
             Err(FsError::new(Errno::EPROTO, format!("metaserver {address} refused this client: {why}")))
+        }
+    }
+}
+
+/// Attaches the session of the process before this one, or a new one in its place when it is lost.
+async fn resume(peer: &Arc<Peer>, legacy: &Legacy) -> FsResult<Attached> {
+    let mut session = legacy.session.0;
+    let mut pause = BACKOFF.0;
+    loop {
+        match peer.attach(session, &legacy.cluster_id, &[]).await {
+            Ok(attached) => return Ok(attached),
+            Err(AttachError::Unreachable(why)) => {
+                tracing::debug!(metaserver = peer.address, why, "waiting for the metaserver");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(BACKOFF.1);
+            }
+            Err(AttachError::SessionLost(why)) if session != 0 => {
+                let locks = peer.locks.lost();
+                tracing::warn!(
+                    metaserver = peer.address,
+                    why,
+                    locks,
+                    "the session of the process before is lost, with its locks and unlinked open files"
+                );
+                session = 0;
+            }
+            Err(AttachError::Refused(why) | AttachError::SessionLost(why)) => {
+                return Err(FsError::new(
+                    Errno::EPROTO,
+                    format!("metaserver {} refused this client: {why}", peer.address),
+                ));
+            }
         }
     }
 }

@@ -10,7 +10,10 @@
 //! Callers' mutations may wait for other clients' recalls at the server, and those for this client's. Decided operations wait for
 //! nobody; some slots are theirs alone, so that they can always be sent, and after them what others wait for.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 use fjordfs_proto::{
     operation::is_mutation,
@@ -21,7 +24,10 @@ use super::{
     Answer,
     slots::{Slot, Slots},
 };
-use crate::leases::Sent;
+use crate::{
+    handover::{Asked, Handover},
+    leases::Sent,
+};
 
 /// Requests in one message; more go into the next one.
 const REQUESTS_PER_MESSAGE: usize = 256;
@@ -45,27 +51,36 @@ enum Quiet {
 /// See the module.
 pub(super) struct Queue {
     quiet: VecDeque<Quiet>,
-    waiting: VecDeque<(Op, Sent, Answer)>,
+    waiting: VecDeque<Waiting>,
     slots: Slots,
     /// By id: the order in which they were sent.
     unanswered: BTreeMap<u64, Unanswered>,
     id_next: u64,
+    handover: Option<Arc<Handover>>,
 }
 
+/// A caller's operation, and the request of the kernel that it is for, or 0.
+type Waiting = (Op, Sent, Answer, u64);
+
 impl Queue {
-    pub(super) fn new(slots: u32) -> Queue {
+    /// With what a former process has left, and for a successor.
+    pub(super) fn new(slots: u32, handover: Option<Arc<Handover>>) -> Queue {
+        let left = handover.as_ref().and_then(|handover| handover.legacy());
+        let left = left.map_or(&[][..], |left| &left.asked);
+        let slots = Slots::new(slots, sequence_before(&handover), left, handover.is_some());
         Queue {
             quiet: VecDeque::new(),
             waiting: VecDeque::new(),
-            slots: Slots::new(slots),
+            slots,
             unanswered: BTreeMap::new(),
             id_next: 1,
+            handover,
         }
     }
 
     /// A caller's operation.
-    pub(super) fn submit(&mut self, op: Op, sent: Sent, answer: Answer) {
-        self.waiting.push_back((op, sent, answer));
+    pub(super) fn submit(&mut self, op: Op, sent: Sent, answer: Answer, request: u64) {
+        self.waiting.push_back((op, sent, answer, request));
     }
 
     /// Operations that nobody waits for, each with whether it was decided here.
@@ -95,7 +110,7 @@ impl Queue {
         while let Some(next) = self.quiet.pop_front() {
             match next {
                 Quiet::Tell(message) => messages.tell(message),
-                Quiet::Operation(op, answer) => match self.slot_for(&op, 0) {
+                Quiet::Operation(op, answer) => match self.slot_for(&op, 0, 0) {
                     Ok(slot) => messages.add(self.send(op, slot, Sent::default(), answer)),
                     Err(NoSlot) => {
                         self.quiet.push_front(Quiet::Operation(op, answer));
@@ -105,11 +120,14 @@ impl Queue {
             }
         }
         let reserved = self.slots.count() / RESERVED_SHARE;
-        while let Some((op, sent, answer)) = self.waiting.pop_front() {
-            match self.slot_for(&op, reserved) {
-                Ok(slot) => messages.add(self.send(op, slot, sent, answer)),
+        while let Some((op, sent, answer, request)) = self.waiting.pop_front() {
+            match self.slot_for(&op, request, reserved) {
+                Ok(slot) => {
+                    self.leave_asked(&op, slot, request);
+                    messages.add(self.send(op, slot, sent, answer));
+                }
                 Err(NoSlot) => {
-                    self.waiting.push_front((op, sent, answer));
+                    self.waiting.push_front((op, sent, answer, request));
                     break;
                 }
             }
@@ -117,14 +135,35 @@ impl Queue {
         messages.finish()
     }
 
-    fn slot_for(&mut self, op: &Op, reserved: usize) -> Result<Option<Slot>, NoSlot> {
+    fn slot_for(&mut self, op: &Op, request: u64, reserved: usize) -> Result<Option<Slot>, NoSlot> {
         if !is_mutation(op) {
             return Ok(None);
+        }
+        if request != 0
+            && let Some(slot) = self.slots.take_left(request, kind_of(op))
+        {
+            return Ok(Some(slot));
         }
         if self.slots.free() <= reserved {
             return Err(NoSlot);
         }
         self.slots.take().map(Some).ok_or(NoSlot)
+    }
+
+    /// Tells a successor of a mutation that is not the same when it is executed twice.
+    fn leave_asked(&self, op: &Op, slot: Option<Slot>, request: u64) {
+        let kind = kind_of(op);
+        if let (Some(handover), Some(Slot { index, sequence })) = (&self.handover, slot)
+            && request != 0
+            && kind != 0
+        {
+            handover.asked(Asked { request, slot: index, sequence, kind });
+        }
+    }
+
+    /// The requests that a former process has not answered have come again by now.
+    pub(super) fn forget_left(&mut self) {
+        self.slots.forget_left();
     }
 
     fn send(&mut self, op: Op, slot: Option<Slot>, sent: Sent, answer: Answer) -> Request {
@@ -166,7 +205,7 @@ impl Queue {
 
     /// A session that knows nothing of the former one's slots.
     pub(super) fn start_over(&mut self, slots: u32) {
-        self.slots = Slots::new(slots);
+        self.slots = Slots::new(slots, sequence_before(&self.handover), &[], self.handover.is_some());
     }
 
     /// Takes out everything that was or would have been sent. What would have been told is void.
@@ -177,7 +216,26 @@ impl Queue {
             Quiet::Operation(op, answer) => Some((op, Sent::default(), answer)),
             Quiet::Tell(_) => None,
         });
-        sent.chain(quiet).chain(self.waiting.drain(..)).collect()
+        let waiting = self.waiting.drain(..).map(|(op, sent, answer, _)| (op, sent, answer));
+        sent.chain(quiet).chain(waiting).collect()
+    }
+}
+
+/// Another process may have used sequences up to here.
+fn sequence_before(handover: &Option<Arc<Handover>>) -> u64 {
+    handover.as_ref().map_or(0, |handover| handover.first_number() - 1)
+}
+
+/// A number for each kind of mutation whose second execution would have another answer; 0 for others.
+fn kind_of(op: &Op) -> u64 {
+    match op {
+        Op::Make(_) => 1,
+        Op::Link(_) => 2,
+        Op::Remove(_) => 3,
+        Op::Rename(_) => 4,
+        Op::SetXattr(_) => 5,
+        Op::RemoveXattr(_) => 6,
+        _ => 0,
     }
 }
 
@@ -248,8 +306,8 @@ mod tests {
 
     #[test]
     fn callers_never_overtake_what_was_deferred_and_notices_stand_in_line() {
-        let mut queue = Queue::new(8);
-        queue.submit(look(1), Sent::default(), Answer::Nobody);
+        let mut queue = Queue::new(8, None);
+        queue.submit(look(1), Sent::default(), Answer::Nobody, 0);
         queue.defer([(make(2), true), (Op::Close(Close { handle: 3 }), false)].into_iter());
         queue.tell(ClientMessage { beat: 4, ..ClientMessage::default() });
         queue.defer([(make(5), true)].into_iter());
@@ -261,9 +319,35 @@ mod tests {
     }
 
     #[test]
+    fn a_successor_sends_a_request_again_as_the_same_mutation() {
+        let memory = Handover::memory().unwrap();
+        let take_over = || Arc::new(Handover::take_over(memory.try_clone().unwrap()).unwrap());
+        let handover = take_over();
+        handover.set_session(fjordfs_proto::SessionId(1), "");
+        let slots = |queue: &mut Queue| -> Vec<(u32, u64)> {
+            let sent = queue.admit().into_iter().flat_map(|message| message.requests);
+            sent.map(|request| (request.slot, request.sequence)).collect()
+        };
+        let mut queue = Queue::new(8, Some(handover.clone()));
+        for request in [2, 4, 6] {
+            queue.submit(make(request), Sent::default(), Answer::Nobody, request);
+        }
+        let before = slots(&mut queue);
+        handover.answered(4);
+        let mut next = Queue::new(8, Some(take_over()));
+        for request in [8, 6, 4] {
+            next.submit(make(request), Sent::default(), Answer::Nobody, request);
+        }
+        let after = slots(&mut next);
+        assert_eq!(after[1], before[2]);
+        assert!(after[0].1 > 1 << 40 && after[2].1 > 1 << 40, "others are new: {after:?}");
+        assert!(after.iter().all(|slot| slot.0 != before[0].0), "one may still come");
+    }
+
+    #[test]
     fn callers_leave_slots_to_what_was_decided() {
-        let mut queue = Queue::new(8);
-        (0..8).for_each(|ino| queue.submit(make(ino), Sent::default(), Answer::Nobody));
+        let mut queue = Queue::new(8, None);
+        (0..8).for_each(|ino| queue.submit(make(ino), Sent::default(), Answer::Nobody, 0));
         assert_eq!(sent(&mut queue), [0, 1, 2, 3, 4, 5]);
         queue.defer([(make(10), true), (make(11), true), (make(12), true)].into_iter());
         queue.tell(ClientMessage { beat: 1, ..ClientMessage::default() });

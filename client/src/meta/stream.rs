@@ -16,7 +16,7 @@ use tonic::Streaming;
 use tracing::{info, warn};
 
 use super::{
-    Answer, Call,
+    Answer, BACKOFF, Call,
     attach::{AttachError, Attached, Peer},
     letting_go::LettingGo,
     queue::{Queue, Unanswered},
@@ -24,12 +24,10 @@ use super::{
 };
 use crate::{
     engine::Alive,
+    handover::Handover,
     leases::{Answered, Leases, Patience},
     locks::Locks,
 };
-
-/// Wait between attempts to reach the metaserver: from, to.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// Calls taken in at a time.
 const CALLS_MAX: usize = 256;
@@ -47,12 +45,14 @@ pub(super) fn spawn(
     calls: mpsc::UnboundedReceiver<Call>,
     leases: Arc<Leases>,
     locks: Arc<Locks>,
+    handover: Option<Arc<Handover>>,
     alive: Alive,
 ) -> (watch::Receiver<Arc<ClusterMap>>, watch::Receiver<SessionState>) {
     let (map_tx, map) = watch::channel(attached.map.clone());
     let (state_tx, state) = watch::channel(SessionState { session: attached.session(), ended: false });
+    let is_successor = handover.as_ref().is_some_and(|handover| handover.legacy().is_some());
     let driver = Driver {
-        queue: Queue::new(attached.welcome.slots),
+        queue: Queue::new(attached.welcome.slots, handover.clone()),
         cluster_id: attached.welcome.cluster_id.clone(),
         session: attached.welcome.session,
         beats: Beats::of(&attached.welcome),
@@ -64,9 +64,11 @@ pub(super) fn spawn(
         map: map_tx,
         state: state_tx,
         ending: false,
+        handover,
         _alive: alive,
     };
-    tokio::spawn(driver.run(attached));
+    driver.leave_session();
+    tokio::spawn(driver.run(attached, is_successor));
     (map, state)
 }
 
@@ -122,6 +124,7 @@ struct Driver {
     queue: Queue,
     /// Nothing more will be asked: by a goodbye, or because the client was dropped. What is under way comes to its end.
     ending: bool,
+    handover: Option<Arc<Handover>>,
     _alive: Alive,
 }
 
@@ -132,9 +135,19 @@ enum End {
 }
 
 impl Driver {
-    async fn run(mut self, mut attached: Attached) {
-        // A new session has nothing to send first.
-        let mut settling = None;
+    /// Which session a successor is to go on with.
+    fn leave_session(&self) {
+        if let Some(handover) = &self.handover {
+            handover.set_session(SessionId(self.session), &self.cluster_id);
+        }
+    }
+
+    async fn run(mut self, mut attached: Attached, is_successor: bool) {
+        // A new session has nothing to send first. What the process before this one gave to the caches below cannot be taken
+        // back; it runs out.
+        let settled_at = attached.greeted + self.beats.lease;
+        let mut settling =
+            is_successor.then(|| Box::pin(tokio::time::sleep_until(settled_at)) as BoxFuture<'static, ()>);
         loop {
             self.leases.renew(attached.greeted.into(), self.beats.lease);
             match self.serve(attached, settling).await {
@@ -198,6 +211,7 @@ impl Driver {
                 message = self.letting_go.next() => self.tell(message),
                 () = async { if let Some(settling) = &mut settling { settling.await } }, if settling.is_some() => {
                     settling = None;
+                    self.queue.forget_left();
                     let beat = self.beats.next();
                     self.tell(beat);
                 }
@@ -220,7 +234,9 @@ impl Driver {
     fn take_calls(&mut self, batch: &mut Vec<Call>) {
         for call in batch.drain(..) {
             match call {
-                Call::Operation(op, sent, reply) => self.queue.submit(op, sent, Answer::Caller(reply)),
+                Call::Operation(op, sent, reply, request) => {
+                    self.queue.submit(op, sent, Answer::Caller(reply), request);
+                }
                 Call::Goodbye => self.ending = true,
             }
         }
@@ -296,6 +312,7 @@ impl Driver {
                         self.leases.lost();
                     }
                     self.session = welcome.session;
+                    self.leave_session();
                     self.beats = Beats::of(welcome);
                     self.map.send_replace(attached.map.clone());
                     self.state.send_modify(|s| s.session = SessionId(welcome.session));

@@ -17,12 +17,14 @@ type Stored = HashMap<InodeId, Vec<Unsynced>>;
 impl Inner {
     /// Makes everything that this client has stored power-safe.
     pub(crate) async fn sync_stored(self: &Arc<Self>) -> FsResult<()> {
+        self.sync_what_was_left().await?;
         let stored = self.unsynced.lock().clone();
         self.sync_shards(stored).await
     }
 
     /// Makes what this client has stored of one inode power-safe.
     pub(crate) async fn sync_stored_of(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
+        self.sync_what_was_left().await?;
         let stored = self.unsynced.lock().get(&ino).map(|shards| Stored::from([(ino, shards.clone())]));
         self.sync_shards(stored.unwrap_or_default()).await
     }

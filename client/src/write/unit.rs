@@ -169,7 +169,7 @@ impl Running {
             if !inner.view.has_local() {
                 inner.dirty_since = None;
                 // Under the file's lock, so that a write that comes now is not forgotten.
-                client.dirty.lock().remove(&file.ino);
+                client.is_clean(file.ino);
             }
         }
         self.unit.done.send_replace(true);

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, ensure};
 use fjordfs_client::Options;
-use fjordfs_fuse::{MountOptions, OptionError};
+use fjordfs_fuse::{MountOptions, OptionError, TransportChoice, TransportKind};
 
 use crate::{
     data,
+    mount::supervisor::supervisor_pid,
     units::{ByteSize, Span},
 };
 
@@ -45,6 +46,10 @@ Options (-o, separated by commas):
   entry_timeout=SECONDS, attr_timeout=SECONDS
                         how long the kernel trusts names and attributes at least, with or
                         without a lease (default 0: only with one)
+  supervise=KIND        on: a supervisor holds the mount, and when the process that serves it
+                        dies another takes over (over /dev/fuse; needs Linux 6.9); off; auto
+                        (default): on where requests come over /dev/fuse anyway, off over
+                        io_uring, whose requests Linux cannot send to another process
   fsname=NAME           the device name to show
   log=FILE              log of a mount in the background
 
@@ -62,9 +67,30 @@ pub(crate) struct Settings {
     pub(crate) client: Options,
     /// Log of a background mount.
     pub(crate) log: Option<PathBuf>,
+    pub(crate) supervise: Supervise,
 }
 
-const OURS: [&str; 10] = [
+/// Whether a mount is to outlive the process that serves it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Supervise {
+    /// Where it costs nothing: over /dev/fuse.
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+/// First version of Linux whose FUSE sends requests again (`FUSE_NOTIFY_RESEND`).
+const RESENDS_FROM: (u32, u32) = (6, 9);
+
+fn kernel_resends() -> bool {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= RESENDS_FROM
+}
+
+const OURS: [&str; 11] = [
     "memory",
     "timeout",
     "hedge",
@@ -74,6 +100,7 @@ const OURS: [&str; 10] = [
     "local_sockets",
     "local_reads",
     "engine_threads",
+    "supervise",
     "log",
 ];
 
@@ -82,11 +109,14 @@ const OURS: [&str; 10] = [
 /// # Errors
 /// Names the option; `sloppy` lets unknown ones pass.
 pub(crate) fn parse(list: &str, meta: &str, dir: &Path, sloppy: bool) -> anyhow::Result<Settings> {
-    let description = format!("{} {} {}", data::hostname(), std::process::id(), dir.display());
+    // The process that a user would look for, and that stays.
+    let pid = supervisor_pid().unwrap_or_else(std::process::id);
+    let description = format!("{} {pid} {}", data::hostname(), dir.display());
     let mut settings = Settings {
         fuse: MountOptions::new(meta, dir),
         client: Options { description, drop_behind: true, ..Options::default() },
         log: None,
+        supervise: Supervise::Auto,
     };
     for option in list.split(',') {
         match settings.fuse.apply(option, &OURS) {
@@ -111,6 +141,32 @@ fn on_or_off(value: &str) -> Result<bool, String> {
 }
 
 impl Settings {
+    /// Whether a supervisor is to hold the mount.
+    ///
+    /// # Errors
+    /// Why the one that was insisted on is not possible.
+    pub(crate) fn is_supervised(&self) -> anyhow::Result<bool> {
+        match self.supervise {
+            Supervise::Off => Ok(false),
+            Supervise::On => {
+                ensure!(
+                    self.fuse.transport != TransportChoice::IoUring,
+                    "mount option `supervise=on`: not over io_uring, whose requests Linux cannot send to another process; \
+                     leave transport=io_uring out"
+                );
+                ensure!(
+                    kernel_resends(),
+                    "mount option `supervise=on`: this kernel cannot send requests to another process (Linux 6.9 and later can)"
+                );
+                Ok(true)
+            }
+            // A transport that is not possible is the mount's to report.
+            Supervise::Auto => Ok(kernel_resends()
+                && fjordfs_fuse::planned_transport(&self.fuse)
+                    .is_ok_and(|planned| planned.kind == TransportKind::DevFuse)),
+        }
+    }
+
     fn ours(&mut self, key: &str, value: Option<&str>) -> anyhow::Result<()> {
         let value = value
             .filter(|value| !value.is_empty())
@@ -148,6 +204,14 @@ impl Settings {
                     "mount option `engine_threads`: from 1 to 64 are possible"
                 );
                 self.client.threads = threads.into();
+            }
+            "supervise" => {
+                self.supervise = match value {
+                    "auto" => Supervise::Auto,
+                    "on" => Supervise::On,
+                    "off" => Supervise::Off,
+                    other => return Err(wrong(format!("'{other}' is neither auto, on nor off"))),
+                }
             }
             "log" => self.log = Some(value.into()),
             _ => return Err(wrong("is not known".to_owned())),

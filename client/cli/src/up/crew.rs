@@ -167,6 +167,8 @@ impl Crew {
             name: "mount".into(),
             args: words(&["mount", "-f", &self.meta_address])
                 .chain([orders.dir.as_os_str().to_owned()])
+                // It is watched here; whoever wants open files to outlive a crash says so.
+                .chain(words(&["-o", "supervise=off"]))
                 .chain(options)
                 .collect(),
             log: orders.folder.log("mount"),

@@ -119,14 +119,32 @@ impl<F: Filesystem> Dispatcher<F> {
         if appends(flags) {
             open_flags |= fopen::DIRECT_IO;
         }
+        self.fs.leave_open(fh, &open.file);
         self.files.insert_as(fh, open);
         (fh, OpenOut { fh, open_flags, ..OpenOut::default() })
     }
 
-    pub(super) fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
-        let open = self.files.get(fh).ok_or_else(|| unknown_handle(fh))?;
+    pub(super) async fn file(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
+        let open = match self.files.get(fh) {
+            Some(open) => open,
+            None => self.resume(fh).await?,
+        };
         self.open_was_taken_in(fh, &open);
         Ok(open)
+    }
+
+    /// An open file that a former process gave out.
+    async fn resume(&self, fh: u64) -> FsResult<Arc<OpenFile<F::File>>> {
+        if fh >= self.first_number {
+            return Err(unknown_handle(fh));
+        }
+        let _one_at_a_time = self.resuming.lock().await;
+        if let Some(open) = self.files.get(fh) {
+            return Ok(open);
+        }
+        let (ino, file) = self.fs.resume(fh).await?.ok_or_else(|| unknown_handle(fh))?;
+        self.files.insert_as(fh, OpenFile::new(file, ino));
+        self.files.get(fh).ok_or_else(|| unknown_handle(fh))
     }
 
     /// The kernel knows the handle.
@@ -137,7 +155,7 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Answer> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let size = (size as usize).min(self.size_max);
         if let Some(payload) = payload.get_mut(..size)
             && !payload.is_empty()
@@ -188,7 +206,7 @@ impl<F: Filesystem> Dispatcher<F> {
         flags: u32,
         data: Bytes,
     ) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let size = data.len();
         if write_flags & WRITE_KILL_SUIDGID != 0 && self.fs.drop_suid(&open.file) {
             // The kernel leaves that to us, and keeps the mode it has cached.
@@ -215,14 +233,14 @@ impl<F: Filesystem> Dispatcher<F> {
     /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages
     /// dirtied through a mapping are written back with any handle of the inode.
     pub(super) async fn flush(&self, fh: u64, lock_owner: u64) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let result = self.fs.flush(&open.file).await;
         let unlocked = self.unlock_process(fh, &open, lock_owner).await;
         self.stored(&open, result.and(unlocked))
     }
 
     pub(super) async fn fsync(&self, fh: u64) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let result = self.fs.fsync(&open.file).await;
         self.stored(&open, result)
     }

@@ -20,7 +20,7 @@ const END: u64 = i64::MAX.cast_unsigned();
 
 impl<F: Filesystem> Dispatcher<F> {
     pub(super) async fn getlk(&self, fh: u64, arguments: LockArguments) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let held = self.fs.test_lock(&open.file, lock_of(&arguments)?).await?;
         let lock = match held {
             None => FileLock { kind: UNLOCK, ..FileLock::default() },
@@ -39,7 +39,7 @@ impl<F: Filesystem> Dispatcher<F> {
         arguments: LockArguments,
         wait: bool,
     ) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let lock = lock_of(&arguments)?;
         if arguments.kind == UNLOCK {
             self.fs.unlock(&open.file, lock).await?;

@@ -22,7 +22,7 @@ impl<F: Filesystem> Dispatcher<F> {
         length: u64,
         mode: u32,
     ) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let clear = match mode & !KEEP_SIZE {
             0 => false,
             PUNCH_HOLE | ZERO_RANGE => true,
@@ -52,7 +52,7 @@ impl<F: Filesystem> Dispatcher<F> {
         fh_out: u64,
         range: CopiedRange,
     ) -> FsResult<u64> {
-        let (source, target) = (self.file(fh_in)?, self.file(fh_out)?);
+        let (source, target) = (self.file(fh_in).await?, self.file(fh_out).await?);
         self.drop_suid(caller, &target);
         let copied = self.fs.copy_range(&source.file, &target.file, range).await?;
         // The kernel drops its pages of what was copied over.
@@ -61,7 +61,7 @@ impl<F: Filesystem> Dispatcher<F> {
     }
 
     pub(super) async fn lseek(&self, fh: u64, offset: u64, whence: u32) -> FsResult<Reply> {
-        let open = self.file(fh)?;
+        let open = self.file(fh).await?;
         let data = match whence.cast_signed() {
             libc::SEEK_DATA => true,
             libc::SEEK_HOLE => false,

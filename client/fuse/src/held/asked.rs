@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjordfs_proto::InodeId;
@@ -13,6 +14,7 @@ use tokio::sync::Notify;
 #[derive(Debug)]
 struct Lookup {
     name: Bytes,
+    since: Instant,
     given_up: Arc<Notify>,
 }
 
@@ -29,7 +31,7 @@ impl Asked {
     pub(crate) fn ask(&self, directory: InodeId, name: &Bytes) -> Waiting<'_> {
         let key = (directory, self.number.fetch_add(1, Ordering::Relaxed));
         let given_up = Arc::new(Notify::new());
-        let lookup = Lookup { name: name.clone(), given_up: Arc::clone(&given_up) };
+        let lookup = Lookup { name: name.clone(), since: Instant::now(), given_up: Arc::clone(&given_up) };
         self.lookups.lock().insert(key, lookup);
         Waiting { asked: self, key, given_up }
     }
@@ -40,10 +42,11 @@ impl Asked {
         lookups.range((directory, 0)..=(directory, u64::MAX)).map(|(_, lookup)| lookup.name.clone()).collect()
     }
 
-    /// Gives up what is waited for in these directories.
-    pub(crate) fn give_up(&self, directories: impl Fn(InodeId) -> bool) {
+    /// Gives up what has been waited for in these directories for as long as `held_up`. Not what was asked a moment ago: the kernel asks
+    /// again only once, and a program would see the second refusal.
+    pub(crate) fn give_up(&self, held_up: Duration, directories: impl Fn(InodeId) -> bool) {
         for ((directory, _), lookup) in &*self.lookups.lock() {
-            if directories(*directory) {
+            if directories(*directory) && lookup.since.elapsed() >= held_up {
                 lookup.given_up.notify_one();
             }
         }
@@ -84,7 +87,9 @@ mod tests {
         let (first, second) = (asked.ask(InodeId(5), &names[0]), asked.ask(InodeId(5), &names[0]));
         let other = asked.ask(InodeId(6), &names[1]);
         assert_eq!(asked.names(InodeId(5)), [names[0].clone(), names[0].clone()]);
-        asked.give_up(|directory| directory == InodeId(5));
+        asked.give_up(Duration::from_secs(3600), |directory| directory == InodeId(5));
+        assert!(first.given_up().now_or_never().is_none(), "it was asked a moment ago");
+        asked.give_up(Duration::ZERO, |directory| directory == InodeId(5));
         assert!(first.given_up().now_or_never().is_some() && second.given_up().now_or_never().is_some());
         assert!(other.given_up().now_or_never().is_none());
         drop((first, second));

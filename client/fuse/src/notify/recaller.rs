@@ -101,7 +101,7 @@ impl<K: Kernel> Recaller<K> {
 
     fn go_on(&mut self) {
         if self.unfinished.iter().any(|recall| recall.since.elapsed() > HELD_UP) {
-            self.held.give_up_lookups();
+            self.held.give_up_lookups(HELD_UP);
         }
         for mut recall in std::mem::take(&mut self.unfinished) {
             let before = recall.directories.len();

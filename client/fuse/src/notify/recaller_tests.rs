@@ -249,6 +249,8 @@ fn a_lookup_that_holds_a_recall_up_is_given_up() {
     let (done, _waiting) = oneshot::channel();
     recaller.begin(Recall { inodes: vec![InodeId(6)], names: false, done });
     recaller.unfinished[0].since = Instant::now().checked_sub(2 * HELD_UP).unwrap();
+    // The lookup itself has to have waited, too.
+    std::thread::sleep(HELD_UP);
     recaller.go_on();
     assert!(futures_util::FutureExt::now_or_never(lookup.given_up()).is_some());
 }

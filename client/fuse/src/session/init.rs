@@ -90,6 +90,11 @@ impl Init {
         offered(&self.input) & init_flag::OVER_IO_URING != 0
     }
 
+    /// Whether requests that a process has left unanswered can be sent to its successor.
+    pub(super) fn can_resend(&self) -> bool {
+        offered(&self.input) & init_flag::HAS_RESEND != 0
+    }
+
     /// Minor version of the kernel's protocol.
     pub(super) fn kernel_minor(&self) -> u32 {
         self.input.minor

@@ -19,11 +19,14 @@ use crate::transport::io_uring::{IoUring, RegisterError, cpus};
 use crate::transport::selection::Plan;
 use crate::worker;
 
+use super::departure::Departing;
+
 /// What serving threads share.
 pub(super) struct Serving<F: Filesystem> {
     dispatcher: Arc<Dispatcher<F>>,
     pool: Arc<BufferPool>,
     alive: Arc<AtomicUsize>,
+    leaving: Departing,
 }
 
 impl<F: Filesystem> Clone for Serving<F> {
@@ -32,16 +35,23 @@ impl<F: Filesystem> Clone for Serving<F> {
             dispatcher: Arc::clone(&self.dispatcher),
             pool: Arc::clone(&self.pool),
             alive: Arc::clone(&self.alive),
+            leaving: self.leaving.clone(),
         }
     }
 }
 
 impl<F: Filesystem> Serving<F> {
-    fn new(dispatcher: &Arc<Dispatcher<F>>, pool: &Arc<BufferPool>, threads: usize) -> Serving<F> {
+    fn new(
+        dispatcher: &Arc<Dispatcher<F>>,
+        pool: &Arc<BufferPool>,
+        threads: usize,
+        leaving: Departing,
+    ) -> Serving<F> {
         Serving {
             dispatcher: Arc::clone(dispatcher),
             pool: Arc::clone(pool),
             alive: Arc::new(AtomicUsize::new(threads)),
+            leaving,
         }
     }
 
@@ -58,7 +68,8 @@ impl<F: Filesystem> Serving<F> {
             let serving = self.clone();
             tokio::task::spawn_local(async move { serving.read_device(index, device).await })
         });
-        report(index, worker::run(transport, Arc::clone(&self.dispatcher)).await);
+        let leaving = self.leaving.told.clone();
+        report(index, worker::run(transport, Arc::clone(&self.dispatcher), leaving).await);
         if let Some(reader) = reader {
             let _panic_was_reported_by_its_hook = reader.await;
         }
@@ -67,14 +78,22 @@ impl<F: Filesystem> Serving<F> {
 
     async fn read_device(&self, index: usize, device: OwnedFd) {
         let served = match DevFuse::new(device, Arc::clone(&self.pool)) {
-            Ok(transport) => worker::run(transport, Arc::clone(&self.dispatcher)).await,
+            Ok(transport) => {
+                worker::run(transport, Arc::clone(&self.dispatcher), self.leaving.told.clone()).await
+            }
             Err(e) => Err(e),
         };
         report(index, served);
     }
 
-    /// The last thread closes what the kernel left open.
+    /// The last thread closes what the kernel left open, unless a successor goes on with that.
     async fn end(self) {
+        if *self.leaving.told.borrow() {
+            drop(self.leaving.done);
+            // What is not done is done again by the successor. Dropping it here would take back what it has begun: a thread that
+            // waits for a lock gives up its line. The process ends without that.
+            return std::future::pending().await;
+        }
         if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.dispatcher.close_all().await;
         }
@@ -100,21 +119,26 @@ fn spawn(index: usize, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHa
     std::thread::Builder::new().name(format!("fjord-fuse-{index}")).spawn(run)
 }
 
-/// Starts workers that read /dev/fuse.
-pub(super) fn serve_dev_fuse<F: Filesystem>(
-    device: OwnedFd,
-    threads: usize,
-    dispatcher: &Arc<Dispatcher<F>>,
-    pool: &Arc<BufferPool>,
-) -> Result<Vec<JoinHandle<()>>, SessionError> {
-    // Every descriptor before any thread: a failure here leaves nothing running.
+/// The device's descriptors for as many threads.
+pub(super) fn devices(device: OwnedFd, threads: usize) -> Result<Vec<OwnedFd>, SessionError> {
     let mut devices = Vec::with_capacity(threads);
     for _ in 1..threads {
         let clone = dev_fuse::clone_device(device.as_fd());
         devices.push(clone.map_err(io_error("cloning /dev/fuse for a worker"))?);
     }
     devices.push(device);
-    let serving = Serving::new(dispatcher, pool, threads);
+    Ok(devices)
+}
+
+/// Starts workers that read /dev/fuse, one for each descriptor.
+pub(super) fn serve_dev_fuse<F: Filesystem>(
+    devices: Vec<OwnedFd>,
+    dispatcher: &Arc<Dispatcher<F>>,
+    pool: &Arc<BufferPool>,
+    leaving: &Departing,
+) -> Result<Vec<JoinHandle<()>>, SessionError> {
+    let threads = devices.len();
+    let serving = Serving::new(dispatcher, pool, threads, leaving.clone());
     let mut started = Vec::with_capacity(threads);
     for (index, device) in devices.into_iter().enumerate() {
         // A runtime belongs to its thread. None serves before all have one.
@@ -211,8 +235,9 @@ impl<F: Filesystem> RingThreads<F> {
         dispatcher: &Arc<Dispatcher<F>>,
         device: OwnedFd,
         pool: &Arc<BufferPool>,
+        leaving: &Departing,
     ) -> Vec<JoinHandle<()>> {
-        let serving = Serving::new(dispatcher, pool, self.threads.len());
+        let serving = Serving::new(dispatcher, pool, self.threads.len(), leaving.clone());
         let mut device = Some(device);
         let serve = |ring: RingThread<F>| {
             if ring.orders.send(Order::Serve(serving.clone(), device.take())).is_err() {
