@@ -197,6 +197,10 @@ impl<D: Device> Recovery<'_, D> {
                 lost += 1;
                 continue;
             }
+            if span.end > volume.position {
+                // For the scan to find: were it known twice, one of the two would be dropped, and they are the same bytes.
+                continue;
+            }
             let present = match volume.has_data_at(span.start) {
                 Some(present) => present,
                 None => {
