@@ -47,7 +47,7 @@ pub use server::DataServer;
 pub use store::label::LabelError;
 
 /// What the fuzzer of `tests/fuzz` reaches.
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing {
     pub use crate::store::fuzzing::run as recover;
 }

@@ -32,7 +32,7 @@ mod deleted;
 pub(crate) mod device;
 pub(crate) mod error;
 pub(crate) mod files;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 pub(crate) mod index;
 pub(crate) mod label;

@@ -72,7 +72,7 @@ mod core;
 mod executor;
 mod extents;
 pub mod fsck;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod healing;
 mod hot_extents;

@@ -28,6 +28,8 @@ pub mod domain;
 pub mod error;
 pub mod extent;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod ids;
 pub mod interval;
 pub mod layout;

@@ -50,7 +50,7 @@ mod run;
 use std::time::{Duration, Instant};
 
 /// Seeds in a usual run of the tests.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 300;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

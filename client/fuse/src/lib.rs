@@ -28,7 +28,7 @@ mod directory;
 mod dispatch;
 mod ends;
 pub mod filesystem;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handles;
 mod held;

@@ -172,7 +172,9 @@ impl<D: Device> Recovery<'_, D> {
                 tracing::error!("target {path}: {id} has been truncated to {size} of {full_size} bytes");
             }
             let data = self.device.data_ranges(&file).map_err(|e| self.io(format!("mapping {id}"), e))?;
-            let position = if label.is_some() { noted.map_or(PAGE, |n| n.position) } else { size }.min(size);
+            // The label is no record, or it would be dropped as a torn one.
+            let noted = noted.map_or(PAGE, |n| n.position.max(PAGE) / PAGE * PAGE);
+            let position = if label.is_some() { noted } else { size }.min(size);
             let sound = label.is_some() && size == full_size;
             self.opened.insert(id, Opened { file: Arc::new(file), salt, size, position, data, sound });
         }
@@ -195,6 +197,10 @@ impl<D: Device> Recovery<'_, D> {
             };
             if span.end > volume.size {
                 lost += 1;
+                continue;
+            }
+            if span.end > volume.position {
+                // For the scan to find: were it known twice, one of the two would be dropped, and they are the same bytes.
                 continue;
             }
             let present = match volume.has_data_at(span.start) {

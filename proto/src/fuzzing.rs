@@ -1,0 +1,79 @@
+//! What the fuzzer of `tests/fuzz` reaches.
+
+use prost::Message;
+
+use crate::{
+    ClusterMap,
+    crc32c::crc32c,
+    frame::{HEADER_LEN, Header, Opcode, decode_body, decode_error},
+    pb,
+};
+
+/// Reads bytes as a frame, as it comes from a socket, and as a map. Whatever they are, nothing panics. Half of the inputs get a right magic and
+/// checksum, so that what lies behind is reached.
+pub fn frame(input: &[u8]) {
+    let Some((choice, raw)) = input.split_first() else { return };
+    let Some((header, body)) = raw.split_first_chunk::<HEADER_LEN>() else { return };
+    let mut header = *header;
+    if choice & 1 == 1 {
+        let sound =
+            Header { opcode: Opcode::Stat, reply: false, status: 0, request: 0, body_len: 0, payload_len: 0 };
+        header[..5].copy_from_slice(&sound.encode()[..5]);
+        let crc = crc32c(&header[..28]);
+        header[28..].copy_from_slice(&crc.to_le_bytes());
+    }
+    if let Ok(decoded) = Header::decode(&header) {
+        // What is believed can be said again.
+        assert_eq!(Header::decode(&decoded.encode()), Ok(decoded.clone()));
+        let _ = decode_error(decoded.status, body);
+        match decoded.opcode {
+            Opcode::PutShard => drop(decode_body::<pb::data::PutShardRequest>(decoded.opcode, body)),
+            Opcode::ReadShard => drop(decode_body::<pb::data::ReadShardRequest>(decoded.opcode, body)),
+            Opcode::ListShards => drop(decode_body::<pb::data::ListShardsRequest>(decoded.opcode, body)),
+            _ => drop(decode_body::<pb::data::ReadShardReply>(decoded.opcode, body)),
+        }
+    }
+    if let Ok(map) = pb::common::ClusterMap::decode(body)
+        && let Ok(map) = ClusterMap::from_pb(map)
+    {
+        assert_eq!(ClusterMap::from_pb(map.to_pb()), Ok(map));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    fn corpus() -> Vec<Vec<u8>> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/frame");
+        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
+        files.sort();
+        assert!(!files.is_empty());
+        files.iter().map(|file| std::fs::read(file).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_corpus_is_read() {
+        corpus().iter().for_each(|input| super::frame(input));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20000))]
+        /// What the fuzzer does, without its eyes.
+        #[test]
+        fn what_is_like_it_is_read_or_refused(
+            mut input in proptest::sample::select(corpus()),
+            more in proptest::collection::vec(any::<u8>(), 0..40),
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+        ) {
+            input.extend(more);
+            for (at, byte) in edits {
+                let at = at.index(input.len().max(1));
+                if let Some(place) = input.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            super::frame(&input);
+        }
+    }
+}
