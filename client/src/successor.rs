@@ -15,6 +15,7 @@ use std::{
 };
 
 use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 
 use crate::{Client, File, Handover, client::Inner, file::FileState, handover::Open};
@@ -101,13 +102,26 @@ impl Inner {
         }
     }
 
-    /// Makes what the former process had stored power-safe, wherever it is. Once.
+    /// Makes what the former process had stored power-safe, wherever it is, which is not known: on every target that can be reached. Once.
+    ///
+    /// # Errors
+    /// When a target that the metaserver has for up does not sync.
     pub(crate) async fn sync_what_was_left(self: &Arc<Self>) -> FsResult<()> {
         let Some(former) = &self.successor else { return Ok(()) };
-        if former.unsynced.load(Ordering::Acquire) {
-            self.data.sync(&self.data.unsynced_of_others()).await?;
-            former.unsynced.store(false, Ordering::Release);
+        if !former.unsynced.load(Ordering::Acquire) {
+            return Ok(());
         }
+        // Each for itself: together, a few that do not would count as losses that the policy survives.
+        let sync_all = async || {
+            let targets = self.data.unsynced_of_others();
+            let syncs = targets.iter().map(|target| self.data.sync(std::slice::from_ref(target)));
+            join_all(syncs).await.into_iter().collect::<FsResult<()>>()
+        };
+        if sync_all().await.is_err() {
+            // One that has been declared down meanwhile is a loss that the policy survives.
+            sync_all().await?;
+        }
+        former.unsynced.store(false, Ordering::Release);
         Ok(())
     }
 }

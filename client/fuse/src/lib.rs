@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`options`] | `-o` options |
 //! | [`mount`] | mounting, as root or through fusermount3; unmounting |
-//! | `session` | negotiation with the kernel, threads |
+//! | `session` | negotiation with the kernel, threads, taking over from a former process |
 //! | `transport` | how requests come and answers go |
 //! | `worker` | one thread: many requests in flight, panics and callers that die |
 //! | `request`, `reply`, `abi` | the kernel's bytes, in and out |
