@@ -24,7 +24,7 @@ pub fn frame(input: &[u8]) {
     }
     if let Ok(decoded) = Header::decode(&header) {
         // What is believed can be said again.
-        assert_eq!(Header::decode(&decoded.encode()), Ok(decoded.clone()));
+        assert_eq!(Header::decode(&decoded.encode()), Ok(decoded));
         let _ = decode_error(decoded.status, body);
         match decoded.opcode {
             Opcode::PutShard => drop(decode_body::<pb::data::PutShardRequest>(decoded.opcode, body)),
