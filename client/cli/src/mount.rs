@@ -29,7 +29,7 @@ mod supervisor;
 /// Returns when it is mounted and goes on in the background, with a log in /var/log/fjord (or ~/.local/state/fjord).
 /// With -f it stays in the foreground; SIGTERM or Ctrl-C unmounts cleanly, a second one detaches a mount in use.
 ///
-/// A supervised mount (-o supervise) is served by a process of its own. When that dies, another takes over within moments: the
+/// A supervised mount (-o supervise=on) is served by a process of its own. When that dies, another takes over within moments: the
 /// mount, open files and locks stay, and what was asked of it is asked again.
 #[derive(clap::Args)]
 #[command(after_help = options::HELP)]
