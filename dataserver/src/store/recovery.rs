@@ -195,7 +195,8 @@ impl<D: Device> Recovery<'_, D> {
                 lost += 1;
                 continue;
             };
-            if span.end > volume.size {
+            // The first page is the label's: a shard that claims it must not be dropped together with it.
+            if span.start < PAGE || span.end > volume.size {
                 lost += 1;
                 continue;
             }
