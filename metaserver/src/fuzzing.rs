@@ -48,38 +48,24 @@ pub fn record(bytes: &[u8]) {
 }
 
 #[cfg(test)]
+#[path = "../../tests/fuzz/inputs.rs"]
+mod inputs;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    fn corpus() -> Vec<Vec<u8>> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/records");
-        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
-        files.sort();
-        assert!(!files.is_empty());
-        files.iter().map(|file| std::fs::read(file).unwrap()).collect()
-    }
+    use super::inputs::{corpus, like};
 
     #[test]
     fn the_corpus_comes_back() {
-        corpus().iter().for_each(|input| super::record(input));
+        corpus("records").iter().for_each(|input| super::record(input));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20000))]
-        /// What the fuzzer does, without its eyes.
         #[test]
-        fn what_is_like_it_comes_back_or_is_refused(
-            mut input in proptest::sample::select(corpus()),
-            more in proptest::collection::vec(any::<u8>(), 0..40),
-            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
-        ) {
-            input.extend(more);
-            for (at, byte) in edits {
-                let at = at.index(input.len().max(1));
-                if let Some(place) = input.get_mut(at) {
-                    *place = byte;
-                }
-            }
+        fn what_is_like_it_comes_back_or_is_refused(input in like(corpus("records"))) {
             super::record(&input);
         }
     }

@@ -41,38 +41,24 @@ pub fn frame(input: &[u8]) {
 }
 
 #[cfg(test)]
+#[path = "../../tests/fuzz/inputs.rs"]
+mod inputs;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    fn corpus() -> Vec<Vec<u8>> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/frame");
-        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
-        files.sort();
-        assert!(!files.is_empty());
-        files.iter().map(|file| std::fs::read(file).unwrap()).collect()
-    }
+    use super::inputs::{corpus, like};
 
     #[test]
     fn the_corpus_is_read() {
-        corpus().iter().for_each(|input| super::frame(input));
+        corpus("frame").iter().for_each(|input| super::frame(input));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20000))]
-        /// What the fuzzer does, without its eyes.
         #[test]
-        fn what_is_like_it_is_read_or_refused(
-            mut input in proptest::sample::select(corpus()),
-            more in proptest::collection::vec(any::<u8>(), 0..40),
-            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
-        ) {
-            input.extend(more);
-            for (at, byte) in edits {
-                let at = at.index(input.len().max(1));
-                if let Some(place) = input.get_mut(at) {
-                    *place = byte;
-                }
-            }
+        fn what_is_like_it_is_read_or_refused(input in like(corpus("frame"))) {
             super::frame(&input);
         }
     }

@@ -221,9 +221,6 @@ fn not_wrong(result: Result<(), Stop>, history: usize, seed: u64) {
     }
 }
 
-// Open bug: once in some thousand histories of renames a name is seen where it is no more (FJORD_SEED=2088797176 at #731, and over
-// deaths of the metaserver FJORD_SEED=3116859663 at #139).
-
 #[test]
 fn what_clients_do_at_once_keeps_every_promise() {
     Stage::set("histories", Setup::default()).play(240, Disturbance::Nothing);

@@ -143,38 +143,24 @@ fn checkpoint(input: &mut Input<'_>, out: &mut dyn std::io::Write) -> std::io::R
 }
 
 #[cfg(test)]
+#[path = "../../../tests/fuzz/inputs.rs"]
+mod inputs;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    fn corpus() -> Vec<Vec<u8>> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/volume");
-        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
-        files.sort();
-        assert!(!files.is_empty());
-        files.iter().map(|file| std::fs::read(file).unwrap()).collect()
-    }
+    use super::inputs::{corpus, like};
 
     #[test]
     fn nothing_of_the_corpus_is_recovered_in_two_ways() {
-        corpus().iter().for_each(|input| super::run(input));
+        corpus("volume").iter().for_each(|input| super::run(input));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(500))]
-        /// What the fuzzer does, without its eyes.
         #[test]
-        fn nor_is_what_is_like_it(
-            mut input in proptest::sample::select(corpus()),
-            more in proptest::collection::vec(any::<u8>(), 0..40),
-            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
-        ) {
-            input.extend(more);
-            for (at, byte) in edits {
-                let at = at.index(input.len().max(1));
-                if let Some(place) = input.get_mut(at) {
-                    *place = byte;
-                }
-            }
+        fn nor_is_what_is_like_it(input in like(corpus("volume"))) {
             super::run(&input);
         }
     }
