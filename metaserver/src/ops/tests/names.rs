@@ -7,7 +7,7 @@ use request::Op;
 use response::Result as Reply;
 
 use crate::{
-    testing::{World, errno},
+    testing::{World, errno, run},
     txn::Txn,
 };
 
@@ -180,7 +180,6 @@ fn attributes_are_set_one_by_one() {
     assert_eq!((a.mtime, a.atime.unwrap().sec), (Some(time), 1007));
     let bad = Time { sec: 3, nsec: 1_000_000_000 };
     assert_eq!(errno(w.setattr(set(SetAttr { mtime: Some(bad), ..SetAttr::default() }))), EINVAL);
-    assert_eq!(errno(w.setattr(set(SetAttr { policy: Some(1), ..SetAttr::default() }))), EINVAL);
     assert_eq!(errno(w.truncate(ino, 1 << 63)), EFBIG);
     assert_eq!(errno(w.truncate(R, 0)), EISDIR);
     w.check();
@@ -203,6 +202,17 @@ fn a_policy_needs_its_targets_and_is_inherited() {
     let file = w.make(dir, "f", FileKind::Regular).unwrap();
     assert_eq!(w.getattr(file).unwrap().policy, 1);
     assert_eq!(w.getattr(R).unwrap().policy, 2);
+    // A file can have another one as long as it has no bytes; nothing else can.
+    let of = |ino: InodeId, code| SetAttr { ino: ino.0, policy: Some(code), ..SetAttr::default() };
+    w.setattr(of(file, 2)).unwrap();
+    assert_eq!(w.getattr(file).unwrap().policy, 2);
+    let block = w.lease(1);
+    w.write(file, vec![run(0, 3000, block, 0)]).unwrap();
+    assert_eq!(errno(w.setattr(of(file, 1))), EINVAL);
+    let hole = w.file("hole");
+    w.truncate(hole, 10).unwrap();
+    let pipe = w.make(R, "pipe", FileKind::Fifo).unwrap();
+    assert_eq!([hole, pipe].map(|ino| errno(w.setattr(of(ino, 1)))), [EINVAL; 2]);
     w.check();
 }
 
