@@ -180,7 +180,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 return Ok(Answer { opened: Some(Opened::Directory(fh)), ..reply.into() });
             }
 
-            Operation::Lookup { name } => return self.lookup(node, &name).await,
+            Operation::Lookup { name } => return self.lookup(node, &name, caller.pid).await,
             Operation::Getattr => {
                 let attr = self.fs.getattr(node).await?;
                 Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
@@ -308,12 +308,12 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(reply.into())
     }
 
-    async fn lookup(&self, parent: InodeId, name: &Bytes) -> FsResult<Answer> {
+    async fn lookup(&self, parent: InodeId, name: &Bytes, thread: u32) -> FsResult<Answer> {
         let mut lookup = pin!(self.fs.lookup(parent, name));
         let found = match lookup.as_mut().now_or_never() {
             Some(found) => found,
             None => {
-                let asked = self.held.asked.ask(parent, name);
+                let asked = self.held.asked.ask(parent, name, thread);
                 tokio::select! {
                     biased;
                     found = lookup => found,

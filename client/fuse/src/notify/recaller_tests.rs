@@ -245,7 +245,7 @@ fn a_lookup_that_holds_a_recall_up_is_given_up() {
     let mut recaller = Recaller::new(&fake, Arc::clone(&held));
     held.unsettled.list(InodeId(5), 1);
     held.lookups.add(InodeId(6));
-    let lookup = held.asked.ask(InodeId(5), &bytes::Bytes::from_static(b"name"));
+    let lookup = held.asked.ask(InodeId(5), &bytes::Bytes::from_static(b"name"), 1);
     let (done, _waiting) = oneshot::channel();
     recaller.begin(Recall { inodes: vec![InodeId(6)], names: false, done });
     recaller.unfinished[0].since = Instant::now().checked_sub(2 * HELD_UP).unwrap();
