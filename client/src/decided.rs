@@ -78,7 +78,7 @@ impl Inner {
             Some(file) => {
                 let sets_mtime = set.mtime.is_some() || set.mtime_now;
                 file.view.set_times(attr.mtime.filter(|_| sets_mtime), attr.ctime);
-                file.view.learn_attr(attr);
+                file.view.set_attr(set, attr);
                 file.view.attr()
             }
             None => attr,

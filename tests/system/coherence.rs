@@ -142,9 +142,10 @@ fn histories(name: &str, setup: Setup, steps: usize, disturb: impl FnOnce(&mut C
                 scope.spawn(move || {
                     let mut random = rng::stream(seed, 1 + worker as u64);
                     for step in 0..steps {
+                        let what = random.random_range(0..14);
                         registers
-                            .step(mount, root, random.random_range(0..14))
-                            .unwrap_or_else(|e| panic!("worker {worker}, step {step}: {e}"));
+                            .step(mount, root, what)
+                            .unwrap_or_else(|e| panic!("worker {worker}, step {step}, which is {what}: {e}"));
                     }
                 })
             })

@@ -191,7 +191,12 @@ impl<'a> Listing<'a> {
     fn add<F: Filesystem>(&mut self, fs: &F, directory: &OpenDirectory, entries: &[DirEntry]) -> usize {
         let entries = &entries[..self.fitting(entries)];
         let brought = match self.plus {
-            Some(plus) if directory.brought.load(Ordering::Relaxed) < BROUGHT_MAX => {
+            // What others change right now would have to be asked for again anyway, and listings with more than names are what recalls
+            // can be held up by.
+            Some(plus)
+                if directory.brought.load(Ordering::Relaxed) < BROUGHT_MAX
+                    && !plus.held.unsettled.is_contended(directory.ino) =>
+            {
                 directory.brought.fetch_add(entries.len(), Ordering::Relaxed);
                 self.bring(fs, plus, directory.ino, entries)
             }

@@ -21,7 +21,8 @@
 //! Answers that wait for others: an answer to LOOKUP may wait for the very recall. While the kernel waits for one, it cannot
 //! link the same name of a listing. So a listing leaves out names that are being looked up ([`Asked`]), and when a recall
 //! is held up nevertheless, because the LOOKUP came in between, lookups in directories that are being listed are given up:
-//! the kernel takes `ESTALE` as a reason to walk the path again, and asks again.
+//! the kernel takes `ESTALE` as a reason to walk the path again, and asks again. Not for a name that is about to be made, though: there
+//! the program sees it. Therefore listings of directories that others have changed lately bring names only.
 
 mod asked;
 mod lookups;

@@ -22,7 +22,7 @@ use fjordfs_proto::{
     interval::{IntervalMap, Run},
     mode::without_suid,
     operation::access_is_due,
-    pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, Time},
+    pb::meta::{Attr, ExtentsReply, FileCommit, FileCommitReply, SetAttr, Time},
 };
 
 pub(crate) use plan::{Part, ReadPlan};
@@ -147,6 +147,23 @@ impl View {
             self.forget_extents(attr.data_version);
         }
         self.attr = attr;
+    }
+
+    /// Attributes were set here, which gave `attr`. That may be of before the last commit: then what was set counts, and nothing else.
+    pub(crate) fn set_attr(&mut self, set: &SetAttr, attr: Attr) {
+        if attr.data_version >= self.attr.data_version {
+            return self.learn_attr(attr);
+        }
+        if set.mode.is_some() || set.uid.is_some() || set.gid.is_some() || set.clear_suid {
+            (self.attr.mode, self.attr.uid, self.attr.gid) = (attr.mode, attr.uid, attr.gid);
+        }
+        if set.atime.is_some() || set.atime_now {
+            self.attr.atime = attr.atime;
+        }
+        if set.mtime.is_some() || set.mtime_now {
+            self.attr.mtime = attr.mtime;
+        }
+        self.attr.ctime = attr.ctime;
     }
 
     /// A page of extents that was asked for from `from` on.

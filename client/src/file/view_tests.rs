@@ -380,3 +380,22 @@ fn an_absurd_shift_is_recognised() {
     let plain = FileCommit { append_base: None, ..sent };
     assert!(w.view.can_shift(&plain, 0) && !w.view.can_shift(&plain, 5));
 }
+
+#[test]
+fn what_was_set_counts_also_beside_attributes_of_before_the_last_commit() {
+    let mut world = World::new();
+    world.write(0, b"bytes", false);
+    let before = world.view.attr;
+    world.flush();
+    let at = |sec| Some(Time { sec, nsec: 0 });
+    world.view.attr.atime = at(50);
+    world.view.attr.mtime = at(50);
+    let set = SetAttr { ino: 7, atime: at(3), ..SetAttr::default() };
+    world.view.set_attr(&set, Attr { atime: at(3), mtime: at(1), ctime: at(60), mode: 0o777, ..before });
+    let attr = world.view.attr();
+    assert_eq!((attr.atime, attr.mtime, attr.ctime, attr.size), (at(3), at(50), at(60), 5));
+    assert_ne!(attr.mode, 0o777);
+    let set = SetAttr { ino: 7, mode: Some(0o640), ..SetAttr::default() };
+    world.view.set_attr(&set, Attr { atime: at(1), mode: 0o640, ..before });
+    assert_eq!((world.view.attr().mode, world.view.attr().atime), (0o640, at(3)));
+}

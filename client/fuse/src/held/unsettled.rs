@@ -13,6 +13,12 @@ const TAKEN_IN: Duration = Duration::from_secs(1);
 /// More creations than this are not remembered; their attributes are not to be cached then.
 const CREATIONS_MAX: usize = 4096;
 
+/// A directory whose names were recalled counts as contended for so long.
+const CONTENDED: Duration = Duration::from_secs(5);
+
+/// Beyond so many contended directories those that are not any more are forgotten.
+const CONTENDED_MANY: usize = 1024;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Unsettled {
@@ -21,6 +27,8 @@ pub(crate) struct Unsettled {
     creation_count: AtomicUsize,
     /// By directory and handle, of which there are as many as open directories.
     listings: Mutex<BTreeMap<(InodeId, u64), Instant>>,
+    /// Directories whose names were recalled, and when.
+    contended: Mutex<HashMap<InodeId, Instant>>,
 }
 
 impl Unsettled {
@@ -54,6 +62,20 @@ impl Unsettled {
     pub(crate) fn is_created(&self, ino: InodeId) -> bool {
         self.has_creations()
             && self.creations.lock().get(&ino).is_some_and(|given| given.elapsed() < TAKEN_IN)
+    }
+
+    /// The names of a directory are recalled: others change it.
+    pub(crate) fn contend(&self, directory: InodeId) {
+        let mut contended = self.contended.lock();
+        if contended.len() >= CONTENDED_MANY {
+            contended.retain(|_, since| since.elapsed() < CONTENDED);
+        }
+        contended.insert(directory, Instant::now());
+    }
+
+    /// Whether others have changed the directory lately, and are likely to do it again.
+    pub(crate) fn is_contended(&self, directory: InodeId) -> bool {
+        self.contended.lock().get(&directory).is_some_and(|since| since.elapsed() < CONTENDED)
     }
 
     /// Names are going to be given with the answer to a READDIRPLUS on this handle. There is one at a time: the kernel has the
@@ -113,5 +135,20 @@ mod tests {
         unsettled.settle_listing(InodeId(5), 2);
         assert!(!unsettled.is_listed(InodeId(5)) && unsettled.is_listed(InodeId(6)));
         assert!(!unsettled.is_listed(InodeId(4)) && !unsettled.is_listed(InodeId(7)));
+    }
+
+    #[test]
+    fn a_directory_is_contended_for_a_while() {
+        let unsettled = Unsettled::default();
+        unsettled.contend(InodeId(5));
+        assert!(unsettled.is_contended(InodeId(5)) && !unsettled.is_contended(InodeId(6)));
+        let old = Instant::now().checked_sub(CONTENDED).unwrap();
+        unsettled.contended.lock().insert(InodeId(5), old);
+        assert!(!unsettled.is_contended(InodeId(5)));
+        for ino in 0..3 * CONTENDED_MANY as u64 {
+            unsettled.contended.lock().insert(InodeId(ino), old);
+        }
+        unsettled.contend(InodeId(7));
+        assert_eq!(unsettled.contended.lock().len(), 1);
     }
 }

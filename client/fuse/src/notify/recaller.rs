@@ -92,6 +92,7 @@ impl<K: Kernel> Recaller<K> {
         let Recall { inodes, names, done } = recall;
         let mut directories = Vec::new();
         if names {
+            inodes.iter().for_each(|ino| self.held.unsettled.contend(*ino));
             // Looked at first: what is taken in by now has an old epoch after what follows.
             directories = inodes.iter().copied().filter(|ino| self.held.unsettled.is_listed(*ino)).collect();
             log_refusal("names", self.kernel.drop_names());
