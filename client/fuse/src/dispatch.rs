@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
-use fjordfs_proto::pb::meta::Attr;
+use fjordfs_proto::pb::meta::{Attr, FileKind};
 use fjordfs_proto::{FsError, FsResult, InodeId};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
@@ -24,6 +24,7 @@ use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
 use crate::lock_owners::LockOwners;
 use crate::notify::Notifier;
+use crate::removed::OpenDirectories;
 use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
@@ -35,8 +36,9 @@ mod xattr;
 
 use file::OpenFile;
 
-/// RENAME_NOREPLACE and RENAME_EXCHANGE.
-const RENAME_FLAGS: [u32; 3] = [0, 1, 2];
+const RENAME_EXCHANGE: u32 = 2;
+/// None, RENAME_NOREPLACE, and that.
+const RENAME_FLAGS: [u32; 3] = [0, 1, RENAME_EXCHANGE];
 
 /// Everything workers share.
 pub(crate) struct Dispatcher<F: Filesystem> {
@@ -48,6 +50,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     size_max: usize,
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
+    open_directories: OpenDirectories,
     kernel_cache: KernelCache,
     held: Arc<Held>,
     ends: Arc<Ends>,
@@ -104,6 +107,7 @@ impl<F: Filesystem> Dispatcher<F> {
             size_max,
             files: Handles::new(first_number),
             directories: Handles::new(first_number),
+            open_directories: OpenDirectories::default(),
             kernel_cache: KernelCache::new(),
             held,
             ends: Arc::default(),
@@ -176,17 +180,18 @@ impl<F: Filesystem> Dispatcher<F> {
             }
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
+                self.open_directories.opened(node);
                 let reply = Reply::of(&abi::OpenOut { fh, ..abi::OpenOut::default() });
                 return Ok(Answer { opened: Some(Opened::Directory(fh)), ..reply.into() });
             }
 
             Operation::Lookup { name } => return self.lookup(node, &name, caller.pid).await,
             Operation::Getattr => {
-                let attr = self.fs.getattr(node).await?;
+                let attr = self.attr_of(node).await?;
                 Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
             }
             Operation::Statx => {
-                let attr = self.fs.getattr(node).await?;
+                let attr = self.attr_of(node).await?;
                 Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)))
             }
             Operation::Setattr(input) => self.setattr(node, &input).await?,
@@ -209,7 +214,9 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
             Operation::Rmdir { name } => {
+                let last = self.open_directory_at(node, &name).await;
                 self.fs.rmdir(node, &name).await?;
+                last.into_iter().for_each(|attr| self.open_directories.removed(attr));
                 Reply::Empty
             }
             Operation::Rename { name, new_parent, new_name, flags } => {
@@ -219,7 +226,12 @@ impl<F: Filesystem> Dispatcher<F> {
                         format!("rename with flags {flags:#x} is not supported"),
                     ));
                 }
+                let replaced = match flags & RENAME_EXCHANGE {
+                    0 => self.open_directory_at(new_parent, &new_name).await,
+                    _ => None,
+                };
                 self.fs.rename(node, &name, new_parent, &new_name, flags).await?;
+                replaced.into_iter().for_each(|attr| self.open_directories.removed(attr));
                 Reply::Empty
             }
 
@@ -369,6 +381,7 @@ impl<F: Filesystem> Dispatcher<F> {
         if fh < self.first_number && self.directories.get(fh).is_none() {
             // Offsets say all that a former process may have kept.
             self.directories.insert_as(fh, OpenDirectory::new(node));
+            self.open_directories.opened(node);
         }
         let directory = self.directories.get(fh).ok_or_else(|| unknown_handle(fh))?;
         self.held.unsettled.settle_listing(directory.ino(), fh);
@@ -377,6 +390,22 @@ impl<F: Filesystem> Dispatcher<F> {
         directory.list(&self.fs, offset, &mut listing).await?;
         let (reply, lists) = listing.into_reply();
         Ok(Answer { lists, ..reply.into() })
+    }
+
+    async fn attr_of(&self, node: InodeId) -> FsResult<Attr> {
+        match self.fs.getattr(node).await {
+            Err(e) if e.errno == Errno::ESTALE => self.open_directories.last_of(node).ok_or(e),
+            result => result,
+        }
+    }
+
+    /// The directory of this name, if any is open that is perhaps about to be removed.
+    async fn open_directory_at(&self, parent: InodeId, name: &Bytes) -> Option<Attr> {
+        if !self.open_directories.are_any() {
+            return None;
+        }
+        let found = self.fs.lookup(parent, name).await.ok();
+        found.filter(|attr| attr.kind() == FileKind::Directory)
     }
 
     /// Undoes what an answer began that the kernel did not take.
@@ -396,6 +425,7 @@ impl<F: Filesystem> Dispatcher<F> {
             Opened::Directory(fh) => {
                 if let Some(directory) = self.directories.remove(fh) {
                     self.held.unsettled.settle_listing(directory.ino(), fh);
+                    self.open_directories.closed(directory.ino());
                 }
             }
             Opened::File(fh) => {
