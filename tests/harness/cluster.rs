@@ -11,10 +11,11 @@ use std::{
 };
 
 use crate::{
-    MountPoint, Network, Process, Run, Scratch, fjord,
+    MountPoint, Network, Process, Run, Scratch,
+    engines::free_port,
+    fjord,
     network::HostNo,
     process::run,
-    scratch::free_port,
     status::Status,
     wait::{SOON, wait_for},
 };

@@ -1,21 +1,20 @@
 //! Servers of the metadata engines, as processes of the test: three etcd members, a PostgreSQL primary with a synchronous
 //! standby. They listen on loopback, keep their data in a temporary folder, and end with the test.
 
+#[path = "ports.rs"]
+mod ports;
+
 use std::{
-    net::TcpListener,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
+pub use ports::free_port;
+
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const POSTGRES_BIN: &str = "/usr/lib/postgresql/15/bin";
-
-/// A port that nobody listens on.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("no free port").port()
-}
 
 fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
     let begun = Instant::now();

@@ -9,10 +9,12 @@ use std::{
 };
 
 use fjordfs_tests::{
-    Cluster, Process, Setup, fault, fjord,
+    Cluster, Process, Setup,
+    engines::free_port,
+    fault, fjord,
     process::{Run, run_within},
     rng, run,
-    scratch::{Scratch, free_port},
+    scratch::Scratch,
     wait::{SOON, wait_for},
 };
 

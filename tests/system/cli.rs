@@ -610,7 +610,7 @@ fn daemons_read_their_configuration() {
     let cluster = Cluster::start("config-file", Setup { servers: 2, ..Setup::default() });
     let target = cluster.dir("configured");
     let config = cluster.folder().join("data.toml");
-    let listen = format!("127.0.0.1:{}", fjordfs_tests::scratch::free_port());
+    let listen = format!("127.0.0.1:{}", fjordfs_tests::engines::free_port());
     let content = format!(
         "meta = \"{}\"\nlisten = \"{listen}\"\nname = \"configured\"\ntargets = [\"{}@rack9\"]\nvolume_size = \"64MiB\"\ncores = 1\n",
         cluster.meta_address(),

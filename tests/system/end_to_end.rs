@@ -8,12 +8,12 @@ use std::{
 };
 
 use fjordfs_tests::{
-    Cluster, MountPoint, Process, Scratch, Setup, fjord,
+    Cluster, MountPoint, Process, Scratch, Setup,
+    engines::free_port,
+    fjord,
     mountpoint::{detach, is_mounted, wait_unmounted},
     process::{fjords_with, have, run_within, sh},
-    run,
-    scratch::free_port,
-    tree,
+    run, tree,
     wait::{SOON, wait_for, wait_until},
 };
 

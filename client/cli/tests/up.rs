@@ -9,10 +9,11 @@ use std::{
 };
 
 use fjordfs_tests::{
-    Process, Run, Scratch, fjord,
+    Process, Run, Scratch,
+    engines::free_port,
+    fjord,
     mountpoint::{detach, is_mounted, wait_unmounted},
     process::{fjords_with, run},
-    scratch::free_port,
     wait::{SOON, wait_for, wait_until},
 };
 use rustix::process::{Pid, Signal, kill_process};
