@@ -230,6 +230,14 @@ fn start(mut command: Command, output: &Output) -> io::Result<Child> {
     command.spawn()
 }
 
+/// Gives the calling thread a table of descriptors of its own: children that other threads start do not have what this one opens. They
+/// would close it on their way to another program, and so wait for a mount that may wait for them.
+pub fn own_descriptors() {
+    // SAFETY: descriptors of before stay valid in both tables.
+    let own = unsafe { libc::unshare(libc::CLONE_FILES) };
+    assert_eq!(own, 0, "{}", io::Error::last_os_error());
+}
+
 /// A long-lived child with its output in a log file. Killed when dropped.
 #[derive(Debug)]
 pub struct Process {

@@ -13,6 +13,7 @@ use std::{
 use fjordfs_tests::{
     Cluster, Setup,
     engines::{Etcd, Postgres},
+    process::own_descriptors,
     wait::wait_for,
 };
 use rustix::process::Signal;
@@ -80,7 +81,10 @@ fn owners_come_and_go(
         let (one, two) = (a.path().join("one"), b.path().join("two"));
         let workers = [one, two].map(|folder| {
             let stop = &stop;
-            scope.spawn(move || (work(&folder, stop), folder))
+            scope.spawn(move || {
+                own_descriptors();
+                (work(&folder, stop), folder)
+            })
         });
         for round in 0..rounds {
             std::thread::sleep(Duration::from_secs(1));
@@ -166,7 +170,11 @@ fn works_through(cluster: &Cluster, trouble: impl FnOnce()) {
     let stop = AtomicBool::new(false);
     let folder = a.path().join("work");
     let there = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| work(&folder, &stop));
+        let worker = scope.spawn(|| {
+            // Servers of the store are started again while it has files open.
+            own_descriptors();
+            work(&folder, &stop)
+        });
         std::thread::sleep(Duration::from_secs(1));
         trouble();
         // Something that needs the store: it ends only when that is of use again.
