@@ -23,6 +23,7 @@ pub(crate) struct MetaFile {
     pub(crate) down_after: Option<Span>,
     pub(crate) out_after: Option<Span>,
     pub(crate) log_sync: Option<Span>,
+    pub(crate) cache: Option<ByteSize>,
 }
 
 /// `fjord data --config FILE`.

@@ -25,7 +25,7 @@ use crate::{
     daemon::{self, Signals, Stop},
     locate::{self, DEFAULT_META, MetaArg},
     report, rpc,
-    units::{self, Span},
+    units::{self, ByteSize, Span},
 };
 
 /// Run the metaserver: the namespace, the cluster map, the sessions.
@@ -85,6 +85,9 @@ pub(crate) struct Args {
     /// Longest time between acknowledging a namespace change and having it on stable storage
     #[arg(long, value_name = "TIME")]
     log_sync: Option<Span>,
+    /// Memory for what it remembers of the namespace [default: 256MiB]
+    #[arg(long, value_name = "SIZE")]
+    cache: Option<ByteSize>,
 }
 
 #[derive(clap::Subcommand)]
@@ -117,6 +120,9 @@ enum Verb {
     Status(status::Args),
     Migrate(migrate::Args),
 }
+
+/// With a smaller cache hardly anything is found in it.
+const CACHE_MIN: u64 = 8 << 20;
 
 /// After it was the owner, a metaserver leaves the store to others for so long.
 const YIELD: Duration = Duration::from_secs(2);
@@ -227,7 +233,7 @@ async fn own(config: &Config, signals: &mut Signals) -> anyhow::Result<Option<Me
 }
 
 /// A store named on the command line.
-fn place(text: &str) -> anyhow::Result<Place> {
+pub(crate) fn place(text: &str) -> anyhow::Result<Place> {
     anyhow::ensure!(
         !Place::shows_password(text),
         "a password on the command line is seen by everybody on this host: put it into {PASSWORD_VARIABLE}, or into a \
@@ -272,6 +278,15 @@ fn settings(args: Args) -> anyhow::Result<Config> {
     set(&mut config.down_after, args.down_after, file.down_after);
     set(&mut config.out_after, args.out_after, file.out_after);
     set(&mut config.log_sync, args.log_sync, file.log_sync);
+    if let Some(ByteSize(cache)) = args.cache.or(file.cache) {
+        anyhow::ensure!(
+            cache >= CACHE_MIN,
+            "cache is {}: at least {} is possible",
+            ByteSize(cache),
+            ByteSize(CACHE_MIN)
+        );
+        config.engine.cache_bytes = cache;
+    }
     if let Some(policy) = args.policy.or(file.policy) {
         config.default_policy = policy;
     }

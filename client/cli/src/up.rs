@@ -61,6 +61,9 @@ pub(crate) struct Args {
     /// Folder for everything stored, and for logs [default: /var/lib/fjord for root, else ~/.local/share/fjord]
     #[arg(long, value_name = "FOLDER")]
     data: Option<PathBuf>,
+    /// Where the namespace is kept instead of the data folder: etcd://HOST:PORT,.../PREFIX, postgres://USER@HOST,.../DATABASE
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
     /// Address of the metaserver; port 0 takes a free one
     #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_META)]
     meta_listen: String,
@@ -79,6 +82,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn cluster(args: Args) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::listen()?;
+    if let Some(store) = &args.store {
+        crate::meta::place(store)?;
+    }
     let dir = prepare_mountpoint(&args.dir)?;
     let settings = mount::options::parse(&args.options.join(","), &args.meta_listen, &dir, false)?;
     mount::check_mountpoint(&dir, settings.fuse.nonempty)?;
@@ -88,7 +94,8 @@ async fn cluster(args: Args) -> anyhow::Result<ExitCode> {
     let stored = Plan::load(folder.path())?;
     let is_new = stored.is_none();
     let room = folder.room()?;
-    let plan = Plan::reconcile(stored, Wish { servers: args.servers, policy: args.policy }, room)?;
+    let wish = Wish { servers: args.servers, policy: args.policy, store: args.store };
+    let plan = Plan::reconcile(stored, wish, room, folder.path())?;
     let share = room / plan.servers as u64;
     if share < SHARE_MIN {
         bail!(

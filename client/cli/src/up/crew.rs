@@ -133,11 +133,13 @@ impl Crew {
 
     fn meta_spec(&self, orders: &Orders<'_>) -> anyhow::Result<Spec> {
         let policy = orders.plan.policy()?.to_string();
+        let place = match &orders.plan.store {
+            Some(store) => ["--store".into(), OsString::from(store)],
+            None => ["--data".into(), orders.folder.meta().into()],
+        };
         Ok(Spec {
             name: "metaserver".into(),
-            args: words(&["meta", "--listen", &self.listen, "--policy", &policy])
-                .chain([OsString::from("--data"), orders.folder.meta().into()])
-                .collect(),
+            args: words(&["meta", "--listen", &self.listen, "--policy", &policy]).chain(place).collect(),
             log: orders.folder.log("meta"),
             mountpoint: None,
         })

@@ -25,15 +25,20 @@ pub(crate) struct Plan {
     format_version: u32,
     pub(crate) servers: usize,
     policy: String,
+    /// Where the namespace is kept, when that is not the data folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) store: Option<String>,
     /// Bytes; as it was when the cluster was made.
     pub(crate) volume_size: u64,
 }
 
 /// What the flags ask for.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub(crate) struct Wish {
     pub(crate) servers: Option<usize>,
     pub(crate) policy: Option<Policy>,
+    /// The address of a store.
+    pub(crate) store: Option<String>,
 }
 
 impl Plan {
@@ -41,7 +46,12 @@ impl Plan {
     ///
     /// # Errors
     /// When the wish cannot be had, with what to do instead.
-    pub(crate) fn reconcile(stored: Option<Plan>, wish: Wish, room: u64) -> anyhow::Result<Plan> {
+    pub(crate) fn reconcile(
+        stored: Option<Plan>,
+        wish: Wish,
+        room: u64,
+        folder: &Path,
+    ) -> anyhow::Result<Plan> {
         if let Some(servers) = wish.servers {
             ensure!(
                 (1..=SERVERS_MAX).contains(&servers),
@@ -49,7 +59,7 @@ impl Plan {
             );
         }
         let plan = match stored {
-            Some(stored) => stored.changed(wish)?,
+            Some(stored) => stored.changed(wish, folder)?,
             None => {
                 let servers = wish.servers.unwrap_or(SERVERS_DEFAULT);
                 // What the servers are enough for.
@@ -60,7 +70,13 @@ impl Plan {
                 };
                 let policy = wish.policy.or(policy).context("no policy")?;
                 let volume_size = volume_size(room / servers as u64);
-                Plan { format_version: FORMAT_VERSION, servers, policy: policy.to_string(), volume_size }
+                Plan {
+                    format_version: FORMAT_VERSION,
+                    servers,
+                    policy: policy.to_string(),
+                    store: wish.store,
+                    volume_size,
+                }
             }
         };
         let policy = plan.policy()?;
@@ -72,12 +88,23 @@ impl Plan {
         Ok(plan)
     }
 
-    fn changed(self, wish: Wish) -> anyhow::Result<Plan> {
+    fn changed(self, wish: Wish, folder: &Path) -> anyhow::Result<Plan> {
         if let Some(policy) = wish.policy.filter(|p| p.to_string() != self.policy) {
             bail!(
                 "this filesystem was made with --policy {}; leave --policy out, and change the policy of a mounted folder \
                  with: fjord layout set PATH {policy}",
                 self.policy
+            );
+        }
+        if let Some(store) = wish.store.filter(|store| Some(store) != self.store.as_ref()) {
+            let from = match &self.store {
+                Some(store) => store.clone(),
+                None => format!("fjall:{}/meta", folder.display()),
+            };
+            bail!(
+                "this filesystem keeps its namespace in {from}: leave --store out, or stop it and move that with: \
+                 fjord meta migrate {from} {store}, then change \"store\" in {}",
+                folder.join("up.json").display()
             );
         }
         let servers = wish.servers.unwrap_or(self.servers);
@@ -146,11 +173,11 @@ mod tests {
     const ROOM: u64 = 300 << 30;
 
     fn wish(servers: Option<usize>, policy: Option<&str>) -> Wish {
-        Wish { servers, policy: policy.map(|p| p.parse().unwrap()) }
+        Wish { servers, policy: policy.map(|p| p.parse().unwrap()), store: None }
     }
 
     fn new(servers: Option<usize>, policy: Option<&str>) -> anyhow::Result<Plan> {
-        Plan::reconcile(None, wish(servers, policy), ROOM)
+        Plan::reconcile(None, wish(servers, policy), ROOM, Path::new("/data"))
     }
 
     #[test]
@@ -168,12 +195,21 @@ mod tests {
     #[test]
     fn a_stored_cluster_grows_but_does_not_shrink_or_change() {
         let stored = || Some(new(Some(3), Some("replica:2")).unwrap());
-        let go = |servers, policy| Plan::reconcile(stored(), wish(servers, policy), ROOM);
+        let go = |servers, policy| Plan::reconcile(stored(), wish(servers, policy), ROOM, Path::new("/data"));
         assert_eq!(go(None, None).unwrap(), stored().unwrap());
         assert_eq!(go(Some(3), Some("replica:2")).unwrap(), stored().unwrap());
         assert_eq!(go(Some(5), None).unwrap().servers, 5);
         assert!(go(Some(2), None).unwrap_err().to_string().contains("has 3 data servers"));
         assert!(go(None, Some("replica:3")).unwrap_err().to_string().contains("fjord layout set"));
+        let store = |plan, store: &str| {
+            let wish = Wish { store: Some(store.to_owned()), ..Wish::default() };
+            Plan::reconcile(plan, wish, ROOM, Path::new("/data"))
+        };
+        let moved = store(stored(), "etcd://a/x").unwrap_err().to_string();
+        assert!(moved.contains("fjord meta migrate fjall:/data/meta etcd://a/x"), "{moved}");
+        let on_etcd = store(None, "etcd://a/x").unwrap();
+        assert_eq!(store(Some(on_etcd.clone()), "etcd://a/x").unwrap(), on_etcd);
+        assert!(store(Some(on_etcd), "etcd://b/x").is_err());
     }
 
     #[test]
