@@ -3,7 +3,7 @@
 
 use std::{
     ffi::OsString,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -49,7 +49,7 @@ pub struct Setup {
     pub standbys: usize,
     /// Where the metadata folder lies; default: in the scratch folder.
     pub meta_root: Option<PathBuf>,
-    /// Hosts to run on, one for each process ([`Setup::META_HOST`] and so on); default: this one. For no standbys.
+    /// Hosts to run on, one for each process ([`Setup::META_HOST`] and so on); default: this one.
     pub network: Option<Arc<Network>>,
 }
 
@@ -85,14 +85,19 @@ impl Setup {
         2 + server
     }
 
+    /// Host of metaserver `n`: 0 for the first, others stand by.
+    pub fn metaserver_host(&self, n: usize) -> HostNo {
+        if n == 0 { Setup::META_HOST } else { 1 + self.servers + n }
+    }
+
     /// Host of the client with this number.
     pub fn client_host(&self, client: usize) -> HostNo {
-        2 + self.servers + client
+        2 + self.servers + self.standbys + client
     }
 
     /// Hosts of a network for this many clients.
     pub fn hosts(&self, clients: usize) -> usize {
-        2 + self.servers + clients
+        self.client_host(clients)
     }
 
     /// The default with another policy.
@@ -154,9 +159,13 @@ impl Cluster {
 
     /// `host:port` of the metaserver, or of all of them.
     pub fn meta_address(&self) -> String {
-        let ports = [self.meta_port].into_iter().chain(self.standby_ports.iter().copied());
-        let host = self.address_of(Setup::META_HOST);
-        ports.map(|port| format!("{host}:{port}")).collect::<Vec<_>>().join(",")
+        let all: Vec<String> =
+            (0..=self.setup.standbys).map(|n| self.metaserver_address(n).to_string()).collect();
+        all.join(",")
+    }
+
+    fn metaserver_address(&self, n: usize) -> SocketAddr {
+        (self.address_of(self.setup.metaserver_host(n)), self.metaserver_port(n)).into()
     }
 
     fn address_of(&self, host: HostNo) -> Ipv4Addr {
@@ -176,8 +185,14 @@ impl Cluster {
 
     /// Number of the metaserver that serves: 0 for the first, others stand by.
     pub fn owner(&self) -> Option<usize> {
-        (0..=self.setup.standbys)
-            .find(|n| std::net::TcpStream::connect(("127.0.0.1", self.metaserver_port(*n))).is_ok())
+        let listens = |address| TcpStream::connect(address).is_ok();
+        (0..=self.setup.standbys).find(|n| {
+            let address = self.metaserver_address(*n);
+            match &self.setup.network {
+                None => listens(address),
+                Some(network) => network.on(Setup::ADMIN_HOST, || listens(address)),
+            }
+        })
     }
 
     /// Starts metaserver `n` (again).
@@ -225,15 +240,12 @@ impl Cluster {
             Some(store) => command.args(["--store", store]),
             None => command.arg("--data").arg(self.meta_folder()),
         };
-        command.args([
-            "--listen",
-            &format!("{}:{}", self.address_of(Setup::META_HOST), self.metaserver_port(n)),
-        ]);
+        command.args(["--listen", &self.metaserver_address(n).to_string()]);
         command.args(["--policy", &self.setup.policy]);
         command.args(["--down-after", &seconds(self.setup.down_after)]);
         command.args(["--out-after", &seconds(self.setup.out_after)]);
         command.args(["--session-timeout", &seconds(self.setup.session_timeout)]);
-        self.placed(command, Setup::META_HOST)
+        self.placed(command, self.setup.metaserver_host(n))
     }
 
     /// The command that starts a data server.
@@ -406,6 +418,11 @@ impl Cluster {
         self.mounts.set(self.mounts.get() + 1);
         let dir = self.scratch.dir(&format!("mount{}", self.mounts.get()));
         MountPoint::start(&self.meta_address(), &dir, options, self.scratch.path())
+    }
+
+    /// What it was made of.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
     }
 
     /// Host of the client with this number.

@@ -1,10 +1,12 @@
 //! Servers of the metadata engines, as processes of the test: three etcd members, a PostgreSQL primary with a synchronous
-//! standby. They listen on loopback, keep their data in a temporary folder, and end with the test.
+//! standby. They listen on loopback, or etcd on hosts of a test, keep their data in a temporary folder, and end with the test.
 
 #[path = "ports.rs"]
 mod ports;
 
 use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -60,8 +62,34 @@ impl Certificates {
     }
 }
 
-/// Three members on this host.
+/// Where the servers of an engine run.
+pub trait Hosts {
+    /// Address of the host of server `n`.
+    fn address(&self, n: usize) -> Ipv4Addr;
+    /// Has a command run there.
+    fn enter(&self, command: &mut Command, n: usize);
+    /// Does something there.
+    fn on(&self, n: usize, act: &mut (dyn FnMut() + Send));
+}
+
+/// All on this one.
+struct Loopback;
+
+impl Hosts for Loopback {
+    fn address(&self, _: usize) -> Ipv4Addr {
+        Ipv4Addr::LOCALHOST
+    }
+
+    fn enter(&self, _: &mut Command, _: usize) {}
+
+    fn on(&self, _: usize, act: &mut (dyn FnMut() + Send)) {
+        act();
+    }
+}
+
+/// Three members.
 pub struct Etcd {
+    hosts: Box<dyn Hosts>,
     folder: tempfile::TempDir,
     client_ports: [u16; 3],
     peer_ports: [u16; 3],
@@ -76,8 +104,17 @@ impl Etcd {
         Etcd::start_with(Vec::new(), None)
     }
 
+    /// Each on a host of its own.
+    pub fn start_on(hosts: Box<dyn Hosts>) -> Etcd {
+        Etcd::start_as(hosts, Vec::new(), None)
+    }
+
     /// With more arguments, and with encrypted connections of clients, who must have a certificate, too.
-    pub fn start_with(mut args: Vec<String>, certificates: Option<&Certificates>) -> Etcd {
+    pub fn start_with(args: Vec<String>, certificates: Option<&Certificates>) -> Etcd {
+        Etcd::start_as(Box::new(Loopback), args, certificates)
+    }
+
+    fn start_as(hosts: Box<dyn Hosts>, mut args: Vec<String>, certificates: Option<&Certificates>) -> Etcd {
         let folder = tempfile::tempdir().expect("no temporary folder");
         let ports = || [free_port(), free_port(), free_port()];
         if let Some(made) = certificates {
@@ -90,33 +127,49 @@ impl Etcd {
         }
         let members = [None, None, None];
         let encrypted = certificates.is_some();
-        let mut etcd = Etcd { folder, client_ports: ports(), peer_ports: ports(), members, args, encrypted };
+        let mut etcd =
+            Etcd { hosts, folder, client_ports: ports(), peer_ports: ports(), members, args, encrypted };
         (0..3).for_each(|n| etcd.start_member(n));
-        for port in etcd.client_ports {
-            if encrypted {
-                wait_until("etcd", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-            } else {
-                wait_until("etcd", || healthy(port));
-            }
+        for n in 0..3 {
+            wait_until("etcd", || etcd.is_up(n));
         }
         etcd
     }
 
+    fn client(&self, n: usize) -> SocketAddr {
+        (self.hosts.address(n), self.client_ports[n]).into()
+    }
+
+    /// By etcd's own health check, which commits something, where one can be read.
+    fn is_up(&self, n: usize) -> bool {
+        let (address, encrypted, mut up) = (self.client(n), self.encrypted, false);
+        self.hosts.on(n, &mut || {
+            up = if encrypted { TcpStream::connect(address).is_ok() } else { healthy(address) };
+        });
+        up
+    }
+
+    fn post(&self, n: usize, path: &str, body: &str) -> Option<String> {
+        let (address, mut answer) = (self.client(n), None);
+        self.hosts.on(n, &mut || answer = post(address, path, body));
+        answer
+    }
+
     /// A call of etcd's JSON interface, on the first member that answers; the body of the answer.
     pub fn call(&self, path: &str, body: &str) -> String {
-        let answers = self.client_ports.iter().filter_map(|port| post(*port, path, body));
-        answers.into_iter().next().unwrap_or_else(|| panic!("no member answers {path} {body}"))
+        let mut answers = (0..3).filter_map(|n| self.post(n, path, body));
+        answers.next().unwrap_or_else(|| panic!("no member answers {path} {body}"))
     }
 
     /// The same on every member.
     pub fn call_each(&self, path: &str, body: &str) -> Vec<String> {
-        self.client_ports.iter().filter_map(|port| post(*port, path, body)).collect()
+        (0..3).filter_map(|n| self.post(n, path, body)).collect()
     }
 
     /// The member that leads.
     pub fn leader(&self) -> usize {
         let is_leader = |n: &usize| {
-            let status = post(self.client_ports[*n], "/v3/maintenance/status", "{}").unwrap_or_default();
+            let status = self.post(*n, "/v3/maintenance/status", "{}").unwrap_or_default();
             let after = |key: &str| {
                 let rest = status.split(&format!("\"{key}\":\"")).nth(1);
                 rest.and_then(|rest| rest.split('"').next()).map(str::to_owned)
@@ -139,18 +192,18 @@ impl Etcd {
 
     /// Starts a member that does not run.
     pub fn start_member(&mut self, n: usize) {
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let peer = |n: usize| format!("http://{}:{}", self.hosts.address(n), self.peer_ports[n]);
         let scheme = if self.encrypted { "https" } else { "http" };
-        let client = format!("{scheme}://127.0.0.1:{}", self.client_ports[n]);
-        let cluster: Vec<String> =
-            self.peer_ports.iter().enumerate().map(|(n, port)| format!("m{n}={}", url(*port))).collect();
+        let client = format!("{scheme}://{}", self.client(n));
+        let cluster: Vec<String> = (0..3).map(|n| format!("m{n}={}", peer(n))).collect();
         let log = std::fs::File::create(self.folder.path().join(format!("m{n}.log"))).expect("no log");
-        let member = Command::new("setpriv")
+        let mut command = Command::new("setpriv");
+        self.hosts.enter(&mut command, n);
+        let member = command
             .args(["--pdeathsig", "KILL", "etcd", "--name", &format!("m{n}"), "--data-dir"])
             .arg(self.folder.path().join(format!("m{n}")))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &url(self.peer_ports[n])])
-            .args(["--initial-advertise-peer-urls", &url(self.peer_ports[n])])
+            .args(["--listen-peer-urls", &peer(n), "--initial-advertise-peer-urls", &peer(n)])
             .args(["--initial-cluster", &cluster.join(",")])
             .args(&self.args)
             .stdout(Stdio::null())
@@ -170,7 +223,7 @@ impl Etcd {
 
     /// Address of a store below a prefix.
     pub fn url(&self, prefix: &str) -> String {
-        let hosts: Vec<String> = self.client_ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let hosts: Vec<String> = (0..3).map(|n| self.client(n).to_string()).collect();
         format!("etcd://{}/{prefix}", hosts.join(","))
     }
 }
@@ -181,9 +234,8 @@ impl Drop for Etcd {
     }
 }
 
-fn post(port: u16, path: &str, body: &str) -> Option<String> {
-    use std::io::{Read, Write};
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).ok()?;
+fn post(server: SocketAddr, path: &str, body: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(server).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
     let length = body.len();
     write!(stream, "POST {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}").ok()?;
@@ -193,10 +245,8 @@ fn post(port: u16, path: &str, body: &str) -> Option<String> {
     head.contains(" 200 ").then(|| body.to_owned())
 }
 
-/// By etcd's own health check, which commits something.
-fn healthy(port: u16) -> bool {
-    use std::io::{Read, Write};
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else { return false };
+fn healthy(server: SocketAddr) -> bool {
+    let Ok(mut stream) = TcpStream::connect(server) else { return false };
     let mut answer = String::new();
     stream.set_read_timeout(Some(Duration::from_secs(5))).is_ok()
         && stream.write_all(b"GET /health HTTP/1.0\r\n\r\n").is_ok()

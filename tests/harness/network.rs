@@ -117,6 +117,21 @@ impl Network {
         }
     }
 
+    /// Does something on a host.
+    ///
+    /// # Panics
+    /// When the kernel refuses.
+    pub fn on<T: Send>(&self, host: HostNo, act: impl FnOnce() -> T + Send) -> T {
+        let namespace = &self.shared.hosts[host].namespace;
+        let there = || {
+            // SAFETY: only this thread changes its namespace, and it ends with what it does there.
+            let entered = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+            assert_eq!(entered, 0, "{}", io::Error::last_os_error());
+            act()
+        };
+        std::thread::scope(|scope| scope.spawn(there).join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+    }
+
     fn rules(&self) -> MutexGuard<'_, Rules> {
         self.shared.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,6 +1,9 @@
 //! Metaservers on engines across a network: any of them can die at any moment, and mounts only pause.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
+#[path = "takeover/faults.rs"]
+mod faults;
+
 use std::{
     collections::BTreeSet,
     fs,
