@@ -89,6 +89,8 @@ mod ops;
 mod orphans;
 mod records;
 mod refusal;
+#[cfg(test)]
+mod scale;
 mod server;
 mod service;
 mod session;
