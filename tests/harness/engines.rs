@@ -1,5 +1,5 @@
 //! Servers of the metadata engines, as processes of the test: three etcd members, a PostgreSQL primary with a synchronous
-//! standby. They listen on loopback, or etcd on hosts of a test, keep their data in a temporary folder, and end with the test.
+//! standby. They listen on loopback or on hosts of a test, keep their data in a temporary folder, and end with the test.
 
 #[path = "ports.rs"]
 mod ports;
@@ -256,6 +256,7 @@ fn healthy(server: SocketAddr) -> bool {
 
 /// A primary and its synchronous standby.
 pub struct Postgres {
+    hosts: Box<dyn Hosts>,
     folder: tempfile::TempDir,
     ports: [u16; 2],
     servers: [Option<Child>; 2],
@@ -265,23 +266,32 @@ pub struct Postgres {
 impl Postgres {
     /// Starts both and waits until they answer.
     pub fn start() -> Postgres {
+        Postgres::start_on(Box::new(Loopback))
+    }
+
+    /// Each on a host of its own.
+    pub fn start_on(hosts: Box<dyn Hosts>) -> Postgres {
         let folder = tempfile::tempdir().expect("no temporary folder");
         if rustix::process::geteuid().is_root() {
             let chown = Command::new("chown").arg("postgres:").arg(folder.path()).status();
             assert!(chown.is_ok_and(|s| s.success()), "no user postgres: install Debian's postgresql-15");
         }
-        let mut servers =
-            Postgres { folder, ports: [free_port(), free_port()], servers: [None, None], databases: 0 };
+        let (ports, none) = ([free_port(), free_port()], [None, None]);
+        let mut servers = Postgres { hosts, folder, ports, servers: none, databases: 0 };
         let primary = servers.data(0);
-        servers
-            .run("initdb", &["-D", text(&primary), "-A", "trust", "-U", "fjord", "-E", "UTF8", "--locale=C"]);
+        let init = ["-D", text(&primary), "-A", "trust", "-U", "fjord", "-E", "UTF8", "--locale=C"];
+        servers.run(0, "initdb", &init);
+        let anybody = "host all all samenet trust\nhost replication all samenet trust\n";
+        std::fs::write(primary.join("pg_hba.conf"), anybody).expect("cannot write pg_hba.conf");
         servers.start_server(0);
         let (standby, port) = (servers.data(1), servers.ports[0].to_string());
+        let host = servers.hosts.address(0).to_string();
         servers.run(
+            1,
             "pg_basebackup",
             &[
                 "-h",
-                "127.0.0.1",
+                &host,
                 "-p",
                 &port,
                 "-U",
@@ -303,9 +313,11 @@ impl Postgres {
         self.folder.path().join(["primary", "standby"][n])
     }
 
-    fn command(&self, program: &str) -> Command {
+    /// A program to run on the host of a server.
+    fn command(&self, n: usize, program: &str) -> Command {
         let program = format!("{POSTGRES_BIN}/{program}");
         let mut command = Command::new("setpriv");
+        self.hosts.enter(&mut command, n);
         // It refuses to run as root.
         if rustix::process::geteuid().is_root() {
             command.args(["--reuid", "postgres", "--regid", "postgres", "--clear-groups"]);
@@ -314,8 +326,8 @@ impl Postgres {
         command
     }
 
-    fn run(&self, program: &str, args: &[&str]) {
-        let out = self.command(program).args(args).output().expect("cannot start setpriv");
+    fn run(&self, n: usize, program: &str, args: &[&str]) {
+        let out = self.command(n, program).args(args).output().expect("cannot start setpriv");
         assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
     }
 
@@ -324,12 +336,13 @@ impl Postgres {
         let log = std::fs::File::create(self.folder.path().join(format!("{n}.log"))).expect("no log");
         let port = self.ports[n].to_string();
         let standbys = if n == 0 { "synchronous_standby_names=*" } else { "synchronous_standby_names=" };
-        let mut command = self.command("postgres");
-        command.arg("-D").arg(self.data(n)).args(["-p", &port, "-c", "listen_addresses=127.0.0.1"]);
+        let address = self.hosts.address(n).to_string();
+        let mut command = self.command(n, "postgres");
+        command.arg("-D").arg(self.data(n)).args(["-p", &port, "-c", &format!("listen_addresses={address}")]);
         command.args(["-c", "unix_socket_directories=", "-c", standbys]).stdout(Stdio::null()).stderr(log);
         self.servers[n] = Some(command.process_group(0).spawn().expect("cannot start setpriv"));
         wait_until("postgres", || {
-            let ready = self.command("pg_isready").args(["-h", "127.0.0.1", "-p", &port]).output();
+            let ready = self.command(n, "pg_isready").args(["-h", &address, "-p", &port]).output();
             ready.is_ok_and(|out| out.status.success())
         });
     }
@@ -358,7 +371,7 @@ impl Postgres {
             }
             self.sql_settings(&["ssl=on", "ssl_ca_file='ca.crt'"]);
         }
-        self.run("pg_ctl", &["reload", "-D", text(&data)]);
+        self.run(0, "pg_ctl", &["reload", "-D", text(&data)]);
     }
 
     fn sql_settings(&self, settings: &[&str]) {
@@ -369,8 +382,8 @@ impl Postgres {
 
     /// Runs a statement in the database `postgres` of a server.
     pub fn sql(&self, n: usize, sql: &str) {
-        let port = self.ports[n].to_string();
-        self.run("psql", &["-h", "127.0.0.1", "-p", &port, "-U", "fjord", "-d", "postgres", "-c", sql]);
+        let (host, port) = (self.hosts.address(n).to_string(), self.ports[n].to_string());
+        self.run(n, "psql", &["-h", &host, "-p", &port, "-U", "fjord", "-d", "postgres", "-c", sql]);
     }
 
     /// Sends a signal to a server and all of its processes.
@@ -393,7 +406,7 @@ impl Postgres {
     /// Makes the standby the primary.
     pub fn promote(&self) {
         let standby = self.data(1);
-        self.run("pg_ctl", &["promote", "-w", "-D", text(&standby)]);
+        self.run(1, "pg_ctl", &["promote", "-w", "-D", text(&standby)]);
     }
 
     /// Address of a new database, with both servers in it.
@@ -401,8 +414,8 @@ impl Postgres {
         self.databases += 1;
         let name = format!("fjord{}", self.databases);
         self.sql(0, &format!("CREATE DATABASE {name}"));
-        let [a, b] = self.ports;
-        format!("postgres://fjord@127.0.0.1:{a},127.0.0.1:{b}/{name}")
+        let server = |n: usize| format!("{}:{}", self.hosts.address(n), self.ports[n]);
+        format!("postgres://fjord@{},{}/{name}", server(0), server(1))
     }
 }
 

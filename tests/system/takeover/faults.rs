@@ -1,4 +1,4 @@
-//! Metaservers, members of etcd, data servers and clients on hosts of their own; everything that can go wrong with the metadata goes
+//! Metaservers, the servers of their store, data servers and clients on hosts of their own; everything that can go wrong with the metadata goes
 //! wrong, in an order that follows from a seed.
 //!
 //! Meanwhile clients make, append, rename and remove ([`super::work`]), look at what others have just published, and count under a
@@ -21,7 +21,7 @@ use std::{
 
 use fjordfs_tests::{
     Cluster, MountPoint, Network, Setup,
-    engines::{Etcd, Hosts},
+    engines::{Etcd, Hosts, Postgres},
     locks::{self, Kind},
     network::HostNo,
     process::own_descriptors,
@@ -50,14 +50,18 @@ enum Fault {
     HandOver,
     /// kill -9 of the leader of etcd, and started again.
     KillLeader,
-    /// SIGSTOP of the leader for some seconds.
+    /// SIGSTOP of the leader of etcd, or of PostgreSQL's primary, for some seconds.
     PauseLeader,
-    /// Nothing reaches the leader's host or comes from it, for some seconds.
+    /// Nothing reaches the host of the leader, or of the primary, or comes from it, for some seconds.
     CutLeader,
     /// kill -9 of two members of three, and started again after some seconds.
     KillQuorum,
-    /// The members do not reach each other for some seconds; everybody reaches them.
+    /// The servers of the store do not reach each other for some seconds; everybody reaches them.
     CutMembers,
+    /// kill -9 of PostgreSQL's standby, and started again after some seconds.
+    KillReplica,
+    /// kill -9 of PostgreSQL's primary; the standby is promoted. For good: the last fault of a run.
+    Promote,
 }
 
 /// Those after which another owns the store.
@@ -67,7 +71,9 @@ const OF_OWNERS: [Fault; 5] =
 const OF_ETCD: [Fault; 5] =
     [Fault::KillLeader, Fault::PauseLeader, Fault::CutLeader, Fault::KillQuorum, Fault::CutMembers];
 
-/// Hosts of the members, behind all others.
+const OF_POSTGRES: [Fault; 4] = [Fault::PauseLeader, Fault::CutLeader, Fault::CutMembers, Fault::KillReplica];
+
+/// Hosts of the store's servers, behind all others.
 struct Members {
     network: Arc<Network>,
     first: HostNo,
@@ -87,9 +93,65 @@ impl Hosts for Members {
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Engine {
+    Etcd,
+    Postgres,
+}
+
+/// The servers of the store.
+enum Store {
+    Etcd(Etcd),
+    Postgres(Postgres),
+}
+
+impl Store {
+    /// Number of the server that leads.
+    fn leader(&self) -> usize {
+        match self {
+            Store::Etcd(etcd) => etcd.leader(),
+            Store::Postgres(_) => 0,
+        }
+    }
+
+    fn servers(&self) -> usize {
+        match self {
+            Store::Etcd(_) => 3,
+            Store::Postgres(_) => 2,
+        }
+    }
+
+    fn signal(&self, n: usize, signal: Signal) {
+        match self {
+            Store::Etcd(etcd) => etcd.signal_member(n, signal),
+            Store::Postgres(postgres) => postgres.signal_server(n, signal),
+        }
+    }
+
+    fn kill(&mut self, n: usize) {
+        match self {
+            Store::Etcd(etcd) => etcd.kill_member(n),
+            Store::Postgres(postgres) => postgres.kill_server(n),
+        }
+    }
+
+    fn start(&mut self, n: usize) {
+        match self {
+            Store::Etcd(etcd) => etcd.start_member(n),
+            Store::Postgres(postgres) => postgres.start_server(n),
+        }
+    }
+
+    fn promote(&self) {
+        if let Store::Postgres(postgres) = self {
+            postgres.promote();
+        }
+    }
+}
+
 struct Stage {
     cluster: Cluster,
-    etcd: Etcd,
+    store: Store,
     network: Arc<Network>,
     first_member: HostNo,
     /// Times from a fault to the next owner's first word.
@@ -102,15 +164,27 @@ fn serves(log: &str) -> bool {
 }
 
 impl Stage {
-    fn new(seed: u64) -> Stage {
+    fn new(engine: Engine, seed: u64) -> Stage {
         let mut setup = Setup { servers: 2, standbys: STANDBYS, ..Setup::default() };
         let first_member = setup.hosts(CLIENTS);
         let network = Arc::new(Network::new(first_member + 3, seed));
-        let etcd = Etcd::start_on(Box::new(Members { network: Arc::clone(&network), first: first_member }));
-        setup.store = Some(etcd.url("fjord"));
+        let hosts = Box::new(Members { network: Arc::clone(&network), first: first_member });
+        let (store, url) = match engine {
+            Engine::Etcd => {
+                let etcd = Etcd::start_on(hosts);
+                let url = etcd.url("fjord");
+                (Store::Etcd(etcd), url)
+            }
+            Engine::Postgres => {
+                let mut postgres = Postgres::start_on(hosts);
+                let url = postgres.url();
+                (Store::Postgres(postgres), url)
+            }
+        };
+        setup.store = Some(url);
         setup.network = Some(Arc::clone(&network));
         let cluster = Cluster::start("takeover-faults", setup);
-        Stage { cluster, etcd, network, first_member, take_overs: Vec::new() }
+        Stage { cluster, store, network, first_member, take_overs: Vec::new() }
     }
 
     fn mount(&self, client: usize) -> MountPoint {
@@ -164,7 +238,7 @@ impl Stage {
     fn suffer(&mut self, fault: Fault, owner: usize, lasts: Duration) {
         let begun = Instant::now();
         let host = self.cluster.setup().metaserver_host(owner);
-        let members = self.first_member..self.first_member + 3;
+        let members = self.first_member..self.first_member + self.store.servers();
         let everybody = 0..self.network.hosts();
         match fault {
             Fault::KillOwner => {
@@ -188,29 +262,39 @@ impl Stage {
                 self.wait_other(owner, begun);
             }
             Fault::KillLeader => {
-                let leader = self.etcd.leader();
-                self.etcd.kill_member(leader);
+                let leader = self.store.leader();
+                self.store.kill(leader);
                 std::thread::sleep(lasts);
-                self.etcd.start_member(leader);
+                self.store.start(leader);
             }
             Fault::PauseLeader => {
-                let leader = self.etcd.leader();
-                self.etcd.signal_member(leader, Signal::STOP);
+                let leader = self.store.leader();
+                self.store.signal(leader, Signal::STOP);
                 std::thread::sleep(lasts);
-                self.etcd.signal_member(leader, Signal::CONT);
+                self.store.signal(leader, Signal::CONT);
             }
             Fault::CutLeader => {
-                let leader = self.first_member + self.etcd.leader();
+                let leader = self.first_member + self.store.leader();
                 self.part(leader, everybody.clone(), true);
                 std::thread::sleep(lasts);
                 self.part(leader, everybody, false);
             }
             Fault::KillQuorum => {
-                let leader = self.etcd.leader();
+                let leader = self.store.leader();
                 let two = [leader, (leader + 1) % 3];
-                two.iter().for_each(|n| self.etcd.kill_member(*n));
+                two.iter().for_each(|n| self.store.kill(*n));
                 std::thread::sleep(lasts);
-                two.iter().for_each(|n| self.etcd.start_member(*n));
+                two.iter().for_each(|n| self.store.start(*n));
+            }
+            Fault::KillReplica => {
+                self.store.kill(1);
+                std::thread::sleep(lasts);
+                self.store.start(1);
+            }
+            Fault::Promote => {
+                self.store.kill(0);
+                std::thread::sleep(lasts);
+                self.store.promote();
             }
             Fault::CutMembers => {
                 members.clone().for_each(|member| self.part(member, members.clone(), true));
@@ -282,12 +366,17 @@ impl Drop for Stop<'_> {
 }
 
 /// Lets every kind of fault of the store happen once, and of its owners so often; returns how long take-overs took.
-fn run(seed: u64, of_owners: usize) -> Vec<Duration> {
+fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
     let mut rng = rng::stream(seed, 0x7a4e);
-    let mut faults = [OF_OWNERS.repeat(of_owners), OF_ETCD.to_vec()].concat();
+    let (of_store, last): (&[Fault], _) = match engine {
+        Engine::Etcd => (&OF_ETCD, None),
+        Engine::Postgres => (&OF_POSTGRES, Some(Fault::Promote)),
+    };
+    let mut faults = [&OF_OWNERS.repeat(of_owners), of_store].concat();
     faults.shuffle(&mut rng);
-    eprintln!("takeover faults: seed {seed}: {faults:?}");
-    let mut stage = Stage::new(seed);
+    faults.extend(last);
+    eprintln!("takeover faults on {engine:?}: seed {seed}: {faults:?}");
+    let mut stage = Stage::new(engine, seed);
     let mounts = [stage.mount(0), stage.mount(1)];
     let [a, b] = [mounts[0].path(), mounts[1].path()];
     fs::write(a.join("count"), "0").unwrap();
@@ -343,7 +432,12 @@ const SEED: u64 = 1;
 
 #[test]
 fn nothing_is_lost_whatever_happens_to_owners_and_to_etcd() {
-    run(rng::given().unwrap_or(SEED), 1);
+    run(Engine::Etcd, rng::given().unwrap_or(SEED), 1);
+}
+
+#[test]
+fn nothing_is_lost_whatever_happens_to_owners_and_to_postgres() {
+    run(Engine::Postgres, rng::given().unwrap_or(SEED), 1);
 }
 
 #[test]
@@ -357,7 +451,8 @@ fn soak() {
         if Instant::now() >= until {
             break;
         }
-        for took in run(seed, 4) {
+        let engine = if seed % 2 == 0 { Engine::Etcd } else { Engine::Postgres };
+        for took in run(engine, seed, 4) {
             *seconds.entry(took.as_secs()).or_default() += 1;
         }
         let all: u64 = seconds.values().sum();
