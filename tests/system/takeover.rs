@@ -218,6 +218,19 @@ fn etcd_stands_still_for_a_while() {
     });
 }
 
+/// Longer than reads of the store are tried again. What waits meanwhile goes on, or fails with an error; nothing is lost.
+#[test]
+fn the_store_is_silent_for_more_than_a_minute() {
+    let mut postgres = Postgres::start();
+    let url = postgres.url();
+    let cluster = cluster("takeover-silent", url);
+    works_through(&cluster, || {
+        (0..2).for_each(|n| postgres.signal_server(n, Signal::STOP));
+        std::thread::sleep(Duration::from_secs(70));
+        (0..2).for_each(|n| postgres.signal_server(n, Signal::CONT));
+    });
+}
+
 #[test]
 fn the_primary_of_postgres_is_killed_and_its_standby_promoted() {
     let mut postgres = Postgres::start();
