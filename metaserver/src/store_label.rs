@@ -6,7 +6,7 @@ use fjordfs_proto::{FsError, FsResult, error::Errno};
 use crate::{
     keys,
     label::FORMAT_VERSION,
-    store::{MetaStore, StoreResult},
+    store::{MetaStore, Order, StoreResult},
 };
 
 /// First byte of the record at [`keys::CLOSED`]; the rest is a sentence for people.
@@ -52,7 +52,7 @@ pub(crate) fn closed(store: &dyn MetaStore) -> StoreResult<Option<Closed>> {
     Ok(Some(if unfinished { Closed::Unfinished(text) } else { Closed::Moved(text) }))
 }
 
-/// Refuses a store that is closed, or that a newer release has written.
+/// Refuses a store that is closed, that a newer release has written, or that holds something else.
 pub(crate) fn check(store: &dyn MetaStore) -> FsResult<()> {
     let engine = |e| FsError::from(&e);
     if let Some(closed) = closed(store).map_err(engine)? {
@@ -67,10 +67,49 @@ pub(crate) fn check(store: &dyn MetaStore) -> FsResult<()> {
         );
         return Err(FsError::new(Errno::EIO, text));
     }
+    if store.get(&[keys::COUNTERS]).map_err(engine)?.is_none() {
+        let all = keys::everything();
+        let found =
+            store.scan(all.start.as_slice()..all.end.as_slice(), Order::Ascending, 1).map_err(engine)?;
+        if let Some((key, _)) = found.first() {
+            let text = format!(
+                "there is no filesystem, but something else, whose first key is '{}': give it an empty place, as etcd://.../PREFIX \
+                 with a prefix of its own",
+                key.escape_ascii()
+            );
+            return Err(FsError::new(Errno::EIO, text));
+        }
+    }
     Ok(())
 }
 
 /// The record at [`keys::FORMAT`].
 pub(crate) fn format() -> Bytes {
     Bytes::copy_from_slice(&FORMAT_VERSION.to_be_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        store::{MemoryStore, conformance::put},
+        testing::World,
+    };
+
+    fn refusal(pairs: &[(&str, &str)]) -> String {
+        let store = MemoryStore::default();
+        let fence = store.take_over().unwrap();
+        store.commit(put(pairs), fence).unwrap();
+        check(&store).unwrap_err().message
+    }
+
+    #[test]
+    fn what_is_no_filesystem_is_refused() {
+        assert!(check(&MemoryStore::default()).is_ok());
+        assert!(check(&*World::new().store).is_ok());
+        let text = refusal(&[("registry/pods", "x"), ("zebra", "y")]);
+        assert!(text.contains("'registry/pods'") && text.contains("PREFIX"), "{text}");
+        let text = refusal(&[("F", "\0\0\u{1}\0")]);
+        assert!(text.contains("format version 256"), "{text}");
+    }
 }

@@ -1,5 +1,11 @@
 //! Stores that want credentials, that are of no use, and that are full.
 
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    thread,
+};
+
 use super::{
     CACHE_BYTES, RemoteStore,
     engines::{Certificates, Etcd, Postgres},
@@ -148,4 +154,60 @@ fn a_full_etcd_is_waited_for() {
     let last = open(&etcd.url("test"));
     last.take_over().unwrap();
     assert_eq!(last.get(format!("k{}", (written - 1) % 4).as_bytes()).unwrap().unwrap(), value.as_str());
+}
+
+/// Forwards connections, and has a server say `lie` wherever it says `truth`, which is as long. Its address.
+fn liar(server: SocketAddr, truth: &'static str, lie: &'static str) -> SocketAddr {
+    assert_eq!(truth.len(), lie.len());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let copy = |mut from: TcpStream, mut to: TcpStream, change: Option<(&'static str, &'static str)>| {
+        let mut bytes = vec![0; 1 << 16];
+        while let Ok(n @ 1..) = from.read(&mut bytes) {
+            let text = &mut bytes[..n];
+            if let Some((truth, lie)) = change {
+                for at in 0..n.saturating_sub(truth.len() - 1) {
+                    if text[at..].starts_with(truth.as_bytes()) {
+                        text[at..at + lie.len()].copy_from_slice(lie.as_bytes());
+                    }
+                }
+            }
+            if to.write_all(text).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(std::net::Shutdown::Both);
+    };
+    // Ends with the test process.
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let server = TcpStream::connect(server).unwrap();
+            let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            thread::spawn(move || copy(from, to, None));
+            thread::spawn(move || copy(server, client, Some((truth, lie))));
+        }
+    });
+    address
+}
+
+#[test]
+fn an_engine_of_an_unsupported_version_is_refused() {
+    let etcd = Etcd::start();
+    let said = etcd.call("/v3/maintenance/status", "{}");
+    let version = said.split("\"version\":\"").nth(1).unwrap().split('"').next().unwrap();
+    let (truth, lie) = (version.to_owned().leak(), version.replacen("3.4", "3.3", 1).leak());
+    assert_ne!(truth, lie, "the test is for etcd 3.4");
+    let first = etcd.url("x").split("//").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    works(&format!("etcd://{}/mine", liar(first, truth, truth)));
+    let text = refusal(&format!("etcd://{}/mine", liar(first, truth, lie)));
+    assert!(text.contains("3.4 or newer") && text.contains(&*lie), "{text}");
+
+    let mut postgres = Postgres::start();
+    let url = postgres.url();
+    let (server, database) = url.split('@').nth(1).unwrap().rsplit_once('/').unwrap();
+    let first = server.split(',').next().unwrap().parse().unwrap();
+    let to = |address: SocketAddr| format!("postgres://fjord@{address}/{database}");
+    works(&to(liar(first, "1500", "1500")));
+    let text = refusal(&to(liar(first, "1500", "1100")));
+    assert!(text.contains("12 or newer") && text.contains("PostgreSQL 1100"), "{text}");
 }
