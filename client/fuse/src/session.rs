@@ -175,7 +175,7 @@ impl Session {
         let again =
             notify::take_over(device, agreed.kernel_minor).and_then(|()| Again::read(device.as_fd(), &pool));
         let again = again.map_err(|e| match e.raw_os_error() {
-            Some(libc::ENODEV | libc::ENOTCONN | libc::ECONNABORTED | libc::EPERM) => SessionError::Unmounted,
+            Some(libc::ENODEV | libc::ENOTCONN | libc::EPERM) => SessionError::Unmounted,
             _ => io_error("asking the kernel for the requests under way")(e),
         })?;
         dispatcher.filesystem().come_again(&again.numbers());

@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::abi::{UNIQUE_RESEND, opcode};
 use crate::buffer::BufferPool;
 use crate::transport::Message;
-use crate::transport::dev_fuse::{Reader, is_passing};
+use crate::transport::dev_fuse::{Reader, has_ended, is_passing};
 
 /// When the kernel has no memory for the moment.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -40,7 +40,8 @@ impl Again {
                 }
                 // Given up by its caller while it was being read.
                 Ok(None) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(again),
+                // Unmounted: whoever reads next sees it, too, and ends in good order.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock || has_ended(&e) => return Ok(again),
                 Err(e) if is_passing(&e) => std::thread::sleep(PAUSE),
                 Err(e) => return Err(e),
             }

@@ -64,6 +64,11 @@ pub(crate) fn is_passing(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EIO | libc::EAGAIN | libc::EBUSY))
 }
 
+/// Whether reading failed because the mount was undone, or aborted by force.
+pub(crate) fn has_ended(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED))
+}
+
 /// Reads requests, each into the same buffer.
 pub(crate) struct Reader {
     pool: Arc<BufferPool>,
@@ -143,10 +148,7 @@ impl Transport for DevFuse {
                     return Ok(Some((message, slot)));
                 }
                 Ok(Ok(None)) | Err(_) => {}
-                // Unmounted, or aborted by force.
-                Ok(Err(e)) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
-                    return Ok(None);
-                }
+                Ok(Err(e)) if has_ended(&e) => return Ok(None),
                 Ok(Err(e)) => return Err(e),
             }
         }
