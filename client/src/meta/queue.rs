@@ -347,9 +347,14 @@ mod tests {
         };
         let mut queue = Queue::new(8, Some(handover.clone()));
         for request in [2, 4, 6] {
+            handover.began(request);
             queue.submit(make(request), Sent::default(), Answer::Nobody, request);
         }
         let before = slots(&mut queue);
+        // Decided here, and sent before the kernel had its answer.
+        handover.began(10);
+        queue.defer([Unasked { request: 10, ..decided(10) }].into_iter());
+        let decided = slots(&mut queue);
         handover.answered(4);
         let mut next = Queue::new(8, Some(take_over()));
         for request in [8, 6, 4] {
@@ -359,6 +364,8 @@ mod tests {
         assert_eq!(after[1], before[2]);
         assert!(after[0].1 > 1 << 40 && after[2].1 > 1 << 40, "others are new: {after:?}");
         assert!(after.iter().all(|slot| slot.0 != before[0].0), "one may still come");
+        next.submit(make(10), Sent::default(), Answer::Nobody, 10);
+        assert_eq!(slots(&mut next), decided);
     }
 
     #[test]
