@@ -475,6 +475,12 @@ fn a_program_that_cannot_serve_does_not_replace_one_that_can() {
         let line = table.lines().find(|line| line.split(' ').nth(4) == Some(path)).unwrap();
         line.split(' ').nth(2).unwrap().to_owned()
     };
+    // The supervisor listens before it says so; the mount itself is there earlier.
+    let said = format!("mounted on {}", mount.path().display());
+    wait_for("the supervisor to say that it is mounted", SOON, || {
+        let log = mount.process().log();
+        if log.lines().any(|line| line == said) { Ok(()) } else { Err(log) }
+    });
     for (program, why) in [("/bin/false", "did not come to serve"), ("/nowhere", "/nowhere")] {
         let address = std::os::unix::net::SocketAddr::from_abstract_name(format!("fjord-mount-{device}"));
         let mut stream = std::os::unix::net::UnixStream::connect_addr(&address.unwrap()).unwrap();
