@@ -5,7 +5,7 @@
 //! up to date by plain stores, no system call, and what was stored when the process is killed is there.
 //!
 //! ```text
-//! page 0:  magic | version | generation | session | decided | records in use | length and bytes of the cluster's id
+//! page 0:  magic | version | generation | session | decided | records in use | length and bytes of the cluster's id | untold
 //! pages 1, 2: for each slot of the session: request of the kernel (0: none) | sequence | kind of operation
 //! records: 64 bytes each: kind (0: none) | seven words
 //! ```
@@ -23,7 +23,7 @@
 //!   [`first`](Handover::first_number), so none is used twice.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io,
     os::fd::OwnedFd,
@@ -64,6 +64,8 @@ mod header {
     pub(super) const DECIDED: usize = 4;
     pub(super) const USED: usize = 5;
     pub(super) const CLUSTER: usize = 6;
+    /// Behind the words of the longest id.
+    pub(super) const UNTOLD: usize = CLUSTER + 1 + super::CLUSTER_MAX / 8;
 }
 
 /// Longest id of a cluster that is kept; it is a UUID.
@@ -119,7 +121,7 @@ pub(crate) struct Legacy {
     pub(crate) locks: Vec<FileLock>,
     pub(crate) dirty: Vec<InodeId>,
     pub(crate) asked: Vec<Asked>,
-    /// Operations were reported as done that the metaserver may not have.
+    /// Operations were reported as done that the metaserver may not have, or has not, and nobody was told.
     pub(crate) decided: bool,
 }
 
@@ -129,6 +131,8 @@ pub struct Handover {
     memory: MmapRaw,
     generation: u64,
     places: Mutex<Places>,
+    /// Requests of the kernel that are being worked on. Held while slots are listed or cleared.
+    under_way: Mutex<HashSet<u64>>,
     legacy: Option<Legacy>,
 }
 
@@ -164,7 +168,8 @@ impl Handover {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover memory has another size"));
         }
         let memory = MmapOptions::new().len(LENGTH).map_raw(&file)?;
-        let mut handover = Handover { memory, generation: 0, places: Mutex::default(), legacy: None };
+        let (places, under_way) = Default::default();
+        let mut handover = Handover { memory, generation: 0, places, under_way, legacy: None };
         let word = |at| handover.word(at).load(Ordering::Acquire);
         match (word(header::MAGIC), word(header::VERSION)) {
             (0, 0) => {}
@@ -180,6 +185,10 @@ impl Handover {
             }
         }
         handover.word(header::GENERATION).store(handover.generation, Ordering::Release);
+        if handover.legacy().is_some_and(|legacy| legacy.decided) {
+            // Until somebody is told, which may be this process's successor's doing.
+            handover.set_untold(true);
+        }
         handover.word(header::DECIDED).store(0, Ordering::Release);
         handover.word(header::VERSION).store(VERSION, Ordering::Release);
         handover.word(header::MAGIC).store(MAGIC, Ordering::Release);
@@ -202,6 +211,11 @@ impl Handover {
 
     /// The session that a successor is to go on with.
     pub(crate) fn set_session(&self, session: SessionId, cluster_id: &str) {
+        if self.cluster_id() == cluster_id {
+            // Nothing that a process killed meanwhile could leave half done.
+            self.word(header::SESSION).store(session.0, Ordering::Release);
+            return;
+        }
         // A successor that finds no session begins a new one.
         self.word(header::SESSION).store(0, Ordering::Release);
         let id = cluster_id.as_bytes();
@@ -221,10 +235,21 @@ impl Handover {
         self.word(header::DECIDED).store(count as u64, Ordering::Release);
     }
 
-    /// A mutation is about to be sent.
+    /// Operations that were reported as done are lost, and nobody was told so far.
+    pub(crate) fn set_untold(&self, is_untold: bool) {
+        self.word(header::UNTOLD).store(is_untold.into(), Ordering::Release);
+    }
+
+    /// A request of the kernel is about to be worked on.
+    pub(crate) fn began(&self, request: u64) {
+        self.under_way.lock().insert(request);
+    }
+
+    /// A mutation is about to be sent. What was decided here is sent after its request was answered, mostly.
     pub(crate) fn asked(&self, asked: Asked) {
         let Asked { request, slot, sequence, kind } = asked;
-        if (slot as usize) < SLOTS_MAX {
+        let under_way = self.under_way.lock();
+        if (slot as usize) < SLOTS_MAX && under_way.contains(&request) {
             self.slot_word(slot as usize, 0).store(0, Ordering::Release);
             self.slot_word(slot as usize, 1).store(sequence, Ordering::Release);
             self.slot_word(slot as usize, 2).store(kind, Ordering::Release);
@@ -234,11 +259,38 @@ impl Handover {
 
     /// A request of the kernel is answered.
     pub(crate) fn answered(&self, request: u64) {
+        let mut under_way = self.under_way.lock();
+        under_way.remove(&request);
         for word in (0..SLOTS_MAX).map(|slot| self.slot_word(slot, 0)) {
             if word.load(Ordering::Relaxed) == request {
                 word.store(0, Ordering::Release);
             }
         }
+    }
+
+    /// Whether the former process has sent a mutation for this request.
+    pub(crate) fn may_be_done(&self, request: u64) -> bool {
+        request != 0 && self.left().any(|asked| asked.request == request)
+    }
+
+    /// Whether the mutation is still listed.
+    pub(crate) fn is_asked(&self, asked: &Asked) -> bool {
+        let Asked { request, slot, sequence, .. } = *asked;
+        let word = |word| self.slot_word(slot as usize, word).load(Ordering::Acquire);
+        (slot as usize) < SLOTS_MAX && (word(0), word(1)) == (request, sequence)
+    }
+
+    /// The former process has left these requests unanswered, and no others.
+    pub(crate) fn come_again(&self, requests: &[u64]) {
+        let requests: HashSet<u64> = requests.iter().copied().collect();
+        for asked in self.left().filter(|asked| !requests.contains(&asked.request)) {
+            // The process died between the answer and noting it.
+            self.answered(asked.request);
+        }
+    }
+
+    fn left(&self) -> impl Iterator<Item = &Asked> {
+        self.legacy.iter().flat_map(|legacy| &legacy.asked)
     }
 
     /// The kernel is about to be given a number for an open file.
@@ -313,7 +365,7 @@ impl Handover {
         let mut places = Places { used, ..Places::default() };
         let mut legacy = Legacy {
             session: SessionId(word(header::SESSION)),
-            decided: word(header::DECIDED) > 0,
+            decided: word(header::DECIDED) > 0 || word(header::UNTOLD) > 0,
             cluster_id: self.cluster_id(),
             ..Legacy::default()
         };
@@ -428,14 +480,17 @@ mod tests {
         assert_eq!(legacy.dirty, [InodeId(100)]);
         assert!(legacy.decided && second.generation() == 1 && second.first_number() > 1 << 40);
 
-        // What the second does not touch is still there for the third; what was decided is not said twice.
+        // What the second does not touch is still there for the third, and what it has not told.
         second.clean(InodeId(100));
         let third = take_over(&memory);
         let legacy = third.legacy().unwrap();
         assert_eq!((legacy.opens.len(), legacy.locks.len(), legacy.dirty.len()), (1, 1, 0));
-        assert!(!legacy.decided);
+        assert!(legacy.decided);
         third.closed(1);
-        assert!(take_over(&memory).legacy().unwrap().opens.is_empty());
+        third.set_untold(false);
+        let fourth = take_over(&memory);
+        let legacy = fourth.legacy().unwrap();
+        assert!(legacy.opens.is_empty() && !legacy.decided);
     }
 
     #[test]
@@ -444,13 +499,23 @@ mod tests {
         let first = take_over(&memory);
         first.set_session(SessionId(5), "");
         let asked = |request, slot, sequence| Asked { request, slot, sequence, kind: 1 };
+        [8, 10, 12, 14].into_iter().for_each(|request| first.began(request));
         first.asked(asked(8, 0, 1));
         first.asked(asked(10, 255, 7));
         first.asked(asked(8, 3, 2));
         first.asked(asked(12, 0, 2));
         first.asked(asked(14, 256, 1));
         first.answered(8);
-        assert_eq!(take_over(&memory).legacy().unwrap().asked, [asked(12, 0, 2), asked(10, 255, 7)]);
+        // Decided before, and sent only now.
+        first.asked(asked(8, 4, 1));
+        let second = take_over(&memory);
+        assert_eq!(second.legacy().unwrap().asked, [asked(12, 0, 2), asked(10, 255, 7)]);
+        assert!(second.may_be_done(10) && !second.may_be_done(8) && !second.may_be_done(0));
+
+        // Its process died between the answer and noting it.
+        second.come_again(&[10]);
+        assert!(second.is_asked(&asked(10, 255, 7)) && !second.is_asked(&asked(12, 0, 2)));
+        assert_eq!(take_over(&memory).legacy().unwrap().asked, [asked(10, 255, 7)]);
     }
 
     #[test]

@@ -45,12 +45,13 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 pub(crate) use decide::Removed;
 use deferred::Deferred;
+pub(crate) use deferred::Unasked;
 use openings::Openings;
 use table::Bounds;
 pub(crate) use table::Sent;
 pub(crate) use table::Table;
 
-use crate::{file::now, handover::Handover};
+use crate::{file::now, handover::Handover, successor};
 
 /// About 100 MiB when full: 300 bytes for an inode, 100 for a name.
 const BOUNDS: Bounds = Bounds { inodes: 1 << 17, names: 1 << 19 };
@@ -254,7 +255,7 @@ impl Leases {
     pub(crate) fn closed(&self, ino: InodeId, handle: HandleId) {
         let mut state = self.state.lock();
         if !state.openings.remove(ino, handle) {
-            self.defer(&mut state, Op::Close(Close { handle: handle.0 }), false);
+            self.defer(&mut state, Unasked::undecided(Op::Close(Close { handle: handle.0 })));
         }
     }
 
@@ -273,7 +274,8 @@ impl Leases {
     pub(crate) fn note_access(&self, ino: InodeId, time: Time, before: Option<Time>) {
         let mut state = self.state.lock();
         state.table.set_access_time(ino, time);
-        self.defer(&mut state, Op::Accessed(Accessed { ino: ino.0, time: Some(time), before }), false);
+        let access = Op::Accessed(Accessed { ino: ino.0, time: Some(time), before });
+        self.defer(&mut state, Unasked::undecided(access));
     }
 
     /// Where a symbolic link points.
@@ -329,6 +331,11 @@ impl Leases {
         removes: Option<(InodeId, &[u8])>,
         f: impl FnOnce(&mut Table, Time, u64) -> Option<(Op, T)>,
     ) -> Option<T> {
+        let request = successor::request();
+        if self.handover.as_ref().is_some_and(|handover| handover.may_be_done(request)) {
+            // Only the server knows.
+            return None;
+        }
         let mut state = self.state.lock();
         if !state.may_decide() || state.deferred.is_full() {
             return None;
@@ -337,19 +344,19 @@ impl Leases {
         let openings = removes.map(|name| state.tell_openings_of(name)).unwrap_or_default();
         self.defer_openings(&mut state, openings);
         let (op, result) = f(&mut state.table, now(), sequence)?;
-        self.defer(&mut state, op, true);
+        self.defer(&mut state, Unasked { op, decided: true, request });
         Some(result)
     }
 
     /// They are sent before anything that is asked or told from now on.
     fn defer_openings(&self, state: &mut State, openings: Vec<Op>) {
         for op in openings {
-            self.defer(state, op, false);
+            self.defer(state, Unasked::undecided(op));
         }
     }
 
-    fn defer(&self, state: &mut State, op: Op, decided: bool) {
-        if state.deferred.push(op, decided) {
+    fn defer(&self, state: &mut State, operation: Unasked) {
+        if state.deferred.push(operation) {
             self.deferred_changed.notify_one();
         }
         self.leave_to_successor(state);
@@ -358,6 +365,13 @@ impl Leases {
     fn leave_to_successor(&self, state: &State) {
         if let Some(handover) = &self.handover {
             handover.set_decided(state.deferred.unanswered());
+        }
+    }
+
+    /// For a successor, who would not know.
+    fn note_untold(&self, is_untold: bool) {
+        if let Some(handover) = &self.handover {
+            handover.set_untold(is_untold);
         }
     }
 
@@ -382,7 +396,10 @@ impl Leases {
 
     /// The first refusal of a deferred operation since the last call.
     pub(crate) fn take_refusal(&self) -> Option<FsError> {
-        self.state.lock().refusal.take()
+        let mut state = self.state.lock();
+        let refusal = state.refusal.take()?;
+        self.note_untold(false);
+        Some(refusal)
     }
 
     /// How often the metaserver has lost what it had answered. A sync that began before a loss must not succeed after it.
@@ -401,6 +418,7 @@ impl Leases {
         let mut state = self.state.lock();
         state.losses += 1;
         state.refusal.get_or_insert_with(|| error.clone());
+        self.note_untold(true);
         if let Some(keeper) = &state.keeper {
             // A client that is gone needs no report.
             let _ = keeper.send(Keep::Lost(error));
@@ -417,8 +435,8 @@ impl Leases {
         self.deferred_changed.notified().await;
     }
 
-    /// Takes what is deferred, in order; with each, whether it was decided here.
-    pub(crate) fn take_deferred(&self) -> impl Iterator<Item = (Op, bool)> + use<> {
+    /// Takes what is deferred, in order.
+    pub(crate) fn take_deferred(&self) -> impl Iterator<Item = Unasked> + use<> {
         self.state.lock().deferred.take()
     }
 
@@ -426,10 +444,11 @@ impl Leases {
     pub(crate) fn deferred_answered(&self, op: &Op, result: &FsResult<Reply>) {
         let mut state = self.state.lock();
         state.deferred.answered();
-        self.leave_to_successor(&state);
         if let Err(e) = result {
             state.refuse(op, e);
+            self.note_untold(true);
         }
+        self.leave_to_successor(&state);
     }
 
     /// An operation is about to be sent.

@@ -130,9 +130,19 @@ impl Client {
     /// Runs what is to be done for a request of the kernel, by its number. A successor that gets it again has each change of names done once,
     /// until [`Client::request_answered`].
     pub async fn for_request<T>(&self, request: u64, work: impl Future<Output = T>) -> T {
-        match self.inner.options.handover {
-            Some(_) => REQUEST.scope(request, work).await,
+        match &self.inner.options.handover {
+            Some(handover) => {
+                handover.began(request);
+                REQUEST.scope(request, work).await
+            }
             None => work.await,
+        }
+    }
+
+    /// A former process has left these requests unanswered, and no others. Before any of them is worked on.
+    pub fn requests_come_again(&self, requests: &[u64]) {
+        if let Some(handover) = &self.inner.options.handover {
+            handover.come_again(requests);
         }
     }
 

@@ -32,7 +32,7 @@ mod tests;
 use fjordfs_proto::{
     BlockId, FsError, FsResult, InodeId, Policy, SessionId, TargetId,
     error::Errno,
-    pb::meta::{Empty, Entry, Time, request::Op, response::Result as Reply},
+    pb::meta::{Empty, Entry, Make, Time, request::Op, response::Result as Reply},
 };
 
 use crate::{leases::Leases, opens::Opens, records::Inode, txn::Txn};
@@ -179,6 +179,15 @@ pub(crate) fn replay(opens: &mut Opens, session: SessionId, op: &Op, reply: &Rep
         // It fails only when the client reuses handles, and then the first open stands.
         let _ = opens.open(session, fjordfs_proto::HandleId(make.handle), InodeId(ino));
     }
+}
+
+/// What the answer to a `Make` says of an inode that is there.
+pub(crate) fn made(txn: &mut Txn, make: &Make) -> FsResult<Reply> {
+    let found = txn.dirent(InodeId(make.parent), &make.name)?;
+    let gone = || FsError::new(Errno::ENOENT, "it was made, and has been removed or renamed since");
+    let ino = InodeId(found.ok_or_else(gone)?.ino);
+    let inode = txn.inode(ino)?;
+    Ok(Reply::Entry(entry(ino, &inode)))
 }
 
 fn entry(ino: InodeId, inode: &Inode) -> Entry {

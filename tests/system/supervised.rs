@@ -243,6 +243,39 @@ fn names_change_once_however_often_it_is_asked() {
     mount.unmount();
 }
 
+/// What nobody had read when the process died is read by its successor, among what that one gets again: each once.
+#[test]
+fn what_waits_while_nobody_serves_is_done_once() {
+    const CALLERS: usize = 48;
+    let cluster = Cluster::start("supervised-waiting", Setup::default());
+    let mut mount = cluster.mount_with(&format!("{SUPERVISED},close=sync"));
+    let path = mount.path().to_owned();
+    (0..CALLERS).for_each(|caller| fs::create_dir(path.join(caller.to_string())).unwrap());
+    let stop = AtomicBool::new(false);
+    let made: usize = thread::scope(|scope| {
+        let (path, stop) = (&path, &stop);
+        let work = |caller: usize| {
+            let mut made = 0;
+            while !stop.load(Ordering::Relaxed) {
+                fs::create_dir(path.join(format!("{caller}/{made}"))).unwrap();
+                made += 1;
+            }
+            made
+        };
+        let callers: Vec<_> = (0..CALLERS).map(|caller| scope.spawn(move || work(caller))).collect();
+        for _ in 0..4 {
+            thread::sleep(Duration::from_millis(200));
+            kill_worker(&mut mount);
+        }
+        thread::sleep(Duration::from_millis(200));
+        stop.store(true, Ordering::Relaxed);
+        callers.into_iter().map(|caller| caller.join().unwrap()).sum()
+    });
+    let there = (0..CALLERS).map(|caller| fs::read_dir(path.join(caller.to_string())).unwrap().count());
+    assert_eq!(there.sum::<usize>(), made);
+    mount.unmount();
+}
+
 #[test]
 fn what_is_lost_with_the_process_is_told() {
     let cluster = Cluster::start("supervised-lost", Setup::default());
@@ -442,6 +475,12 @@ fn a_program_that_cannot_serve_does_not_replace_one_that_can() {
         let line = table.lines().find(|line| line.split(' ').nth(4) == Some(path)).unwrap();
         line.split(' ').nth(2).unwrap().to_owned()
     };
+    // The supervisor listens before it says so; the mount itself is there earlier.
+    let said = format!("mounted on {}", mount.path().display());
+    wait_for("the supervisor to say that it is mounted", SOON, || {
+        let log = mount.process().log();
+        if log.lines().any(|line| line == said) { Ok(()) } else { Err(log) }
+    });
     for (program, why) in [("/bin/false", "did not come to serve"), ("/nowhere", "/nowhere")] {
         let address = std::os::unix::net::SocketAddr::from_abstract_name(format!("fjord-mount-{device}"));
         let mut stream = std::os::unix::net::UnixStream::connect_addr(&address.unwrap()).unwrap();

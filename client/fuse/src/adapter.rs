@@ -246,6 +246,10 @@ impl Filesystem for Adapter {
         file.fsync().await
     }
 
+    fn come_again(&self, requests: &[u64]) {
+        self.client.requests_come_again(requests);
+    }
+
     fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
         self.client.for_request(unique, work)
     }

@@ -369,6 +369,10 @@ pub trait Filesystem: Send + Sync + 'static {
     fn flush(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
     /// What `fsync` promises: what was written survives power failure.
     fn fsync(&self, file: &Self::File) -> impl Future<Output = FsResult<()>>;
+    /// A former process has left these requests unanswered, and no others: they are about to be served.
+    fn come_again(&self, requests: &[u64]) {
+        let _ = requests;
+    }
     /// Runs what changes names or extended attributes for a request of the kernel. A successor that gets the request again is to do it once.
     fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
         let _ = unique;

@@ -153,16 +153,16 @@ pub fn mount_filesystem<F: Filesystem>(fs: F, options: &MountOptions) -> Result<
 }
 
 /// As [`mount_filesystem`], and `keep` is handed what a successor of this process needs.
-pub(crate) fn mount_kept<F: Filesystem>(
+pub fn mount_kept<F: Filesystem>(
     fs: F,
     options: &MountOptions,
-    keep: Keep<'_>,
+    keep: &mut dyn FnMut(&[OwnedFd], Agreed) -> io::Result<()>,
 ) -> Result<Mount, MountError> {
     mount_new(fs, options, Some(keep))
 }
 
 /// Goes on with a mount that `keep` was handed by a process that has ended.
-pub(crate) fn resume_filesystem<F: Filesystem>(
+pub fn resume_filesystem<F: Filesystem>(
     fs: F,
     options: &MountOptions,
     devices: Vec<OwnedFd>,

@@ -21,10 +21,12 @@ use crate::transport::dev_fuse;
 use crate::transport::io_uring::RegisterError;
 use crate::transport::selection::{Selection, TransportInfo, TransportKind};
 
+mod again;
 mod departure;
 mod init;
 mod threads;
 
+use again::Again;
 pub use departure::Departure;
 use departure::{Departing, departure};
 use init::{INIT_TIMEOUT, Init};
@@ -152,7 +154,7 @@ impl Session {
         if let Some(keep) = keep {
             keep(&devices, agreed).map_err(io_error("handing the descriptors to the supervisor"))?;
         }
-        session.workers = threads::serve_dev_fuse(devices, &dispatcher, &pool, &leaving)?;
+        session.workers = threads::serve_dev_fuse(devices, Vec::new(), &dispatcher, &pool, &leaving)?;
         Ok(session)
     }
 
@@ -169,15 +171,16 @@ impl Session {
         let (mut session, dispatcher, leaving) =
             Session::begin(fs, device.as_fd(), options, agreed, first_number)?;
         dispatcher.take_over();
-        let device = device.try_clone().map_err(io_error("duplicating the descriptor of /dev/fuse"))?;
-        session.workers = threads::serve_dev_fuse(devices, &dispatcher, &pool, &leaving)?;
-        match notify::take_over(&device, agreed.kernel_minor) {
-            Ok(()) => Ok(session),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENOTCONN | libc::EPERM)) => {
-                Err(SessionError::Unmounted)
-            }
-            Err(e) => Err(io_error("asking the kernel for the requests under way")(e)),
-        }
+        // Before anybody reads: what was read by then comes once more.
+        let again =
+            notify::take_over(device, agreed.kernel_minor).and_then(|()| Again::read(device.as_fd(), &pool));
+        let again = again.map_err(|e| match e.raw_os_error() {
+            Some(libc::ENODEV | libc::ENOTCONN | libc::EPERM) => SessionError::Unmounted,
+            _ => io_error("asking the kernel for the requests under way")(e),
+        })?;
+        dispatcher.filesystem().come_again(&again.numbers());
+        session.workers = threads::serve_dev_fuse(devices, again.messages, &dispatcher, &pool, &leaving)?;
+        Ok(session)
     }
 
     /// Everything but the workers.

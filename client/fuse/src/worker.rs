@@ -28,6 +28,7 @@ use crate::dispatch::{Answer, Dispatcher};
 use crate::filesystem::Filesystem;
 use crate::reply::Reply;
 use crate::request::Request;
+use crate::transport::dev_fuse::is_passing;
 use crate::transport::{Message, Slot, Transport};
 
 /// Requests in flight per worker. Beyond, requests wait in the kernel. Each may hold a megabyte of a WRITE; but writers
@@ -85,13 +86,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
 async fn receive<T: Transport>(transport: &mut T) -> io::Result<Option<(Message, T::Slot)>> {
     loop {
         match transport.next().await {
-            // Memory pressure in the kernel: try again rather than lose the mount.
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ENOMEM | libc::EIO | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
+            Err(e) if is_passing(&e) => {
                 tracing::warn!("reading a request failed, trying again: {e}");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }

@@ -19,10 +19,27 @@ const SENT_FROM: usize = 4096;
 /// Decided operations that may be unanswered; beyond, callers ask the server, and so wait for it. A few hundred bytes each.
 const UNANSWERED_MAX: usize = 1 << 15;
 
+/// An operation that nobody waits for.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Unasked {
+    pub(crate) op: Op,
+    /// It was decided here, and reported as done.
+    pub(crate) decided: bool,
+    /// The request of the kernel that it was decided for, or 0.
+    pub(crate) request: u64,
+}
+
+impl Unasked {
+    /// Something of less moment.
+    pub(super) fn undecided(op: Op) -> Unasked {
+        Unasked { op, decided: false, request: 0 }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
-    operations: VecDeque<(Op, bool)>,
+    operations: VecDeque<Unasked>,
     /// Where in `operations` the last access of an inode is, unless its times were set since.
     accessed: HashMap<u64, usize>,
     due: Option<Instant>,
@@ -32,11 +49,13 @@ pub(super) struct Deferred {
 
 impl Deferred {
     /// Adds an operation; says whether [`Deferred::due`] has changed.
-    pub(super) fn push(&mut self, op: Op, decided: bool) -> bool {
-        match &op {
+    pub(super) fn push(&mut self, operation: Unasked) -> bool {
+        let Unasked { op, decided, .. } = &operation;
+        let decided = *decided;
+        match op {
             Op::Accessed(access) => {
                 let queued = self.accessed.get(&access.ino).and_then(|at| self.operations.get_mut(*at));
-                if let Some((Op::Accessed(queued), _)) = queued {
+                if let Some(Unasked { op: Op::Accessed(queued), .. }) = queued {
                     queued.time = access.time;
                     return false;
                 }
@@ -48,7 +67,7 @@ impl Deferred {
             _ => {}
         }
         let may_wait = decided || matches!(op, Op::Accessed(_));
-        self.operations.push_back((op, decided));
+        self.operations.push_back(operation);
         self.unanswered += usize::from(decided);
         let wait = match self.operations.len() {
             SENT_FROM.. => Duration::ZERO,
@@ -78,7 +97,7 @@ impl Deferred {
         self.due
     }
 
-    pub(super) fn take(&mut self) -> impl Iterator<Item = (Op, bool)> + use<> {
+    pub(super) fn take(&mut self) -> impl Iterator<Item = Unasked> + use<> {
         self.due = None;
         self.accessed.clear();
         std::mem::take(&mut self.operations).into_iter()
@@ -96,27 +115,27 @@ mod tests {
 
     use super::*;
 
-    fn close() -> Op {
-        Op::Close(Close { handle: 1 })
+    fn close() -> Unasked {
+        Unasked::undecided(Op::Close(Close { handle: 1 }))
     }
 
-    fn make() -> Op {
-        Op::Make(Make::default())
+    fn make() -> Unasked {
+        Unasked { op: Op::Make(Make::default()), decided: true, request: 0 }
     }
 
     #[test]
     fn what_was_decided_waits_longer_than_the_rest_and_many_do_not_wait() {
         let mut deferred = Deferred::default();
-        assert!(deferred.push(make(), true));
+        assert!(deferred.push(make()));
         let due = deferred.due().unwrap();
-        assert!(!deferred.push(close(), false) && deferred.due() == Some(due), "behind the other");
-        assert_eq!(deferred.take().map(|(_, decided)| decided).collect::<Vec<_>>(), [true, false]);
+        assert!(!deferred.push(close()) && deferred.due() == Some(due), "behind the other");
+        assert_eq!(deferred.take().map(|operation| operation.decided).collect::<Vec<_>>(), [true, false]);
         assert_eq!(deferred.due(), None);
         deferred.answered();
-        deferred.push(close(), false);
+        deferred.push(close());
         assert!(deferred.due().unwrap() < due);
         for _ in 0..SENT_FROM {
-            deferred.push(make(), true);
+            deferred.push(make());
         }
         assert!(deferred.due().unwrap() <= Instant::now());
     }
@@ -130,11 +149,11 @@ mod tests {
         let set = Op::SetAttr(SetAttr { ino: 1, ..SetAttr::default() });
         let mut deferred = Deferred::default();
         for op in [access(1, 10, 1), access(2, 11, 1), access(1, 12, 10), set.clone(), access(1, 13, 5)] {
-            deferred.push(op, false);
+            deferred.push(Unasked::undecided(op));
         }
-        let taken: Vec<Op> = deferred.take().map(|(op, _)| op).collect();
+        let taken: Vec<Op> = deferred.take().map(|operation| operation.op).collect();
         assert_eq!(taken, [access(1, 12, 1), access(2, 11, 1), set, access(1, 13, 5)]);
-        deferred.push(access(1, 14, 13), false);
+        deferred.push(Unasked::undecided(access(1, 14, 13)));
         assert_eq!(deferred.take().count(), 1);
     }
 
@@ -143,7 +162,7 @@ mod tests {
         let mut deferred = Deferred::default();
         for _ in 0..UNANSWERED_MAX {
             assert!(!deferred.is_full());
-            deferred.push(make(), true);
+            deferred.push(make());
         }
         assert!(deferred.is_full());
         let _ = deferred.take();

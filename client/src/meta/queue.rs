@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     handover::{Asked, Handover},
-    leases::Sent,
+    leases::{Sent, Unasked},
 };
 
 /// Requests in one message; more go into the next one.
@@ -44,7 +44,7 @@ pub(super) struct Unanswered {
 }
 
 enum Quiet {
-    Operation(Op, Answer),
+    Operation(Unasked),
     Tell(ClientMessage),
 }
 
@@ -83,10 +83,9 @@ impl Queue {
         self.waiting.push_back((op, sent, answer, request));
     }
 
-    /// Operations that nobody waits for, each with whether it was decided here.
-    pub(super) fn defer(&mut self, operations: impl Iterator<Item = (Op, bool)>) {
-        let answer = |decided| if decided { Answer::Decided } else { Answer::Nobody };
-        self.quiet.extend(operations.map(|(op, decided)| Quiet::Operation(op, answer(decided))));
+    /// Operations that nobody waits for.
+    pub(super) fn defer(&mut self, operations: impl Iterator<Item = Unasked>) {
+        self.quiet.extend(operations.map(Quiet::Operation));
     }
 
     /// A message that must not overtake what was deferred before.
@@ -110,10 +109,14 @@ impl Queue {
         while let Some(next) = self.quiet.pop_front() {
             match next {
                 Quiet::Tell(message) => messages.tell(message),
-                Quiet::Operation(op, answer) => match self.slot_for(&op, 0, 0) {
-                    Ok(slot) => messages.add(self.send(op, slot, Sent::default(), answer)),
+                Quiet::Operation(operation) => match self.slot_for(&operation.op, 0, 0) {
+                    Ok(slot) => {
+                        self.leave_asked(&operation.op, slot, operation.request);
+                        let answer = answer_of(&operation);
+                        messages.add(self.send(operation.op, slot, Sent::default(), answer));
+                    }
                     Err(NoSlot) => {
-                        self.quiet.push_front(Quiet::Operation(op, answer));
+                        self.quiet.push_front(Quiet::Operation(operation));
                         return messages.finish();
                     }
                 },
@@ -144,6 +147,11 @@ impl Queue {
         {
             return Ok(Some(slot));
         }
+        if self.slots.free() <= reserved
+            && let Some(handover) = &self.handover
+        {
+            self.slots.reclaim(|asked| !handover.is_asked(asked));
+        }
         if self.slots.free() <= reserved {
             return Err(NoSlot);
         }
@@ -159,11 +167,6 @@ impl Queue {
         {
             handover.asked(Asked { request, slot: index, sequence, kind });
         }
-    }
-
-    /// The requests that a former process has not answered have come again by now.
-    pub(super) fn forget_left(&mut self) {
-        self.slots.forget_left();
     }
 
     fn send(&mut self, op: Op, slot: Option<Slot>, sent: Sent, answer: Answer) -> Request {
@@ -213,7 +216,10 @@ impl Queue {
         let sent = std::mem::take(&mut self.unanswered).into_values();
         let sent = sent.filter_map(|u| Some((u.request.op?, u.sent, u.answer)));
         let quiet = self.quiet.drain(..).filter_map(|quiet| match quiet {
-            Quiet::Operation(op, answer) => Some((op, Sent::default(), answer)),
+            Quiet::Operation(operation) => {
+                let answer = answer_of(&operation);
+                Some((operation.op, Sent::default(), answer))
+            }
             Quiet::Tell(_) => None,
         });
         let waiting = self.waiting.drain(..).map(|(op, sent, answer, _)| (op, sent, answer));
@@ -240,6 +246,10 @@ fn kind_of(op: &Op) -> u64 {
 }
 
 struct NoSlot;
+
+fn answer_of(operation: &Unasked) -> Answer {
+    if operation.decided { Answer::Decided } else { Answer::Nobody }
+}
 
 /// Requests and notices in as few messages as their order allows.
 #[derive(Default)]
@@ -285,6 +295,10 @@ mod tests {
         Op::Make(Make { ino, ..Make::default() })
     }
 
+    fn decided(ino: u64) -> Unasked {
+        Unasked { op: make(ino), decided: true, request: 0 }
+    }
+
     fn look(ino: u64) -> Op {
         Op::GetAttr(GetAttr { ino })
     }
@@ -308,9 +322,12 @@ mod tests {
     fn callers_never_overtake_what_was_deferred_and_notices_stand_in_line() {
         let mut queue = Queue::new(8, None);
         queue.submit(look(1), Sent::default(), Answer::Nobody, 0);
-        queue.defer([(make(2), true), (Op::Close(Close { handle: 3 }), false)].into_iter());
+        queue.defer(
+            [decided(2), Unasked { op: Op::Close(Close { handle: 3 }), decided: false, request: 0 }]
+                .into_iter(),
+        );
         queue.tell(ClientMessage { beat: 4, ..ClientMessage::default() });
-        queue.defer([(make(5), true)].into_iter());
+        queue.defer([decided(5)].into_iter());
         assert_eq!(sent(&mut queue), [2, 3, 1004, 5, 1]);
         assert!(!queue.is_idle());
         let again: Vec<bool> =
@@ -330,9 +347,14 @@ mod tests {
         };
         let mut queue = Queue::new(8, Some(handover.clone()));
         for request in [2, 4, 6] {
+            handover.began(request);
             queue.submit(make(request), Sent::default(), Answer::Nobody, request);
         }
         let before = slots(&mut queue);
+        // Decided here, and sent before the kernel had its answer.
+        handover.began(10);
+        queue.defer([Unasked { request: 10, ..decided(10) }].into_iter());
+        let decided = slots(&mut queue);
         handover.answered(4);
         let mut next = Queue::new(8, Some(take_over()));
         for request in [8, 6, 4] {
@@ -342,6 +364,8 @@ mod tests {
         assert_eq!(after[1], before[2]);
         assert!(after[0].1 > 1 << 40 && after[2].1 > 1 << 40, "others are new: {after:?}");
         assert!(after.iter().all(|slot| slot.0 != before[0].0), "one may still come");
+        next.submit(make(10), Sent::default(), Answer::Nobody, 10);
+        assert_eq!(slots(&mut next), decided);
     }
 
     #[test]
@@ -349,7 +373,7 @@ mod tests {
         let mut queue = Queue::new(8, None);
         (0..8).for_each(|ino| queue.submit(make(ino), Sent::default(), Answer::Nobody, 0));
         assert_eq!(sent(&mut queue), [0, 1, 2, 3, 4, 5]);
-        queue.defer([(make(10), true), (make(11), true), (make(12), true)].into_iter());
+        queue.defer([10, 11, 12].map(decided).into_iter());
         queue.tell(ClientMessage { beat: 1, ..ClientMessage::default() });
         assert_eq!(sent(&mut queue), [10, 11]);
         let ids: Vec<u64> = queue.unanswered.keys().copied().collect();

@@ -211,7 +211,6 @@ impl Driver {
                 message = self.letting_go.next() => self.tell(message),
                 () = async { if let Some(settling) = &mut settling { settling.await } }, if settling.is_some() => {
                     settling = None;
-                    self.queue.forget_left();
                     let beat = self.beats.next();
                     self.tell(beat);
                 }

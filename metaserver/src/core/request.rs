@@ -73,7 +73,7 @@ impl Core {
         };
         self.txn.begin();
         let sync = ops::needs_sync(&op);
-        if let Some(repeated) = self.repeat(session, (slot, sequence), &op) {
+        if let Some(repeated) = self.repeat(session, (slot, sequence), deferred, &op) {
             // What the first answer waited for may still be under way.
             let recalls = if deferred { Vec::new() } else { self.leases.all_pending() };
             return Outcome::Answered(Answer { response: response(id, repeated), sync, recalls });
@@ -181,7 +181,13 @@ impl Core {
     }
 
     /// The answer to a mutation that was executed before, or the refusal of one that cannot be told.
-    fn repeat(&mut self, session: SessionId, at: (u32, u64), op: &Op) -> Option<FsResult<Reply>> {
+    fn repeat(
+        &mut self,
+        session: SessionId,
+        at: (u32, u64),
+        deferred: bool,
+        op: &Op,
+    ) -> Option<FsResult<Reply>> {
         if !is_mutation(op) {
             return None;
         }
@@ -197,7 +203,11 @@ impl Core {
             Err(e) => return Some(Err(e)),
         };
         if last.sequence == sequence {
-            let reply = repeated(&last, session, slot);
+            let reply = repeated(&last, session, slot).and_then(|reply| match (reply, op) {
+                // Decided by a process that was killed before it could say so; its successor knows nothing of it.
+                (Reply::Empty(_), Op::Make(make)) if !deferred => ops::made(&mut self.txn, make),
+                (reply, _) => Ok(reply),
+            });
             if let Ok(reply) = &reply {
                 ops::replay(&mut self.opens, session, op, reply);
             }

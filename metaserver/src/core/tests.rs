@@ -467,10 +467,14 @@ fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
         ino: inodes.first,
         ..Make::default()
     };
-    let deferred = Request { id: 9, slot: 2, sequence: 1, deferred: true, op: Some(Op::Make(make)) };
+    let deferred = Request { id: 9, slot: 2, sequence: 1, deferred: true, op: Some(Op::Make(make.clone())) };
     let answer = w.answer(a, deferred.clone());
     assert!(answer.recalls.is_empty() && answer.response.result == Some(Reply::Empty(Empty {})));
     assert_eq!(w.answer(a, deferred).response.result, Some(Reply::Empty(Empty {})), "once");
+    // The successor of a process that had decided it does not know under which number.
+    let asked = w.send(a, 2, 1, Op::Make(Make { ino: 0, ..make })).unwrap();
+    let Reply::Entry(Entry { attr: Some(made), .. }) = asked else { panic!("{asked:?}") };
+    assert_eq!((made.ino, made.kind()), (inodes.first, FileKind::Regular));
     w.core.let_go(a, &[orders[0].id.0], None, None);
     assert_eq!(w.core.take_ended_recalls(), recalls);
 

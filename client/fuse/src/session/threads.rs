@@ -14,6 +14,7 @@ use crate::buffer::BufferPool;
 use crate::dispatch::Dispatcher;
 use crate::filesystem::Filesystem;
 use crate::options::UringOptions;
+use crate::transport::Message;
 use crate::transport::dev_fuse::{self, DevFuse};
 use crate::transport::io_uring::{IoUring, RegisterError, cpus};
 use crate::transport::selection::Plan;
@@ -55,9 +56,9 @@ impl<F: Filesystem> Serving<F> {
         }
     }
 
-    async fn over_dev_fuse(self, index: usize, device: OwnedFd) {
+    async fn over_dev_fuse(self, index: usize, device: OwnedFd, early: Vec<Message>) {
         self.dispatcher.filesystem().enter_worker(index);
-        self.read_device(index, device).await;
+        self.read_device(index, device, early).await;
         self.end().await;
     }
 
@@ -66,7 +67,7 @@ impl<F: Filesystem> Serving<F> {
         self.dispatcher.filesystem().enter_worker(index);
         let reader = device.map(|device| {
             let serving = self.clone();
-            tokio::task::spawn_local(async move { serving.read_device(index, device).await })
+            tokio::task::spawn_local(async move { serving.read_device(index, device, Vec::new()).await })
         });
         let leaving = self.leaving.told.clone();
         report(index, worker::run(transport, Arc::clone(&self.dispatcher), leaving).await);
@@ -76,8 +77,9 @@ impl<F: Filesystem> Serving<F> {
         self.end().await;
     }
 
-    async fn read_device(&self, index: usize, device: OwnedFd) {
-        let served = match DevFuse::new(device, Arc::clone(&self.pool)) {
+    /// `early` was read from the device already.
+    async fn read_device(&self, index: usize, device: OwnedFd, early: Vec<Message>) {
+        let served = match DevFuse::new(device, Arc::clone(&self.pool), early) {
             Ok(transport) => {
                 worker::run(transport, Arc::clone(&self.dispatcher), self.leaving.told.clone()).await
             }
@@ -130,9 +132,10 @@ pub(super) fn devices(device: OwnedFd, threads: usize) -> Result<Vec<OwnedFd>, S
     Ok(devices)
 }
 
-/// Starts workers that read /dev/fuse, one for each descriptor.
+/// Starts workers that read /dev/fuse, one for each descriptor. `early` was read from the first of them already.
 pub(super) fn serve_dev_fuse<F: Filesystem>(
     devices: Vec<OwnedFd>,
+    mut early: Vec<Message>,
     dispatcher: &Arc<Dispatcher<F>>,
     pool: &Arc<BufferPool>,
     leaving: &Departing,
@@ -145,11 +148,12 @@ pub(super) fn serve_dev_fuse<F: Filesystem>(
         let (report, made) = channel();
         let (go, told) = channel();
         let serving = serving.clone();
+        let early = std::mem::take(&mut early);
         let run = move || {
             let runtime = runtime();
             let reported = report.send(runtime.as_ref().map(drop).map_err(clone_of));
             if let (Ok(runtime), Ok(()), Ok(())) = (runtime, reported, told.recv()) {
-                block_on(&runtime, serving.over_dev_fuse(index, device));
+                block_on(&runtime, serving.over_dev_fuse(index, device, early));
             }
         };
         let thread = spawn(index, run).map_err(io_error("starting a worker thread"))?;

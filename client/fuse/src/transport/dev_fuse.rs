@@ -6,6 +6,7 @@
 //! Known cost: every arriving request wakes every idle worker, since epoll's exclusive wakeups do not reach through
 //! tokio's loop. The io_uring transport has a queue for each CPU instead.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
@@ -58,21 +59,41 @@ pub(crate) fn write_all(fd: BorrowedFd<'_>, slices: &[IoSlice<'_>]) -> io::Resul
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// One worker's descriptor and the buffer it reads to.
-pub(crate) struct DevFuse {
-    fd: Rc<AsyncFd<OwnedFd>>,
+/// Whether reading failed for want of memory in the kernel: it is to be tried again rather than lose the mount.
+pub(crate) fn is_passing(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EIO | libc::EAGAIN | libc::EBUSY))
+}
+
+/// Whether reading failed because the mount was undone, or aborted by force.
+pub(crate) fn has_ended(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED))
+}
+
+/// Reads requests, each into the same buffer.
+pub(crate) struct Reader {
     pool: Arc<BufferPool>,
     buffer: RequestBuffer,
 }
 
-impl DevFuse {
-    /// Takes a non-blocking descriptor; call it inside the worker's runtime.
-    pub(crate) fn new(fd: OwnedFd, pool: Arc<BufferPool>) -> io::Result<DevFuse> {
-        // After an unmount the kernel reports an error condition and nothing else.
-        // SAFETY: an `OwnedFd` names one open file for as long as it lives, and the `AsyncFd` owns it.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::ERROR)? };
+impl Reader {
+    pub(crate) fn new(pool: Arc<BufferPool>) -> Reader {
         let buffer = pool.take();
-        Ok(DevFuse { fd: Rc::new(fd), pool, buffer })
+        Reader { pool, buffer }
+    }
+
+    /// The next request, without waiting. `None` when it was given up by its caller meanwhile.
+    pub(crate) fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<Option<Message>> {
+        match read_request(fd, self.buffer.request_mut()) {
+            Ok(len) => {
+                let message = self.message(len);
+                if message.is_none() {
+                    tracing::error!(len, "the kernel sent less than a request header; ignored");
+                }
+                Ok(message)
+            }
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// The message in the buffer. A write that fills most of the buffer takes it along.
@@ -87,35 +108,48 @@ impl DevFuse {
     }
 }
 
+/// One worker's descriptor.
+pub(crate) struct DevFuse {
+    fd: Rc<AsyncFd<OwnedFd>>,
+    reader: Reader,
+    /// Read already, from this descriptor.
+    early: VecDeque<Message>,
+}
+
+impl DevFuse {
+    /// Takes a non-blocking descriptor, and what was read from it already; call it inside the worker's runtime.
+    pub(crate) fn new(fd: OwnedFd, pool: Arc<BufferPool>, early: Vec<Message>) -> io::Result<DevFuse> {
+        // After an unmount the kernel reports an error condition and nothing else.
+        // SAFETY: an `OwnedFd` names one open file for as long as it lives, and the `AsyncFd` owns it.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::ERROR)? };
+        Ok(DevFuse { fd: Rc::new(fd), reader: Reader::new(pool), early: early.into() })
+    }
+
+    fn slot(&self, message: &Message) -> DevFuseSlot {
+        DevFuseSlot { fd: Rc::clone(&self.fd), unique: message.header.unique }
+    }
+}
+
 impl Transport for DevFuse {
     type Slot = DevFuseSlot;
 
     async fn next(&mut self) -> io::Result<Option<(Message, DevFuseSlot)>> {
+        if let Some(message) = self.early.pop_front() {
+            let slot = self.slot(&message);
+            return Ok(Some((message, slot)));
+        }
         let fd = Rc::clone(&self.fd);
         loop {
             // Stays ready, without asking epoll, until a read says that the queue is empty.
             let mut guard = fd.ready(Interest::READABLE | Interest::ERROR).await?;
-            let buffer = self.buffer.request_mut();
-            let read = match guard.try_io(|fd| read_request(fd.get_ref().as_fd(), buffer)) {
-                Ok(read) => read,
-                Err(_empty) => continue,
-            };
-            let len = match read {
-                Ok(len) => len,
-                Err(e) => match e.raw_os_error() {
-                    // Given up by its caller while it was being read.
-                    Some(libc::ENOENT | libc::EINTR) => continue,
-                    // Unmounted, or aborted by force.
-                    Some(libc::ENODEV | libc::ECONNABORTED) => return Ok(None),
-                    _ => return Err(e),
-                },
-            };
-            match self.message(len) {
-                Some(message) => {
-                    let slot = DevFuseSlot { fd: Rc::clone(&self.fd), unique: message.header.unique };
+            match guard.try_io(|fd| self.reader.read(fd.get_ref().as_fd())) {
+                Ok(Ok(Some(message))) => {
+                    let slot = self.slot(&message);
                     return Ok(Some((message, slot)));
                 }
-                None => tracing::error!(len, "the kernel sent less than a request header; ignored"),
+                Ok(Ok(None)) | Err(_) => {}
+                Ok(Err(e)) if has_ended(&e) => return Ok(None),
+                Ok(Err(e)) => return Err(e),
             }
         }
     }

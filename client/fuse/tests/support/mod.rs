@@ -38,13 +38,17 @@ pub struct Control {
     pub releases: AtomicU64,
     /// Largest read or write seen, bytes.
     pub size_max: AtomicU64,
-    /// Reads and writes of files whose names begin with "slow", and lookups of "slowname", take this long.
+    /// Reads and writes of files whose names begin with "slow", lookups of "slowname", and making directories whose names begin
+    /// with "late" take this long.
     pub slow: Mutex<Duration>,
     pub panic_on_read: AtomicBool,
     pub fail_flush: AtomicBool,
     pub notifier: Mutex<Option<Notifier>>,
     /// How long names and attributes may be cached, under leases.
     pub left: Mutex<Duration>,
+    /// Requests that change names, and those that a former process has left.
+    pub served: Mutex<Vec<u64>>,
+    pub again: Mutex<Vec<u64>>,
 }
 
 #[derive(Clone, Default)]
@@ -213,6 +217,15 @@ impl Filesystem for MemFs {
         *self.0.left.lock()
     }
 
+    fn for_request<T>(&self, unique: u64, work: impl Future<Output = T>) -> impl Future<Output = T> {
+        self.0.served.lock().push(unique);
+        work
+    }
+
+    fn come_again(&self, requests: &[u64]) {
+        self.0.again.lock().extend(requests);
+    }
+
     async fn lookup(&self, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
         self.0.lookups.fetch_add(1, Ordering::SeqCst);
         if name == b"slowname" {
@@ -259,6 +272,10 @@ impl Filesystem for MemFs {
     async fn make(&self, parent: InodeId, name: &[u8], node: NewNode) -> FsResult<Attr> {
         let NewNode { kind, mode, umask, uid, gid, rdev, target } = node;
         let mode = mode & !umask;
+        if name.starts_with(b"late") {
+            let slow = *self.0.slow.lock();
+            tokio::time::sleep(slow).await;
+        }
         self.0.insert(parent.0, name, kind, Attr { mode, uid, gid, rdev, ..new_attr(kind) }, &target)
     }
 

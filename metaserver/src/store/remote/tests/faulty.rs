@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 
 use crate::store::{
-    Batch, Fence, MetaStore, Order, Pair, StoreError,
+    Batch, Fence, MetaStore, Order, Pair, StoreError, StoreResult,
     remote::{
         Fault, Limits, Link, RemoteStore,
         owner::{OWNER, Write},
@@ -27,6 +27,16 @@ struct Faulty {
     late: Mutex<Vec<Transaction>>,
     /// Calls until the process is cut off for good.
     left: Mutex<u32>,
+    overtaken: Mutex<Overtaken>,
+}
+
+/// Whether another takes the store over between a take-over of which no answer came and the next transaction.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Overtaken {
+    #[default]
+    No,
+    AfterTheNext,
+    Now,
 }
 
 struct Chance {
@@ -85,6 +95,16 @@ impl Link for Faulty {
                 *left -= 1;
             }
             let lost = || Err(Fault::Unavailable("lost".into()));
+            let overtaken = std::mem::take(&mut *self.overtaken.lock());
+            match overtaken {
+                Overtaken::No => {}
+                Overtaken::AfterTheNext => {
+                    *self.overtaken.lock() = Overtaken::Now;
+                    apply(&self.pairs, &expected, &next, &writes);
+                    return lost();
+                }
+                Overtaken::Now => drop(open(&self.pairs, 1, 0, u32::MAX).take_over()),
+            }
             let before = if hit { Vec::new() } else { std::mem::take(&mut *self.late.lock()) };
             let result = match (hit, kind) {
                 (false, _) => Ok(apply(&self.pairs, &expected, &next, &writes)),
@@ -149,7 +169,12 @@ fn open(pairs: &Pairs, seed: u64, faults: u64, left: u32) -> RemoteStore {
         chance: Mutex::new(Chance { seed, faults }),
         late: Mutex::default(),
         left: Mutex::new(left),
+        overtaken: Mutex::default(),
     };
+    start(link)
+}
+
+fn start(link: Faulty) -> RemoteStore {
     let link: Arc<dyn Link> = Arc::new(link);
     RemoteStore::start("test".into(), "test", 1 << 20, move || Box::pin(async { Ok(link) })).unwrap()
 }
@@ -227,22 +252,46 @@ fn an_owner_that_dies_at_any_step_leaves_whole_batches() {
     }
 }
 
+/// Whoever is overtaken while it asks whether its own take-over has happened, says so: it never owned the store for certain.
+#[test]
+fn a_take_over_in_doubt_that_is_overtaken_fails() {
+    let pairs = Pairs::default();
+    let doubtful = start(Faulty {
+        pairs: pairs.clone(),
+        chance: Mutex::new(Chance { seed: 1, faults: 0 }),
+        late: Mutex::default(),
+        left: Mutex::new(u32::MAX),
+        overtaken: Mutex::new(Overtaken::AfterTheNext),
+    });
+    let refused = doubtful.take_over().unwrap_err();
+    assert!(matches!(refused, StoreError::Fenced { ours: Fence(1), current: Fence(2) }), "{refused}");
+    assert!(doubtful.commit(batch(1), Fence(1)).is_err());
+    assert_eq!(open(&pairs, 1, 0, u32::MAX).take_over().unwrap(), Fence(3));
+}
+
 #[test]
 fn two_that_take_over_at_once_do_not_both_own_the_store() {
     for seed in 1..20 {
         let pairs = Pairs::default();
         let stores: Vec<RemoteStore> = (0..4).map(|n| open(&pairs, seed * 10 + n, 20, u32::MAX)).collect();
-        let fences: Vec<Fence> = std::thread::scope(|scope| {
-            let threads: Vec<_> = stores.iter().map(|s| scope.spawn(|| s.take_over().unwrap())).collect();
+        let taken: Vec<StoreResult<Fence>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = stores.iter().map(|s| scope.spawn(|| s.take_over())).collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
+        // One that was overtaken while it was in doubt says so, as in the test above; the last is overtaken by nobody.
+        let fence_of = |taken: &StoreResult<Fence>| match taken {
+            Ok(fence) => *fence,
+            Err(StoreError::Fenced { ours, .. }) => *ours,
+            Err(e) => panic!("seed {seed}: {e}"),
+        };
+        let fences: Vec<Fence> = taken.iter().map(fence_of).collect();
         let newest = *fences.iter().max().unwrap();
         let mut owners = 0;
         for (store, fence) in stores.iter().zip(&fences) {
             let held = store.commit(batch(1), *fence).is_ok() && store.sync().is_ok();
-            assert_eq!(held, *fence == newest, "seed {seed}: {fences:?}");
+            assert_eq!(held, *fence == newest, "seed {seed}: {taken:?}");
             owners += u32::from(held);
         }
-        assert_eq!(owners, 1, "seed {seed}: {fences:?}");
+        assert_eq!(owners, 1, "seed {seed}: {taken:?}");
     }
 }
