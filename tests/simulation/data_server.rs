@@ -106,7 +106,10 @@ impl Flash {
     fn check_dead(&self, blocks: &[u64]) {
         let synced = self.drive.lock().unwrap().synced();
         for block in fsck::reached(&Idle(&synced), blocks.to_vec()).unwrap() {
-            violation(format!("h{} shall delete {block}, and a power failure would bring back a file that reaches it", self.name));
+            violation(format!(
+                "h{} shall delete {block}, and a power failure would bring back a file that reaches it",
+                self.name
+            ));
         }
     }
 
