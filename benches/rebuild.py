@@ -1,24 +1,26 @@
 #!/usr/bin/env python3
 """How fast a lost server is rebuilt, and what programs notice of it. Needs root, /dev/fuse and fio.
 
-    benches/rebuild.py FJORD DIR [--gib 2] [--servers 5] [--policy ec:2+1]
+    benches/rebuild.py FJORD DIR [--gib 2] [--rounds 3] [--policy ec:2+1] [--rebuild-rate 0]
 
-On a cluster of this machine below DIR, with a file of that size:
+On a cluster of this machine below DIR, with a file of that size. Each round loses a server and, while two threads read the mount:
 
-  disk     what the disk of DIR reads and writes, direct I/O in 1 MiB requests
-  whole    a reader of the mount, two threads, all servers up
-  without  the same while a server is missing and nothing is rebuilt yet
-  during   the same while it is rebuilt
-  alone    a second server is lost and rebuilt with nobody reading
+  before   the server is missing and nothing is rebuilt yet
+  during   it is rebuilt
+  after    all is rebuilt, on the servers that are left
 
-Prints one JSON object: MiB/s, the share of `during` in `without`, and of all bytes that `alone` read and wrote in what the disk reads.
+Then one more server is lost, and rebuilt with nobody reading (`alone`); right before and right after that, the disk of DIR is read
+and written, direct I/O in 1 MiB requests.
+
+Prints one JSON object: MiB/s; the share of `during` in the mean of `before` and `after`, which other load on the machine changes
+alike; and the share of all bytes that `alone` read and wrote in what the disk reads.
 """
 import argparse, json, os, re, shutil, subprocess, sys, time
 
-from bench_common import Stack, Trouble, drop_caches, free_port, machine, run, wait_for
+from bench_common import Stack, Trouble, drop_caches, free_port, machine, median, run, wait_for
 
 OUT_AFTER = 14
-FIO_SECONDS = 7
+READ_SECONDS = 5
 
 
 def fio(path, rw, size, seconds, jobs=2):
@@ -30,15 +32,16 @@ def fio(path, rw, size, seconds, jobs=2):
 
 
 class Cluster:
-    def __init__(self, stack, fjord, folder, servers, policy):
+    def __init__(self, stack, fjord, folder, servers, policy, rate):
         self.fjord, self.meta = fjord, f"127.0.0.1:{free_port()}"
         self.servers = []
-        self.start(stack, folder, "meta", ["meta", "--data", f"{folder}/meta", "--listen", self.meta, "--policy", policy,
+        meta = self.start(stack, folder, "meta", ["meta", "--data", f"{folder}/meta", "--listen", self.meta, "--policy", policy,
                                            "--down-after", "2s", "--out-after", f"{OUT_AFTER}s"])
+        wait_for("the metaserver", lambda: self.ask().stdout, meta, f"{folder}/meta.log")
         for n in range(servers):
             self.servers.append(self.start(stack, folder, f"data{n}", [
                 "data", "--meta", self.meta, "--listen", f"127.0.0.1:{free_port()}", "--name", f"data{n}", "--cores", "1",
-                "--volume-size", "256MiB", "--rebuild-rate", "0", "--target", f"{folder}/data{n}"]))
+                "--volume-size", "256MiB", "--rebuild-rate", rate, "--target", f"{folder}/data{n}"]))
         self.mountpoint = f"{folder}/mount"
         os.makedirs(self.mountpoint)
         # Through the servers: a reader of their files would measure the disk.
@@ -49,9 +52,12 @@ class Cluster:
     def start(self, stack, folder, name, arguments):
         return stack.start([self.fjord, *arguments], f"{folder}/{name}.log")
 
-    def status(self):
+    def ask(self):
         # Exit status 1 is "degraded".
-        done = subprocess.run([self.fjord, "status", "--meta", self.meta, "--json"], capture_output=True, text=True)
+        return subprocess.run([self.fjord, "status", "--meta", self.meta, "--json"], capture_output=True, text=True)
+
+    def status(self):
+        done = self.ask()
         if not done.stdout:
             raise Trouble(f"fjord status: {done.stderr.strip()}")
         return json.loads(done.stdout)
@@ -68,14 +74,59 @@ class Cluster:
 
     def lose(self, server):
         self.servers[server].kill()
-        self.until("the loss to be seen", lambda s: sum(t["state"] == "up" for t in s["targets"]) < len(self.servers) - self.lost(s))
+        self.until("the loss to be seen", lambda s: sum(t["state"] == "up" for t in s["targets"]) < len(self.servers) - server)
+
+    def whole_without(self, lost):
+        return lambda status: self.lost(status) == lost and status["healing"]["moves_left"] == 0
+
+    def begun_without(self, lost):
+        return lambda status: self.lost(status) == lost or status["healing"]["moves_left"] > 0
 
     @staticmethod
     def lost(status):
         return sum(t["state"] == "out" for t in status["targets"])
 
-    def rebuilt(self, status, lost):
-        return self.lost(status) == lost and status["healing"]["moves_left"] == 0
+
+def disk_speed(folder):
+    probe = f"{folder}/probe"
+    write, read = fio(probe, "write", "512M", 3), fio(probe, "read", "512M", 3)
+    os.unlink(probe)
+    return {"write": round(write), "read": round(read)}
+
+
+def one_round(cluster, server, read):
+    """Loses a server under a reader."""
+    cluster.lose(server)
+    speeds = {"before": round(read(READ_SECONDS))}
+    cluster.until("the rebuild to begin", cluster.begun_without(server + 1))
+    rates, began = [], time.time()
+    while True:
+        rates.append(read(1))
+        if cluster.whole_without(server + 1)(cluster.status()):
+            break
+    speeds["during"] = round(sum(rates) / len(rates))
+    speeds["seconds"] = round(time.time() - began, 1)
+    speeds["after"] = round(read(READ_SECONDS))
+    speeds["share"] = round(2 * speeds["during"] / max(speeds["before"] + speeds["after"], 1), 2)
+    return speeds
+
+
+def alone(cluster, server, folder, data_shards):
+    """Loses a server that nobody reads from."""
+    disk = [disk_speed(folder)]
+    before = cluster.status()["healing"]["bytes_copied"]
+    cluster.lose(server)
+    cluster.until("the rebuild to begin", cluster.begun_without(server + 1))
+    began = time.time()
+    cluster.until("the rebuild", cluster.whole_without(server + 1))
+    seconds = time.time() - began
+    # The count may begin anew with a rebuild.
+    copied = cluster.status()["healing"]["bytes_copied"]
+    copied = (copied - before if copied > before else copied) / 2**20
+    disk.append(disk_speed(folder))
+    moved = copied * (data_shards + 1) / seconds
+    return {"disk": disk, "mib": round(copied), "seconds": round(seconds, 1), "restored": round(copied / seconds),
+            "read_and_written": round(moved), "share_of_disk_read": round(2 * moved / sum(d["read"] for d in disk), 2)}
 
 
 def main():
@@ -83,49 +134,30 @@ def main():
     parser.add_argument("fjord")
     parser.add_argument("dir")
     parser.add_argument("--gib", type=float, default=2)
-    parser.add_argument("--servers", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default="ec:2+1")
+    parser.add_argument("--rebuild-rate", default="0", help="as of `fjord data`, of each server while it rebuilds; 0 is no limit")
     given = parser.parse_args()
-    data_shards = int(re.fullmatch(r"(?:ec:(\d+)\+\d+|replica:\d+)", given.policy)[1] or 1)
+    coded = re.fullmatch(r"ec:(\d+)\+(\d+)", given.policy)
+    data_shards, width = (int(coded[1]), int(coded[1]) + int(coded[2])) if coded else (1, int(given.policy.removeprefix("replica:")))
     folder = os.path.join(os.path.abspath(given.dir), "rebuild-bench")
     os.makedirs(folder)
     stack = Stack()
-    result = {"machine": machine(), "policy": given.policy, "servers": given.servers, "gib": given.gib}
+    # As many stay as a block has shards.
+    servers = width + given.rounds + 1
+    result = {"machine": machine(), "policy": given.policy, "servers": servers, "gib": given.gib, "rebuild_rate": given.rebuild_rate}
     try:
-        probe = f"{folder}/probe"
-        disk_write = fio(probe, "write", "1G", 4)
-        disk_read = fio(probe, "read", "512M", 4)
-        os.unlink(probe)
-        result["disk"] = {"write": round(disk_write), "read": round(disk_read)}
-        cluster = Cluster(stack, os.path.abspath(given.fjord), folder, given.servers, given.policy)
-        cluster.until("all targets", lambda s: sum(t["state"] == "up" for t in s["targets"]) == given.servers)
+        cluster = Cluster(stack, os.path.abspath(given.fjord), folder, servers, given.policy, given.rebuild_rate)
+        cluster.until("all targets", lambda s: sum(t["state"] == "up" for t in s["targets"]) == servers)
         path, size = f"{cluster.mountpoint}/data", int(given.gib * 1024)
         run("dd", "if=/dev/urandom", f"of={path}", "bs=1M", f"count={size}", "conv=fsync", "status=none")
         drop_caches()
-        read = lambda seconds: fio(path, "randread", f"{size}M", seconds)
-        result["whole"] = round(read(FIO_SECONDS))
-        cluster.lose(0)
-        result["without"] = round(read(FIO_SECONDS))
-        cluster.until("the rebuild to begin", lambda s: s["healing"]["moves_left"] > 0 or cluster.rebuilt(s, 1))
-        rates, began = [], time.time()
-        while True:
-            rates.append(read(1))
-            if cluster.rebuilt(cluster.status(), 1):
-                break
-        result["during"] = round(sum(rates) / len(rates))
-        result["during_seconds"] = round(time.time() - began, 1)
-        result["during_share_of_without"] = round(result["during"] / max(result["without"], 1), 2)
-        before = cluster.status()["healing"]["bytes_copied"]
-        cluster.lose(1)
-        cluster.until("the second rebuild to begin", lambda s: s["healing"]["moves_left"] > 0)
-        began = time.time()
-        cluster.until("the second rebuild", lambda s: cluster.rebuilt(s, 2))
-        seconds = time.time() - began
-        copied = cluster.status()["healing"]["bytes_copied"]
-        copied = (copied - before if copied > before else copied) / 2**20
-        result["alone"] = {"restored": round(copied / seconds), "mib": round(copied), "seconds": round(seconds, 1),
-                           "read_and_written": round(copied * (data_shards + 1) / seconds)}
-        result["alone_share_of_disk_read"] = round(result["alone"]["read_and_written"] / disk_read, 2)
+        result["rounds"] = []
+        for server in range(given.rounds):
+            result["rounds"].append(one_round(cluster, server, lambda seconds: fio(path, "randread", f"{size}M", seconds)))
+            print(f"round {server + 1}: {result['rounds'][-1]}", file=sys.stderr)
+        result["share_of_foreground"] = median([r["share"] for r in result["rounds"]])
+        result["alone"] = alone(cluster, given.rounds, folder, data_shards)
     finally:
         stack.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,10 +27,10 @@ mod xattrs;
 #[cfg(test)]
 mod tests;
 
-use std::{cell::Cell, path::Path};
+use std::{cell::Cell, collections::BTreeSet, path::Path};
 
 use bytes::Bytes;
-use fjordfs_proto::FsResult;
+use fjordfs_proto::{BlockId, FsResult, pb::meta::UsesRequest};
 use prost::Message;
 
 use self::repair::{Counted, Fix};
@@ -145,6 +145,20 @@ pub fn check_telling(store: &dyn Reading, tell: &dyn Fn(u64)) -> Result<Report, 
     blocks::check(store, &counters, &inodes, &mut report)?;
     xattrs::check(store, &inodes, &mut report)?;
     Ok(report)
+}
+
+/// Which of some blocks a file reaches.
+///
+/// # Errors
+/// When the engine fails.
+pub fn reached(store: &dyn Reading, blocks: Vec<u64>) -> Result<BTreeSet<BlockId>, StoreError> {
+    let mut reached = BTreeSet::new();
+    uses::read(store, &UsesRequest { blocks, ..UsesRequest::default() }, |found| {
+        if let uses::Found::Use(found) = found {
+            reached.insert(BlockId(found.block));
+        }
+    })?;
+    Ok(reached)
 }
 
 /// What is being checked.

@@ -1,6 +1,10 @@
 //! Who runs: one metaserver, some data servers, some clients. Killing and starting them.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use fjordfs_client::{Client, FsResult, Options};
 use fjordfs_metaserver::{
@@ -17,7 +21,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::{
     data_server::{self, Server},
-    disk::Disk,
+    disk::{Disk, Drive},
     network::{Host, Net, address},
     run::{trace, violation},
 };
@@ -37,7 +41,7 @@ const OPERATION_TIMEOUT: Duration = Duration::from_secs(60);
 /// See the module.
 pub(crate) struct Cluster {
     pub(crate) net: Net,
-    disk: Disk,
+    drive: Drive,
     meta: Option<JoinHandle<()>>,
     policy: Policy,
     data: Vec<(Server, Option<JoinSet<()>>)>,
@@ -46,12 +50,16 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     pub(crate) fn new(net: Net, seed: u64, servers: usize, policy: Policy) -> Cluster {
+        let drive = Arc::new(Mutex::new(Disk::new(rng::stream(seed, 2))));
         let data = (0..servers).map(|at| {
             let host = DATA + at as Host;
-            (data_server::new(host, rng::stream(seed, 100 + u64::from(host))), None)
+            (data_server::new(host, rng::stream(seed, 100 + u64::from(host)), drive.clone()), None)
         });
-        let disk = Disk::new(rng::stream(seed, 2));
-        Cluster { net, disk, meta: None, policy, data: data.collect(), next_client: CLIENT }
+        Cluster { net, drive: drive.clone(), meta: None, policy, data: data.collect(), next_client: CLIENT }
+    }
+
+    fn disk(&self) -> Disk {
+        self.drive.lock().unwrap().clone()
     }
 
     pub(crate) fn servers(&self) -> usize {
@@ -81,7 +89,7 @@ impl Cluster {
         config.heartbeat = HEARTBEAT;
         config.down_after = DOWN_AFTER;
         let connections = UnboundedReceiverStream::new(self.net.listen(META)).map(Ok::<_, Infallible>);
-        let store = Arc::new(self.disk.clone());
+        let store = Arc::new(self.disk());
         self.meta = Some(tokio::spawn(async move {
             let ended = serve_store(store, "simulated", &config, connections).await;
             violation(format!("the metaserver has ended by itself: {ended:?}"));
@@ -91,7 +99,8 @@ impl Cluster {
     /// Kills it, or its host with it.
     pub(crate) fn kill_meta(&mut self, power: bool) {
         trace(format_args!("the metaserver is killed, power {power}"));
-        self.disk = self.disk.after_crash(power);
+        let left = self.disk().after_crash(power);
+        *self.drive.lock().unwrap() = left;
         self.net.kill(META);
         if let Some(meta) = self.meta.take() {
             meta.abort();
@@ -101,7 +110,7 @@ impl Cluster {
 
     /// What is committed must make sense at any moment.
     pub(crate) fn check_namespace(&self) -> Report {
-        let report = fsck::check(&Idle(&self.disk)).unwrap();
+        let report = fsck::check(&Idle(&self.disk())).unwrap();
         for problem in &report.problems {
             violation(format!("fsck: {problem}"));
         }

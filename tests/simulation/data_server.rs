@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use fjordfs_metaserver::{fsck, store::Idle};
 use fjordfs_proto::{
     FsError, FsResult, META_MESSAGE_MAX, PAGE_SIZE, PROTOCOL_VERSION,
     block::first_bad_page,
@@ -38,6 +39,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{
+    disk::Drive,
     network::{Host, Nic, SimWire, address},
     run::{trace, violation},
 };
@@ -61,13 +63,15 @@ pub(crate) struct Flash {
     shards: BTreeMap<Key, Shard>,
     /// Every block that was ordered to be deleted.
     deleted: BTreeSet<u64>,
+    /// What the metaserver's host may lose.
+    drive: Drive,
     random: TestRng,
 }
 
 /// See the module.
 pub(crate) type Server = Arc<Mutex<Flash>>;
 
-pub(crate) fn new(name: Host, random: TestRng) -> Server {
+pub(crate) fn new(name: Host, random: TestRng, drive: Drive) -> Server {
     Arc::new(Mutex::new(Flash {
         name,
         server: 0,
@@ -75,6 +79,7 @@ pub(crate) fn new(name: Host, random: TestRng) -> Server {
         cluster_id: String::new(),
         shards: BTreeMap::new(),
         deleted: BTreeSet::new(),
+        drive,
         random,
     }))
 }
@@ -95,6 +100,17 @@ impl Flash {
 
     pub(crate) fn was_told_to_delete(&self, block: u64) -> bool {
         self.deleted.contains(&block)
+    }
+
+    /// What is to be deleted must be dead whatever the metaserver's host loses: nothing brings a shard back.
+    fn check_dead(&self, blocks: &[u64]) {
+        let synced = self.drive.lock().unwrap().synced();
+        for block in fsck::reached(&Idle(&synced), blocks.to_vec()).unwrap() {
+            violation(format!(
+                "h{} shall delete {block}, and a power failure would bring back a file that reaches it",
+                self.name
+            ));
+        }
     }
 
     fn report(&self) -> TargetReport {
@@ -220,6 +236,7 @@ async fn delete(server: &Server, deletes: Vec<DeletedBlocks>) -> Vec<DeletedBloc
                 violation(format!("h{} shall delete from target {}", flash.name, order.target));
             }
             trace(format_args!("h{} deletes {} blocks", flash.name, order.blocks.len()));
+            flash.check_dead(&order.blocks);
             flash.deleted.extend(&order.blocks);
         }
         let Flash { shards, deleted, .. } = &mut *flash;

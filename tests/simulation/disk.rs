@@ -28,6 +28,25 @@ struct Tree {
     random: TestRng,
 }
 
+impl Tree {
+    /// Undoes so many commits, and forgets how to undo the others.
+    fn lose(&mut self, commits: usize) {
+        for undo in self.unsynced.split_off(self.unsynced.len() - commits).into_iter().rev() {
+            // A batch may write a key twice.
+            for (key, before) in undo.into_iter().rev() {
+                match before {
+                    Some(value) => self.pairs.insert(key, value),
+                    None => self.pairs.remove(&key),
+                };
+            }
+        }
+        self.unsynced.clear();
+    }
+}
+
+/// The disk of the metaserver's host: another one after each crash.
+pub(crate) type Drive = Arc<Mutex<Disk>>;
+
 /// See the module.
 #[derive(Clone)]
 pub(crate) struct Disk(Arc<Mutex<Tree>>);
@@ -48,16 +67,15 @@ impl Disk {
         tree.random = TestRng::seed_from_u64(self.tree().random.random());
         if power {
             let lost = tree.random.random_range(0..=tree.unsynced.len());
-            for undo in tree.unsynced.split_off(tree.unsynced.len() - lost).into_iter().rev() {
-                for (key, before) in undo {
-                    match before {
-                        Some(value) => tree.pairs.insert(key, value),
-                        None => tree.pairs.remove(&key),
-                    };
-                }
-            }
-            tree.unsynced.clear();
+            tree.lose(lost);
         }
+        Disk(Arc::new(Mutex::new(tree)))
+    }
+
+    /// The least that a power failure now would leave.
+    pub(crate) fn synced(&self) -> Disk {
+        let mut tree = self.tree().clone();
+        tree.lose(tree.unsynced.len());
         Disk(Arc::new(Mutex::new(tree)))
     }
 }

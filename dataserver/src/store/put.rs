@@ -60,6 +60,7 @@ impl<D: Device> Store<D> {
         page_crcs: &[u8],
     ) -> Result<(), StoreError> {
         self.check_alive()?;
+        // Before anything is written: a crash would bring the shard back, and forget that it was deleted.
         self.check_not_deleted(new.block)?;
         if let Some(old) = self.index.get(new.block, new.shard) {
             return self.same_or_refused(&old, &new, record, page_crcs).await;
