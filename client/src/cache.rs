@@ -35,6 +35,9 @@ pub(crate) const CHUNK: u32 = 1 << 20;
 /// Dirty data takes room from the cache in steps of this.
 const STEP: u64 = 64 << 20;
 
+/// So many reads that went on where another had ended are no coincidence.
+const IN_ORDER: u32 = 2;
+
 type Key = (BlockId, u32);
 
 #[derive(Clone)]
@@ -56,6 +59,9 @@ pub(crate) enum Fetch {
     /// Pages at first; the whole chunk once a neighbour was read lately. Small files share blocks with the files that
     /// were written beside them: a reader that comes back for a neighbour will want the others too.
     Neighbours,
+    /// Pages, as long as the reads of a chunk jump about in it: a read that is a good part of a chunk costs less by itself than
+    /// memory for the whole one, which has to be fresh until the cache is full.
+    InOrder,
 }
 
 /// The cache in front of the data servers.
@@ -72,16 +78,31 @@ pub(crate) struct BlockCache {
 
 /// Chunks of which a part was read lately: as many as the cache holds, since a neighbour that comes later than that
 /// would not find the chunk.
-struct Touched(Mutex<LruCache<Key, ()>>);
+struct Touched(Mutex<LruCache<Key, Touch>>);
+
+/// The last read of a chunk.
+struct Touch {
+    /// Block offset at which it ended.
+    end: u32,
+    /// Reads in a row, up to this one, that went on where the one before had ended.
+    streak: u32,
+}
 
 impl Touched {
     fn new(chunks: usize) -> Touched {
         Touched(Mutex::new(LruCache::new(NonZeroUsize::new(chunks).unwrap_or(NonZeroUsize::MIN))))
     }
 
-    /// Notes a read; true when the chunk was read before.
-    fn again(&self, key: Key) -> bool {
-        self.0.lock().put(key, ()).is_some()
+    /// Notes a read of these block offsets; if the chunk was read before, how many reads went on where another had ended.
+    fn note(&self, key: Key, range: Range<u32>) -> Option<u32> {
+        let mut touched = self.0.lock();
+        let Some(touch) = touched.get_mut(&key) else {
+            touched.put(key, Touch { end: range.end, streak: 0 });
+            return None;
+        };
+        let streak = if touch.end == range.start { touch.streak.saturating_add(1) } else { 0 };
+        *touch = Touch { end: range.end, streak };
+        Some(streak)
     }
 }
 
@@ -126,7 +147,7 @@ impl BlockCache {
             self.window.read(&key);
             let part = match self.chunks.get(&key) {
                 Some(chunk) => cut(&chunk, index * CHUNK, at..stop)?,
-                None if self.wants_chunk(fetch, key) => {
+                None if self.wants_chunk(fetch, key, at..stop) => {
                     let chunk = self.chunk(piece.block, piece.layout, index).await?;
                     cut(&chunk, index * CHUNK, at..stop)?
                 }
@@ -159,7 +180,7 @@ impl BlockCache {
             self.window.read(&key);
             match self.chunks.get(&key) {
                 Some(chunk) => part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?),
-                None if self.wants_chunk(fetch, key) => {
+                None if self.wants_chunk(fetch, key, at..stop) => {
                     let chunk = self.chunk(piece.block, piece.layout, index).await?;
                     part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?);
                 }
@@ -170,11 +191,12 @@ impl BlockCache {
         Ok(())
     }
 
-    fn wants_chunk(&self, fetch: Fetch, key: Key) -> bool {
+    fn wants_chunk(&self, fetch: Fetch, key: Key, range: Range<u32>) -> bool {
         match fetch {
             Fetch::Chunks => true,
             Fetch::Pages => false,
-            Fetch::Neighbours => self.touched.again(key),
+            Fetch::Neighbours => self.touched.note(key, range).is_some(),
+            Fetch::InOrder => self.touched.note(key, range).is_some_and(|streak| streak >= IN_ORDER),
         }
     }
 
@@ -265,11 +287,21 @@ mod tests {
     #[test]
     fn a_chunk_counts_as_touched_until_others_have_taken_its_place() {
         let touched = Touched::new(2);
-        let key = |block| (BlockId(block), 0);
-        assert!(!touched.again(key(1)) && !touched.again(key(2)));
-        assert!(touched.again(key(1)));
-        assert!(!touched.again(key(3)), "takes the place of 2");
-        assert!(!touched.again(key(2)));
-        assert!(touched.again(key(3)));
+        let again = |block| touched.note((BlockId(block), 0), 0..4096).is_some();
+        assert!(!again(1) && !again(2));
+        assert!(again(1));
+        assert!(!again(3), "takes the place of 2");
+        assert!(!again(2));
+        assert!(again(3));
+    }
+
+    #[test]
+    fn reads_of_a_chunk_in_order_are_told_from_others() {
+        let touched = Touched::new(2);
+        let note = |start, end| touched.note((BlockId(1), 0), start..end);
+        assert_eq!(note(0, 100_000), None);
+        assert_eq!((note(100_000, 200_000), note(200_000, 300_000)), (Some(1), Some(2)));
+        assert_eq!((note(900_000, 1_000_000), note(300_000, 400_000)), (Some(0), Some(0)));
+        assert_eq!(note(300_000, 400_000), Some(0), "the same once more");
     }
 }

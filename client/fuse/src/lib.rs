@@ -51,6 +51,6 @@ pub use filesystem::Filesystem;
 pub use mount::{
     Mount, MountError, Remount, Unmounter, mount_filesystem, mount_kept, resume_filesystem, unmount_path,
 };
-pub use options::{MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
+pub use options::{Busy, MountOptions, OptionError, TransportChoice, UringFaults, UringOptions};
 pub use session::{Agreed, Departure, SessionError};
 pub use transport::selection::{TransportInfo, TransportKind, planned_transport};

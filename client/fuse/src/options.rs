@@ -5,7 +5,7 @@ use std::time::Duration;
 
 mod transport;
 
-pub use transport::{TransportChoice, UringFaults, UringOptions};
+pub use transport::{Busy, TransportChoice, UringFaults, UringOptions};
 
 /// Smallest request worth negotiating, bytes.
 const REQUEST_SIZE_MIN: u64 = 4096;

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fjordfs_fuse::{MountOptions, TransportChoice, TransportKind, mount_filesystem};
+use fjordfs_fuse::{Busy, MountOptions, TransportChoice, TransportKind, mount_filesystem};
 use support::{Control, MemFs, Mounted};
 
 fn options(transport: TransportChoice) -> MountOptions {
@@ -91,6 +91,20 @@ fn a_queue_that_the_kernel_refuses_is_a_reason() {
     for queue in 0..std::thread::available_parallelism().unwrap().get() {
         falls_back(|options| options.uring.faults.bad_queue = Some(queue as u16), "the kernel refused");
     }
+}
+
+#[test]
+fn a_kernel_that_has_no_memory_for_submissions_for_a_while_costs_no_answer() {
+    if support::lacking(TransportChoice::IoUring).is_some() {
+        return;
+    }
+    let mut options = options(TransportChoice::IoUring);
+    options.uring.faults.busy = Busy::times(20);
+    let busy = options.uring.faults.busy.clone();
+    let Some(mounted) = Mounted::with(options) else { return };
+    use_it(&mounted);
+    assert_eq!(busy.left(), 0, "all of them were met");
+    mounted.end();
 }
 
 #[test]

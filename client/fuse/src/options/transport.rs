@@ -1,6 +1,8 @@
 //! Options of the transport between kernel and mount: `transport=`, `uring_depth=`, `uring_payload=`, `uring_memory=`, `poll_us=`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::{OptionError, REQUEST_SIZE_MAX, REQUEST_SIZE_MIN, expected, number};
@@ -50,7 +52,40 @@ pub struct UringFaults {
     pub no_ring: Option<usize>,
     /// The kernel is given entries of this queue that it must refuse.
     pub bad_queue: Option<u16>,
+    /// What threads in service hand to the kernel is refused this often.
+    pub busy: Busy,
 }
+
+/// How often a submission still fails as if the kernel had no memory for it. Clones count together.
+#[doc(hidden)]
+#[derive(Clone, Debug, Default)]
+pub struct Busy(Arc<AtomicU32>);
+
+impl Busy {
+    /// So often.
+    pub fn times(times: u32) -> Busy {
+        Busy(Arc::new(AtomicU32::new(times)))
+    }
+
+    /// How often from now on.
+    pub fn left(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is the turn of one that fails.
+    pub(crate) fn again(&self) -> bool {
+        self.left() > 0
+            && self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok()
+    }
+}
+
+impl PartialEq for Busy {
+    fn eq(&self, other: &Busy) -> bool {
+        self.left() == other.left()
+    }
+}
+
+impl Eq for Busy {}
 
 impl Default for UringOptions {
     fn default() -> UringOptions {
@@ -63,6 +98,7 @@ impl Default for UringOptions {
                 parameter: PathBuf::from("/sys/module/fuse/parameters/enable_uring"),
                 no_ring: None,
                 bad_queue: None,
+                busy: Busy::default(),
             },
         }
     }

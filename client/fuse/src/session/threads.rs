@@ -299,6 +299,7 @@ fn obey<F: Filesystem>(
                 let _nobody_waits = report.send(transport.register(device.as_fd(), options.faults.bad_queue));
             }
             Order::Serve(serving, device) => {
+                transport.set_busy(options.faults.busy.clone());
                 return block_on(runtime, serving.over_uring(index, transport, device));
             }
         }

@@ -37,6 +37,7 @@ use super::{Message, Slot, Transport};
 use crate::abi::{self, OutHeader, UringInOut, opcode};
 use crate::buffer::BufferPool;
 use crate::ends::ShortAnswer;
+use crate::options::Busy;
 use crate::reply::Reply;
 
 pub(crate) mod cpus;
@@ -101,6 +102,11 @@ impl IoUring {
         bad_queue: Option<u16>,
     ) -> Result<(), RegisterError> {
         self.shared.ring.register(device, bad_queue)
+    }
+
+    /// For tests.
+    pub(crate) fn set_busy(&self, busy: Busy) {
+        self.shared.ring.set_busy(busy);
     }
 
     fn receive(&self, index: usize) -> Option<(Message, UringSlot)> {

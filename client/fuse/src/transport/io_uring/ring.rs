@@ -3,7 +3,7 @@
 //! Performance critical. Commits are collected and submitted together; a request that waits in the kernel comes back from the
 //! same system call that commits the answer before it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -15,6 +15,7 @@ use memmap2::MmapMut;
 use super::memory::{self, EntryBuffers};
 use super::spares::Spares;
 use crate::abi::{Pod, UringCommand, uring};
+use crate::options::Busy;
 
 /// /dev/fuse in the ring's table of files, which saves looking it up each time.
 const DEVICE: types::Fixed = types::Fixed(0);
@@ -54,6 +55,8 @@ pub(super) struct Ring {
     unsubmitted: Cell<usize>,
     /// Requests that came while entries were registered.
     early: RefCell<VecDeque<usize>>,
+    /// For tests, from when the ring is in service.
+    busy: OnceCell<Busy>,
     _memory: MmapMut,
 }
 
@@ -94,6 +97,7 @@ impl Ring {
             spares: Spares::new(size_max),
             unsubmitted: Cell::new(0),
             early: RefCell::default(),
+            busy: OnceCell::new(),
             _memory: memory,
         })
     }
@@ -214,8 +218,19 @@ impl Ring {
         self.unsubmitted.get() > 0
     }
 
+    /// From now on submissions fail as often as that says.
+    pub(super) fn set_busy(&self, busy: Busy) {
+        self.busy.get_or_init(|| busy);
+    }
+
     /// Hands over what was pushed. Requests that wait in the kernel are then completed.
+    ///
+    /// # Errors
+    /// What was not handed over stays, for the next call.
     pub(super) fn submit(&self) -> io::Result<()> {
+        if self.busy.get().is_some_and(Busy::again) {
+            return Err(io::Error::from_raw_os_error(libc::EBUSY));
+        }
         match self.uring.borrow().submit() {
             Ok(submitted) => self.unsubmitted.set(self.unsubmitted.get().saturating_sub(submitted)),
             // The caller comes back while there is something to submit.
