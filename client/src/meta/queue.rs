@@ -13,6 +13,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use fjordfs_proto::{
@@ -41,6 +42,8 @@ pub(super) struct Unanswered {
     pub(super) sent: Sent,
     pub(super) answer: Answer,
     slot: Option<Slot>,
+    /// When it was sent for the first time.
+    since: Instant,
 }
 
 enum Quiet {
@@ -175,7 +178,8 @@ impl Queue {
         let (index, sequence) = slot.map_or((0, 0), |s| (s.index, s.sequence));
         let deferred = matches!(answer, Answer::Decided);
         let request = Request { id, slot: index, sequence, deferred, op: Some(op) };
-        self.unanswered.insert(id, Unanswered { request: request.clone(), sent, answer, slot });
+        let since = Instant::now();
+        self.unanswered.insert(id, Unanswered { request: request.clone(), sent, answer, slot, since });
         request
     }
 
@@ -187,6 +191,13 @@ impl Queue {
             self.slots.give_back(slot, done);
         }
         Some(unanswered)
+    }
+
+    /// The oldest request that should have been answered by now, and how long ago it was sent. Locks are waited for at the server.
+    pub(super) fn oldest(&self) -> Option<(&Request, Duration)> {
+        let waits = |request: &Request| matches!(request.op, Some(Op::Lock(_)));
+        let oldest = self.unanswered.values().find(|unanswered| !waits(&unanswered.request))?;
+        Some((&oldest.request, oldest.since.elapsed()))
     }
 
     /// Everything unanswered once more, in order.

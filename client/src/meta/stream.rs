@@ -32,6 +32,12 @@ use crate::{
 /// Calls taken in at a time.
 const CALLS_MAX: usize = 256;
 
+/// A request that is not answered for so long is mentioned in the log, and again each time as much later.
+const LATE: Duration = Duration::from_secs(20);
+
+/// Characters of an operation in the log: it may carry bytes of files.
+const OPERATION_SHOWN: usize = 160;
+
 /// What the rest of the client may want to know of the session.
 #[derive(Clone, Debug)]
 pub(crate) struct SessionState {
@@ -184,6 +190,7 @@ impl Driver {
         let interval = self.beats.interval;
         let mut beat = tokio::time::interval_at(Instant::now() + interval, interval);
         let mut batch = Vec::with_capacity(CALLS_MAX);
+        let mut late = LATE;
         loop {
             let due = self.leases.deferred_due();
             let is_due = due.is_some_and(|due| due <= Instant::now().into_std());
@@ -217,6 +224,7 @@ impl Driver {
                 () = self.leases.deferred_changed() => {}
                 () = sleep_until(due), if due.is_some() && !is_due => {}
                 _ = beat.tick() => {
+                    late = self.complain(late);
                     // Not in line: to be heard must not wait for anything.
                     let message = match settling {
                         None => self.beats.next(),
@@ -227,6 +235,20 @@ impl Driver {
                     }
                 }
             }
+        }
+    }
+
+    /// Mentions what is not answered after `late`; when to do so again.
+    fn complain(&self, late: Duration) -> Duration {
+        match self.queue.oldest() {
+            Some((request, age)) if age >= late => {
+                let (seconds, text) = (age.as_secs(), format!("{:?}", request.op));
+                let operation: String = text.chars().take(OPERATION_SHOWN).collect();
+                warn!(metaserver = self.peer.address, seconds, operation, "no answer yet");
+                age + LATE
+            }
+            Some((_, age)) if age >= LATE => late,
+            _ => LATE,
         }
     }
 
