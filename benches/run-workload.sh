@@ -17,6 +17,7 @@ usage: benches/run-workload.sh --bench-dir DIR [options]
   --policy replica:N  redundancy of the files                                [replica:1]
   --servers N         data servers                                           [3]
   --mount-options O   -o options of the FjordFS mount
+  --store URL         where the metadata is kept; under `with-engine` $FJORD_STORE [the embedded engine]
   --size-gib N        size of each of the two filesystems                    [20]
   --work DIR          where the images lie                                   [/var/tmp]
   --only PARTS        of the workload: seq,par,rand,small,meta,mmap          [all]
@@ -31,11 +32,11 @@ USAGE
 die() { echo "run-workload: $*" >&2; exit 1; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-bench_dir='' what=workload policy=replica:1 servers=3 options='' size_gib=20 base=/var/tmp only='' note='' results=$here/results
+bench_dir='' what=workload policy=replica:1 servers=3 options='' store='' size_gib=20 base=/var/tmp only='' note='' results=$here/results
 while [ $# -gt 0 ]; do
     case $1 in
         -h|--help) usage; exit 0 ;;
-        --bench-dir|--what|--policy|--servers|--mount-options|--size-gib|--work|--only|--results|--note)
+        --bench-dir|--what|--policy|--servers|--mount-options|--store|--size-gib|--work|--only|--results|--note)
             [ $# -ge 2 ] || die "$1 needs a value" ;;
         *) usage >&2; die "unknown option $1" ;;
     esac
@@ -45,6 +46,7 @@ while [ $# -gt 0 ]; do
         --policy) policy=$2 ;;
         --servers) servers=$2 ;;
         --mount-options) options=$2 ;;
+        --store) store=$2 ;;
         --size-gib) size_gib=$2 ;;
         --work) base=$2 ;;
         --only) only=$2 ;;
@@ -124,8 +126,10 @@ meta=127.0.0.1:$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.
 mount_args=()
 [ -z "$options" ] || mount_args=(-o "$options")
 mkdir "$work/fjord"
+store_args=()
+[ -z "$store" ] || store_args=(--store "$store")
 "$fjord" up "$work/fjord" --data "$work/backing/fjord" --servers "$servers" --policy "$policy" \
-    --meta-listen "$meta" "${mount_args[@]}" >"$work/up.log" 2>&1 &
+    --meta-listen "$meta" "${store_args[@]}" "${mount_args[@]}" >"$work/up.log" 2>&1 &
 up_pid=$!
 for _ in $(seq 600); do
     mountpoint -q "$work/fjord" && break
