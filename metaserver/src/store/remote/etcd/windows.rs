@@ -12,8 +12,8 @@ use crate::store::Order;
 
 /// Bytes of a key that a window's bounds are made of; what follows is of no account.
 const DIGITS: usize = 16;
-/// A window is 2^n wide, of this n at most: everything with one first byte.
-const WIDEST: u8 = 120;
+/// A window is 2^n wide, of this n at most: half of everything.
+const WIDEST: u8 = 127;
 /// At first: 128 numbers behind the first byte.
 const WIDTH_DEFAULT: u8 = 63;
 /// A window shall hold so many times what is wanted.
@@ -209,6 +209,25 @@ mod tests {
                 let (found, most) = read(&keys, &widths, range, order, 128);
                 assert!(found.len() == 128 && most < 4000, "{most} keys were looked at for 128");
             }
+        }
+    }
+
+    #[test]
+    fn emptiness_is_crossed_in_a_few_windows() {
+        let keys: Keys = [b"A".to_vec(), b"k".to_vec()].into();
+        for (range, order) in [
+            (b"A\0".to_vec()..vec![0xff], Order::Ascending),
+            (b"l".to_vec()..vec![0xff], Order::Ascending),
+            (vec![1]..b"k".to_vec(), Order::Descending),
+        ] {
+            let widths = Widths::default();
+            let mut windows = widths.windows(range.clone(), order);
+            let mut asked = 0;
+            while let Some(window) = windows.next() {
+                asked += 1;
+                windows.held(keys.range(window).count() as u64, 128);
+            }
+            assert!(asked <= 8, "{asked} windows for {range:?}");
         }
     }
 
