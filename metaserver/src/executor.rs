@@ -51,6 +51,8 @@ const BURST_WRITES_MAX: usize = 16384;
 const BURSTS_UNTOLD_MAX: usize = 64;
 /// What is committed last gets this long to arrive at an engine across a network when the server stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// A store that has not acknowledged a burst for so long is away.
+const STORE_AWAY: Duration = Duration::from_millis(500);
 /// How often timeouts are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// The metadata disk counts as full below this share of it, within these bounds: room for tables being merged.
@@ -153,6 +155,8 @@ struct Call {
 /// What a committed burst tells, in this order.
 struct Told {
     committed: Ticket,
+    /// When it was committed.
+    since: Instant,
     map: Option<Arc<ClusterMap>>,
     answers: Vec<(Pending, Ticket)>,
     calls: Vec<Call>,
@@ -252,7 +256,11 @@ impl Executor {
             if now.mono >= self.next_tick {
                 self.next_tick = now.mono + TICK;
                 self.core.set_low_space(self.folder.as_deref().and_then(low_space));
-                self.core.tick(now);
+                // What clients and servers are to do may wait for answers that wait for the store: no time runs for them
+                // meanwhile. Afterwards it shows as a standstill of ours.
+                if !self.is_store_away(now.mono) {
+                    self.core.tick(now);
+                }
             }
             // What clients ask is bounded by what they have under way; this is not.
             more = self.untold.len() < BURSTS_UNTOLD_MAX && self.core.background(now);
@@ -267,6 +275,11 @@ impl Executor {
         }
         let synced = self.syncer.stop();
         stopped.and(synced)
+    }
+
+    /// Whether something committed has not been acknowledged for long.
+    fn is_store_away(&self, now: Instant) -> bool {
+        self.untold.front().is_some_and(|told| now.saturating_duration_since(told.since) > STORE_AWAY)
     }
 
     /// Tells what is still to be told, and lets go of the store.
@@ -528,6 +541,7 @@ impl Executor {
         };
         let told = Told {
             committed,
+            since: Instant::now(),
             map: self.new_map(),
             answers: self.free_answers(committed),
             calls: std::mem::take(&mut self.calls),
@@ -561,7 +575,7 @@ impl Executor {
     }
 
     fn tell_one(&mut self, told: Told) {
-        let Told { committed, map, answers, calls, recalls, ended, beats } = told;
+        let Told { committed, since: _, map, answers, calls, recalls, ended, beats } = told;
         if let Some(map) = map {
             self.push_map(&map, committed);
         }
