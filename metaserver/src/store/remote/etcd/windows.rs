@@ -104,8 +104,9 @@ impl Windows<'_> {
             ((u32::from(width) + growth).min(WIDEST.into()) as u8, empties + 1)
         } else {
             let fitting = |wanted: u64| {
-                let fitting =
-                    i64::from((wanted * SURPLUS).ilog2()) - i64::from(count.ilog2()) + i64::from(width);
+                let fitting = i64::from(wanted.saturating_mul(SURPLUS).max(1).ilog2())
+                    - i64::from(count.ilog2())
+                    + i64::from(width);
                 fitting.clamp(0, WIDEST.into()) as u8
             };
             let learnt = &mut self.widths.0.lock()[usize::from(kind)];
