@@ -136,7 +136,8 @@ impl BlockCache {
         }
     }
 
-    /// The bytes of a piece of an extent, in order.
+    /// The bytes of a piece of an extent, in order. What has to wait is boxed, here and in [`BlockCache::read_into`]: else every
+    /// request of a mount would be as large as a read that misses, also those that find all in memory.
     pub(crate) async fn read(&self, piece: BlockPiece, fetch: Fetch) -> FsResult<Vec<Bytes>> {
         let mut parts = Vec::with_capacity(2);
         let (mut at, end) = (piece.offset, piece.offset + piece.length);
@@ -148,7 +149,7 @@ impl BlockCache {
             let part = match self.chunks.get(&key) {
                 Some(chunk) => cut(&chunk, index * CHUNK, at..stop)?,
                 None if self.wants_chunk(fetch, key, at..stop) => {
-                    let chunk = self.chunk(piece.block, piece.layout, index).await?;
+                    let chunk = Box::pin(self.chunk(piece.block, piece.layout, index)).await?;
                     cut(&chunk, index * CHUNK, at..stop)?
                 }
                 None => {
@@ -159,7 +160,7 @@ impl BlockCache {
                         offset: first,
                         length: stop - first,
                     };
-                    cut(&self.data.read(range).await?, first, at..stop)?
+                    cut(&Box::pin(self.data.read(range)).await?, first, at..stop)?
                 }
             };
             parts.push(part);
@@ -181,10 +182,10 @@ impl BlockCache {
             match self.chunks.get(&key) {
                 Some(chunk) => part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?),
                 None if self.wants_chunk(fetch, key, at..stop) => {
-                    let chunk = self.chunk(piece.block, piece.layout, index).await?;
+                    let chunk = Box::pin(self.chunk(piece.block, piece.layout, index)).await?;
                     part.copy_from_slice(slice(&chunk, index * CHUNK, at..stop)?);
                 }
-                None => self.pages_into(piece, at..stop, part).await?,
+                None => Box::pin(self.pages_into(piece, at..stop, part)).await?,
             }
             (at, rest) = (stop, after);
         }

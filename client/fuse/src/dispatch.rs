@@ -256,7 +256,8 @@ impl<F: Filesystem> Dispatcher<F> {
                 let length = if wide { length } else { length.min(u32::MAX.into()) };
                 let range =
                     CopiedRange { from: offset_in, to: offset_out, length, clear_suid: caller.uid != 0 };
-                let copied = self.copy_file_range(caller, fh_in, fh_out, range).await?;
+                // Boxed: no other request is half as large, and each has room for any.
+                let copied = Box::pin(self.copy_file_range(caller, fh_in, fh_out, range)).await?;
                 if wide {
                     Reply::of(&abi::CopyFileRangeOut { bytes_copied: copied })
                 } else {

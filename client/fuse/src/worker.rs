@@ -108,17 +108,20 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
     if opcode == opcode::SETLKW {
         slot.may_be_kept_long();
     }
-    let mut answer = AssertUnwindSafe(answer(dispatcher, message, slot.payload()))
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|panic| {
-            tracing::error!(
-                opcode,
-                "a request panicked and was answered with EIO; this is a bug, report it: {}",
-                text_of(&*panic)
-            );
-            Reply::Error(libc::EIO).into()
-        });
+    // Pinned here, as is each request's work below: moved into what awaits it, it would have its place twice, and every level
+    // of that doubles what is allocated and copied for each request.
+    let caught = {
+        let answer = pin!(answer(dispatcher, message, slot.payload()));
+        AssertUnwindSafe(answer).catch_unwind().await
+    };
+    let mut answer = caught.unwrap_or_else(|panic| {
+        tracing::error!(
+            opcode,
+            "a request panicked and was answered with EIO; this is a bug, report it: {}",
+            text_of(&*panic)
+        );
+        Reply::Error(libc::EIO).into()
+    });
     let answered = slot.answer(&answer.reply);
     if changes_names(opcode) {
         dispatcher.filesystem().request_answered(request);
@@ -149,18 +152,18 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message, pay
         }
     };
     let (unique, pid) = (message.header.unique, request.caller.pid);
+    let is_interruptible = request.is_interruptible();
+    let mut served = pin!(dispatcher.serve(request, payload));
     if changes_names(message.header.opcode) {
-        let number = unique & !UNIQUE_RESEND;
-        let serving = dispatcher.filesystem().for_request(number, dispatcher.serve(request, payload));
-        return serving.await;
+        return dispatcher.filesystem().for_request(unique & !UNIQUE_RESEND, served).await;
     }
-    if !request.is_interruptible() {
-        return dispatcher.serve(request, payload).await;
+    if !is_interruptible {
+        return served.await;
     }
     // Biased: a request that is done at once never registers for interrupts.
     tokio::select! {
         biased;
-        answer = dispatcher.serve(request, payload) => answer,
+        answer = &mut served => answer,
         () = dispatcher.interrupts.caller_is_gone(unique, pid) => Reply::Error(libc::EINTR).into(),
     }
 }

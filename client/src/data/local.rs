@@ -157,10 +157,13 @@ impl LocalReads {
                 Err(_) => Err(Unknown::AskServer),
             }
         };
-        let place = match self.places.get_or_insert_async(&shard, locating).await {
-            Ok(place) => place,
-            Err(Unknown::AskServer) => return Ok(None),
-            Err(Unknown::Error(e)) => return Err(e),
+        let place = match self.places.get(&shard) {
+            Some(place) => place,
+            None => match Box::pin(self.places.get_or_insert_async(&shard, locating)).await {
+                Ok(place) => place,
+                Err(Unknown::AskServer) => return Ok(None),
+                Err(Unknown::Error(e)) => return Err(e),
+            },
         };
         let bytes = self.read_at(&place, offset, length).await;
         if bytes.is_none() {

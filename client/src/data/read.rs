@@ -134,16 +134,19 @@ impl DataClient {
         memory: &mut [u8],
     ) -> FsResult<usize> {
         let mut ways = self.ways(range, piece)?;
+        // What is rarely needed has a place of its own, so that every read does not carry it.
         let bytes = if ways.decode_first || ways.plain.is_empty() {
-            self.read_piece(range, piece).await?
+            Box::pin(self.read_piece(range, piece)).await?
         } else {
             let first = ways.plain.remove(0);
             let mut direct = pin!(self.read_shard_into(&first, memory));
-            let others = async {
-                match ways.others.is_empty() {
-                    true => self.plain(&ways.plain).await,
-                    false => self.decode(range, piece, &ways.others).await,
-                }
+            let others = || {
+                Box::pin(async {
+                    match ways.others.is_empty() {
+                        true => self.plain(&ways.plain).await,
+                        false => self.decode(range, piece, &ways.others).await,
+                    }
+                })
             };
             let answer = tokio::select! {
                 biased;
@@ -152,8 +155,8 @@ impl DataClient {
             };
             let bytes = match answer {
                 Some(Ok(filled)) => return Ok(filled),
-                Some(Err(e)) => others.await.map_err(|failures| (e, failures)),
-                None => match select(direct, pin!(others)).await {
+                Some(Err(e)) => others().await.map_err(|failures| (e, failures)),
+                None => match select(direct, others()).await {
                     Either::Left((Ok(filled), _)) => return Ok(filled),
                     Either::Left((Err(e), others)) => others.await.map_err(|failures| (e, failures)),
                     Either::Right((Ok(bytes), _)) => Ok(bytes),
@@ -171,7 +174,7 @@ impl DataClient {
                 Ok(bytes) => bytes,
                 Err((e, mut failures)) => {
                     failures.insert(0, e);
-                    self.read_by_page(range, piece, failures).await?
+                    Box::pin(self.read_by_page(range, piece, failures)).await?
                 }
             }
         };
