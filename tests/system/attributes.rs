@@ -9,7 +9,11 @@ use std::{
     process::Command,
 };
 
-use fjordfs_tests::{Cluster, Setup, process::Run, run};
+use fjordfs_tests::{
+    Cluster, Setup,
+    process::{Run, sh},
+    rng, run,
+};
 use rustix::{
     fs::{CWD, FileType, Mode, XattrFlags, getxattr, listxattr, lsetxattr, mknodat, removexattr, setxattr},
     io::Errno,
@@ -194,4 +198,42 @@ fn access_lists_do_what_they_do_locally() {
     }
     assert_eq!(expected.len(), found.len());
     mount.unmount();
+}
+
+/// What tools do of themselves within a mount: copy_file_range, and then the copy is looked at and read.
+#[test]
+fn a_copy_within_the_mount_is_what_it_is_of() {
+    let cluster = Cluster::start("copy", Setup::default());
+    let (mount, other) = (cluster.mount(), cluster.mount());
+    let longer = rng::bytes(1, 300_000);
+    for (round, size) in [1, 100, 5000, 70_000, 830_456, (9 << 20) + 5].into_iter().enumerate() {
+        let bytes = rng::bytes(size as u64, size);
+        let dir = mount.join(format!("dir{round}"));
+        fs::create_dir(&dir).unwrap();
+        let (source, copy) = (dir.join("source"), dir.join("copy"));
+        // Fresh, then known to the servers; to a new name, then to one that is there.
+        for settled in [false, true] {
+            fs::write(&source, &bytes).unwrap();
+            if settled {
+                File::open(&source).unwrap().sync_all().unwrap();
+            }
+            for begin in [None, Some(&longer)] {
+                match begin {
+                    Some(longer) => fs::write(&copy, longer).unwrap(),
+                    None if copy.exists() => fs::remove_file(&copy).unwrap(),
+                    None => {}
+                }
+                let what = format!("{size} bytes, settled: {settled}, new: {}", begin.is_none());
+                assert_eq!(fs::copy(&source, &copy).unwrap(), size as u64, "{what}");
+                assert_eq!(fs::metadata(&copy).unwrap().len(), size as u64, "{what}");
+                assert!(fs::read(&copy).unwrap() == bytes, "{what}");
+                let there = other.join(format!("dir{round}/copy"));
+                assert!(fs::read(there).unwrap() == bytes, "{what}, on the other mount");
+            }
+        }
+        sh(&dir, "cp source by-cp");
+        assert!(fs::read(dir.join("by-cp")).unwrap() == bytes, "cp of {size} bytes");
+    }
+    mount.unmount();
+    other.unmount();
 }

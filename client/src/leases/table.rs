@@ -210,6 +210,7 @@ impl Table {
             (Op::Rename(op), Ok(_)) if !changed.is_empty() => self.renamed(op),
             (_, Ok(Reply::Entry(entry))) => self.set_attrs(&entry.attr),
             (_, Ok(Reply::Open(open))) => self.set_attrs(&open.attr),
+            (_, Ok(Reply::CopyRange(copy))) => self.set_attrs(&copy.attr),
             (_, Ok(Reply::Commit(commit))) => {
                 self.set_attrs(commit.files.iter().filter_map(|f| f.attr.as_ref()))
             }
@@ -396,13 +397,9 @@ impl Table {
     fn doubt(&mut self, op: &Op) {
         for (parent, name) in names_changed(op) {
             self.forget_name(parent, &name);
-            self.forget_attr(parent);
         }
-        match op {
-            Op::SetAttr(op) => self.forget_attr(InodeId(op.ino)),
-            Op::Link(op) => self.forget_attr(InodeId(op.ino)),
-            Op::Commit(op) => op.files.iter().for_each(|file| self.forget_attr(InodeId(file.ino))),
-            _ => {}
+        for ino in inodes_changed(op) {
+            self.forget_attr(ino);
         }
     }
 

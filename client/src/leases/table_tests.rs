@@ -79,6 +79,43 @@ fn an_answer_that_may_not_be_cached_takes_out_what_it_was_about() {
     assert_eq!(t.name(DIR, b"x"), Some(None));
 }
 
+/// Whatever shows attributes has them leased: the server takes it that they are known here from then on.
+#[test]
+fn every_answer_that_shows_attributes_is_taken_in() {
+    use fjordfs_proto::pb::meta::{
+        Allocate, Commit, CommitReply, CopyRange, CopyRangeReply, FileCommitReply, Open, OpenReply,
+    };
+    let after = |size| Attr { size, ..attr(7, FileKind::Regular, 0o644) };
+    let shown = |size| Some(after(size));
+    let file = FileCommitReply { attr: shown(4), ..FileCommitReply::default() };
+    let copy = Op::CopyRange(CopyRange { source: 6, target: 7, ..CopyRange::default() });
+    let answers = [
+        (
+            Op::Open(Open { ino: 7, ..Open::default() }),
+            Reply::Open(OpenReply { attr: shown(1), ..OpenReply::default() }),
+        ),
+        (
+            Op::SetAttr(SetAttr { ino: 7, ..SetAttr::default() }),
+            Reply::Entry(Entry { attr: shown(2), ..Entry::default() }),
+        ),
+        (
+            Op::Allocate(Allocate { ino: 7, ..Allocate::default() }),
+            Reply::Entry(Entry { attr: shown(3), ..Entry::default() }),
+        ),
+        (Op::Commit(Commit::default()), Reply::Commit(CommitReply { files: vec![file] })),
+        (copy.clone(), Reply::CopyRange(CopyRangeReply { copied: 5, attr: shown(5) })),
+    ];
+    let mut t = table();
+    told(&mut t, &lookup("a"), &entry(after(0)), 1, &[]);
+    for ((op, reply), size) in answers.into_iter().zip(1..) {
+        told(&mut t, &op, &Ok(reply), 1 + size, &[]);
+        assert_eq!(t.attr(InodeId(7)), shown(size), "{op:?}");
+    }
+    // One that may not be cached leaves nothing known of what it may have changed.
+    told(&mut t, &copy, &absent(), 0, &[]);
+    assert_eq!(t.attr(InodeId(7)), None);
+}
+
 #[test]
 fn what_this_client_is_changing_is_not_shown() {
     let mut t = table();
