@@ -47,6 +47,7 @@ impl Peer {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: cluster_id.to_owned(),
             client: who.to_owned(),
+            upkeep: true,
         };
         let _: HelloReply = peer.request(Opcode::Hello, &hello, &mut []).await?.0;
         Ok(peer)

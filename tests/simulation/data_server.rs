@@ -199,6 +199,7 @@ async fn beat(server: &Server, nic: Nic, meta: Host) -> Result<std::convert::Inf
                 checks: Vec::new(),
                 // A put is over when it has begun here.
                 placed_epoch: epoch,
+                rebuild: None,
             }
         };
         let HeartbeatReply { map, deletes, unknown, .. } = client.heartbeat(request).await?.into_inner();
