@@ -460,6 +460,7 @@ impl Core {
                 rebalancing: counters.rebalancing,
                 ..self.healing(now)
             }),
+            gc: None,
         }
     }
 

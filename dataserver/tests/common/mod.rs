@@ -122,6 +122,13 @@ impl Cluster for Fake {
         Err(Status::unimplemented("not in this fake"))
     }
 
+    async fn start_gc(
+        &self,
+        _: Request<meta::StartGcRequest>,
+    ) -> Result<Response<meta::StartGcReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
     async fn change_target(
         &self,
         _: Request<meta::ChangeTargetRequest>,
