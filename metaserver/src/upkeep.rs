@@ -38,7 +38,8 @@ impl Upkeep {
             Some(report) => {
                 self.asked.notify_one();
                 Ok(match report.running {
-                    true => "it is running, and will run once more; `fjord gc status` shows how far it is".to_owned(),
+                    true => "it is running, and will run once more; `fjord gc status` shows how far it is"
+                        .to_owned(),
                     false => "it begins now; `fjord gc status` shows how far it is".to_owned(),
                 })
             }

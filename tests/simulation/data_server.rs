@@ -19,8 +19,8 @@ use fjordfs_proto::{
     frame::{self, HEADER_LEN, Header, Opcode},
     pb::{
         data::{
-            HelloReply, ListShardsReply, ListShardsRequest, PutShardReply, PutShardRequest, ReadShardReply, ReadShardRequest, ReportShardReply,
-            ShardInfo, SyncReply,
+            HelloReply, ListShardsReply, ListShardsRequest, PutShardReply, PutShardRequest, ReadShardReply,
+            ReadShardRequest, ReportShardReply, ShardInfo, SyncReply,
         },
         meta::{
             DeletedBlocks, HeartbeatReply, HeartbeatRequest, RegisterRequest, TargetReport,

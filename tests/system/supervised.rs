@@ -48,9 +48,13 @@ fn kill_worker(mount: &mut MountPoint) {
 fn assert_told(cluster: &Cluster, mount: &mut MountPoint, restarts: usize) {
     let plural = if restarts == 1 { "" } else { "s" };
     wait_for("the session to be told anew", SOON, || {
-        let expected = format!("served by process {}, {restarts} restart{plural}", worker(mount).as_raw_nonzero());
+        let expected =
+            format!("served by process {}, {restarts} restart{plural}", worker(mount).as_raw_nonzero());
         let status = cluster.try_status()?;
-        let told = status.list("sessions").iter().any(|s| s["client"].as_str().is_some_and(|c| c.contains(&expected)));
+        let told = status
+            .list("sessions")
+            .iter()
+            .any(|s| s["client"].as_str().is_some_and(|c| c.contains(&expected)));
         if told { Ok(()) } else { Err(format!("{expected}: {status}")) }
     });
 }

@@ -334,7 +334,11 @@ fn the_metaserver_collects_what_an_old_disk_brings_back_when_it_is_told_to() {
     wait_for("all deletions to be confirmed", 2 * SOON, || {
         let told = json(&cluster.fjord(["gc", "status", "--json"]));
         let freed = before.saturating_sub(taken(&cluster));
-        if number(&told, "deletions") == 0 && freed >= 8 * 2 * FILE as u64 { Ok(()) } else { Err(told.to_string()) }
+        if number(&told, "deletions") == 0 && freed >= 8 * 2 * FILE as u64 {
+            Ok(())
+        } else {
+            Err(told.to_string())
+        }
     });
     cluster.stop_data(1);
     fs::remove_dir_all(&folder).unwrap();

@@ -30,7 +30,6 @@ use crate::{
     units::{self, ByteSize, Span},
 };
 
-
 /// Run the metaserver: the namespace, the cluster map, the sessions.
 ///
 /// Runs in the foreground, logs to standard error and says "listening on ADDRESS" on standard output once it serves.

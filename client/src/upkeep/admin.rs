@@ -27,7 +27,8 @@ const PING: Duration = Duration::from_secs(15);
 async fn connect(client: &Client) -> FsResult<ClusterClient<Channel>> {
     let mut why = String::new();
     for address in client.inner.address.split(',') {
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| failed("reached", &e))?;
+        let endpoint =
+            Endpoint::from_shared(format!("http://{address}")).map_err(|e| failed("reached", &e))?;
         let endpoint = endpoint
             .tcp_nodelay(true)
             .connect_timeout(CONNECT_PATIENCE)

@@ -218,7 +218,12 @@ pub(super) struct Sparse {
 ///
 /// # Errors
 /// When the metaserver or a target does not answer.
-pub(super) async fn sparse(client: &Client, percent: u64, rate: u64, tell: Tell<'_>) -> FsResult<Vec<Sparse>> {
+pub(super) async fn sparse(
+    client: &Client,
+    percent: u64,
+    rate: u64,
+    tell: Tell<'_>,
+) -> FsResult<Vec<Sparse>> {
     tell("asking for all blocks".to_owned());
     let mut lister = Lister { client, pace: Pace::new(rate), tell };
     let known = Known::ask(client).await?;

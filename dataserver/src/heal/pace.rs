@@ -194,7 +194,12 @@ mod tests {
                 if self.users {
                     self.pace.users_seen(self.now);
                 }
-                self.pace.probe(Place::From(ServerId(1)), MIB as u32, Duration::from_millis(millis), self.now);
+                self.pace.probe(
+                    Place::From(ServerId(1)),
+                    MIB as u32,
+                    Duration::from_millis(millis),
+                    self.now,
+                );
                 self.now += Duration::from_secs_f64(MIB as f64 / self.pace.rate() as f64);
             }
             self.pace.rate()
@@ -235,7 +240,12 @@ mod tests {
         let mut run = Run::new(LIMIT);
         for i in 0..100u64 {
             run.now += Duration::from_millis(20);
-            run.pace.probe(Place::From(ServerId(i % 2)), 1 << 20, Duration::from_millis(5 + 45 * (i % 2)), run.now);
+            run.pace.probe(
+                Place::From(ServerId(i % 2)),
+                1 << 20,
+                Duration::from_millis(5 + 45 * (i % 2)),
+                run.now,
+            );
             run.pace.probe(Place::To(TargetId(1)), 8 << 20, Duration::from_millis(90), run.now);
         }
         assert!(!run.pace.gives_way());

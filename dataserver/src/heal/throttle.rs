@@ -66,7 +66,11 @@ mod tests {
         assert_eq!(throttle.reserve(1100, later), Duration::ZERO);
         assert_eq!(throttle.reserve(1, later), Duration::from_secs(1));
         throttle.set(500);
-        assert_eq!(throttle.reserve(500, later), Duration::from_millis(1001), "what has passed, did so at the old rate");
+        assert_eq!(
+            throttle.reserve(500, later),
+            Duration::from_millis(1001),
+            "what has passed, did so at the old rate"
+        );
         assert_eq!(throttle.reserve(1, later), Duration::from_millis(2001));
         assert_eq!(Throttle::new(0).reserve(u64::MAX, start), Duration::ZERO);
     }

@@ -4,8 +4,8 @@ use fjordfs_proto::pb::meta::{
     BackupReply, BackupRequest, BlocksReply, BlocksRequest, ChangeTargetReply, ChangeTargetRequest,
     FsckReply, FsckRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest, MendReply,
     MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply,
-    RegisterRequest, ScrubReply, ScrubRequest, StartGcReply, StartGcRequest, StatusReply, StatusRequest, UsesReply, UsesRequest,
-    WantedReply, WantedRequest, cluster_server::Cluster,
+    RegisterRequest, ScrubReply, ScrubRequest, StartGcReply, StartGcRequest, StatusReply, StatusRequest,
+    UsesReply, UsesRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};

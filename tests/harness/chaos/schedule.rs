@@ -325,7 +325,9 @@ mod tests {
     #[test]
     fn a_schedule_follows_from_its_seed_and_spares_enough_servers() {
         let mut kinds = BTreeSet::new();
-        for (seed, schedule) in (0..400).flat_map(|seed| [(seed, Schedule::new(seed)), (seed, Schedule::of_racks(seed))]) {
+        for (seed, schedule) in
+            (0..400).flat_map(|seed| [(seed, Schedule::new(seed)), (seed, Schedule::of_racks(seed))])
+        {
             assert!([Schedule::new(seed), Schedule::of_racks(seed)].contains(&schedule));
             assert!(schedule.steps.is_sorted_by_key(|step| step.at));
             for step in &schedule.steps {

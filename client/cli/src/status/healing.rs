@@ -116,7 +116,8 @@ impl Healing {
             true => units::rate(most, second),
             false => format!("{} to {}", units::rate(least, second), units::rate(most, second)),
         };
-        let mut text = format!("rebuild rate now: {rate} on {}", units::count(self.rates.len() as u64, "server"));
+        let mut text =
+            format!("rebuild rate now: {rate} on {}", units::count(self.rates.len() as u64, "server"));
         match self.rates.iter().filter(|r| r.gives_way).count() {
             0 => {}
             giving => text += &format!(", {giving} giving way to users"),
