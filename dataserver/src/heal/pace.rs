@@ -7,7 +7,7 @@
 //! ```text
 //!   users are seen here?     too long is      so the rate, each INTERVAL, is
 //!   yes                      1.5 x the least  × 0.7 when it took too long, down to the floor
-//!   no                       3 x the least    × 1.1 else, up to --rebuild-rate
+//!   no                       3 x the least    × 1.25 else, up to --rebuild-rate
 //! ```
 //!
 //! Why two bounds: whoever does one thing after the other gets 1/x of the speed when everything takes x times as long, so
@@ -39,7 +39,7 @@ const LATE_FOR_USERS: f64 = 1.5;
 const LATE_ALONE: f64 = 3.0;
 
 const DOWN: f64 = 0.7;
-const UP: f64 = 1.1;
+const UP: f64 = 1.25;
 
 /// Users count as present so long after their last request.
 const USERS_STAY: Duration = Duration::from_secs(1);
