@@ -12,7 +12,8 @@ On a cluster of this machine below DIR, with a file of that size. Each round los
 Then one more server is lost, and rebuilt with nobody reading (`alone`); right before and right after that, the disk of DIR is read
 and written, direct I/O in 1 MiB requests.
 
-Prints one JSON object: MiB/s; the share of `during` in the mean of `before` and `after`, which other load on the machine changes
+Prints one JSON object: MiB/s; least and most that `fjord status` showed as the rate of a rebuilding server, and how often one gave way to
+users; the share of `during` in the mean of `before` and `after`, which other load on the machine changes
 alike; and the share of all bytes that `alone` read and wrote in what the disk reads.
 """
 import argparse, json, os, re, shutil, subprocess, sys, time
@@ -21,12 +22,14 @@ from bench_common import Stack, Trouble, drop_caches, free_port, machine, median
 
 OUT_AFTER = 14
 READ_SECONDS = 5
+# The second reader begins so far behind the first. Neither may go beyond the end: fio would write the file anew.
+OFFSET_MIB = 256
 
 
 def fio(path, rw, size, seconds, jobs=2):
     out = run("fio", "--name=s", f"--filename={path}", f"--rw={rw}", "--bs=1M", "--ioengine=psync", "--direct=1",
               f"--numjobs={jobs}", "--thread", "--group_reporting", "--time_based", f"--runtime={seconds}", f"--size={size}",
-              "--offset_increment=256M", "--norandommap", "--randrepeat=0", "--invalidate=0", "--output-format=json")
+              f"--offset_increment={OFFSET_MIB}M", "--norandommap", "--randrepeat=0", "--invalidate=0", "--output-format=json")
     job = json.loads(out[out.index("{"):])["jobs"][0]["read" if "read" in rw else "write"]
     return job["bw_bytes"] / 2**20
 
@@ -99,13 +102,19 @@ def one_round(cluster, server, read):
     cluster.lose(server)
     speeds = {"before": round(read(READ_SECONDS))}
     cluster.until("the rebuild to begin", cluster.begun_without(server + 1))
-    rates, began = [], time.time()
+    rates, paces, began = [], [], time.time()
     while True:
         rates.append(read(1))
-        if cluster.whole_without(server + 1)(cluster.status()):
+        status = cluster.status()
+        # Of a release that does not tell them there are none.
+        paces += status["healing"].get("rates", [])
+        if cluster.whole_without(server + 1)(status):
             break
     speeds["during"] = round(sum(rates) / len(rates))
     speeds["seconds"] = round(time.time() - began, 1)
+    if paces:
+        speeds["pace"] = [round(pick(p["rate"] for p in paces) / 2**20) for pick in (min, max)]
+        speeds["gave_way"] = round(sum(p["gives_way"] for p in paces) / len(paces), 2)
     speeds["after"] = round(read(READ_SECONDS))
     speeds["share"] = round(2 * speeds["during"] / max(speeds["before"] + speeds["after"], 1), 2)
     return speeds
@@ -154,7 +163,7 @@ def main():
         drop_caches()
         result["rounds"] = []
         for server in range(given.rounds):
-            result["rounds"].append(one_round(cluster, server, lambda seconds: fio(path, "randread", f"{size}M", seconds)))
+            result["rounds"].append(one_round(cluster, server, lambda seconds: fio(path, "randread", f"{size - OFFSET_MIB}M", seconds)))
             print(f"round {server + 1}: {result['rounds'][-1]}", file=sys.stderr)
         result["share_of_foreground"] = median([r["share"] for r in result["rounds"]])
         result["alone"] = alone(cluster, given.rounds, folder, data_shards)

@@ -37,6 +37,8 @@ pub struct Client {
 
 /// The parts.
 pub(crate) struct Inner {
+    /// Of the metaservers.
+    pub(crate) address: String,
     pub(crate) options: Options,
     pub(crate) meta: Arc<MetaClient>,
     pub(crate) data: Arc<DataClient>,
@@ -76,9 +78,10 @@ impl Client {
             None => Engine::start(options.threads)?,
         };
         let engine = Arc::new(engine);
-        let (address, session_options, alive) = (meta.to_owned(), options.clone(), engine.alive());
+        let address = meta.to_owned();
+        let (to, session_options, alive) = (address.clone(), options.clone(), engine.alive());
         let session =
-            engine.spawn_session(async move { MetaClient::connect(&address, &session_options, alive).await });
+            engine.spawn_session(async move { MetaClient::connect(&to, &session_options, alive).await });
         let (meta, _) = session.await.map_err(|e| {
             fjordfs_proto::FsError::new(
                 fjordfs_proto::error::Errno::EIO,
@@ -89,6 +92,7 @@ impl Client {
         let data = Arc::new(DataClient::new(engine.clone(), meta.map_changes(), &options));
         let (packer, queue) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
+            address,
             cache: BlockCache::new(data.clone(), options.cache_max(), options.prefetch_max()),
             blocks: BlockIds::new(meta.clone(), options.operation_timeout),
             inodes: InodeIds::new(meta.clone(), engine.clone()),

@@ -8,6 +8,7 @@
 mod connection;
 mod gather;
 mod health;
+mod list;
 mod local;
 mod memory;
 mod parity;

@@ -33,6 +33,7 @@
 //! | `successor` | going on where a former process was killed |
 //! | `meta` | the session stream |
 //! | `engine` | threads |
+//! | [`upkeep`] | comparing targets with the metadata, garbage collection, compaction |
 //! | [`network`](Network) | other ways to the servers than TCP |
 
 mod batch;
@@ -58,6 +59,7 @@ mod path;
 mod prefetch;
 mod streams;
 mod successor;
+pub mod upkeep;
 mod write;
 mod xattr;
 

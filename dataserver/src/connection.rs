@@ -66,6 +66,7 @@ pub(crate) async fn serve(
         reader: FrameReader::new(socket.clone(), STALL_MAX),
         answers,
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+        upkeep: false,
     };
     let refused = tokio::select! {
         refused = connection.run() => refused,
@@ -90,6 +91,8 @@ struct Connection {
     reader: FrameReader,
     answers: mpsc::UnboundedSender<Answer>,
     in_flight: Arc<Semaphore>,
+    /// No user waits for its requests.
+    upkeep: bool,
 }
 
 impl Connection {
@@ -132,6 +135,11 @@ impl Connection {
                 return Err(protocol(&header, "an answer came where requests are expected"));
             }
             let body = self.reader.bytes(header.body_len as usize).await?;
+            if !self.upkeep
+                && matches!(header.opcode, Opcode::PutShard | Opcode::ReadShard | Opcode::LocateShard)
+            {
+                self.node.rebuild_rate.user_seen();
+            }
             match header.opcode {
                 Opcode::PutShard => self.put(&header, &body, permit).await?,
                 Opcode::Hello => return Err(protocol(&header, "a second Hello")),
@@ -166,6 +174,7 @@ impl Connection {
             );
             return Err(Broken::Protocol(*header, FsError::new(Errno::EINVAL, what)));
         }
+        self.upkeep = hello.upkeep;
         tracing::debug!("connection of {} from {}", self.peer, hello.client);
         let reply = HelloReply {
             server: self.node.server.0,

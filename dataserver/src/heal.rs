@@ -16,10 +16,12 @@
 //!
 //! **Damage** is found by reading everything every now and then, and by who reads anyway; see `scrub.rs`.
 //!
-//! **Foreground load.** All copies of a server together keep to a rate ([`Throttle`]).
+//! **Foreground load.** All copies of a server together keep to a rate ([`RebuildRate`]) that falls while users wait; see `pace.rs`.
 
 mod check;
 mod listing;
+mod pace;
+mod rebuild_rate;
 mod restore;
 mod scrub;
 mod throttle;
@@ -44,8 +46,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-use self::throttle::Throttle;
-pub(crate) use self::{scrub::Scrubs, tidy::Tidied};
+pub(crate) use self::{rebuild_rate::RebuildRate, scrub::Scrubs, tidy::Tidied};
 use crate::{Config, cores::Jobs, error::StartError, membership, node::Node};
 
 /// What the metaserver wants checked, and what it is told.
@@ -53,6 +54,7 @@ use crate::{Config, cores::Jobs, error::StartError, membership, node::Node};
 pub(crate) struct Checks {
     state: Mutex<State>,
     changed: Notify,
+    ended: Notify,
 }
 
 #[derive(Default)]
@@ -76,9 +78,17 @@ impl Checks {
         self.changed.notify_one();
     }
 
+    /// Waits until a check has ended that was not told of: the next one need not wait for the time of a heartbeat.
+    pub(crate) async fn ended(&self) {
+        self.ended.notified().await;
+    }
+
     fn report(&self, report: CheckReport) {
         let mut state = self.state.lock();
         if state.ordered.contains_key(&report.ticket) {
+            if report.done {
+                self.ended.notify_one();
+            }
             state.reports.insert(report.ticket, report);
         }
     }
@@ -127,7 +137,7 @@ pub(crate) struct Healer {
 impl Healer {
     pub(crate) fn start(node: Arc<Node>, jobs: Jobs, config: &Config) -> Result<Healer, StartError> {
         let (stop, mut stopping) = watch::channel(false);
-        let Config { meta, rebuild_rate, scrub_interval, scrub_rate, .. } = config.clone();
+        let Config { meta, scrub_interval, scrub_rate, .. } = config.clone();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Thread)?;
         let thread = std::thread::Builder::new()
@@ -138,9 +148,8 @@ impl Healer {
                         Ok(clients) => clients,
                         Err(what) => return tracing::error!("{what}"),
                     };
-                    let throttle = Throttle::new(rebuild_rate);
                     let at = AtomicUsize::new(0);
-                    let healing = Arc::new(Healing { node, jobs, clients, at, throttle });
+                    let healing = Arc::new(Healing { node, jobs, clients, at });
                     for target in healing.node.targets.keys() {
                         tokio::spawn(tidy::run(healing.clone(), *target));
                         tokio::spawn(scrub::run(healing.clone(), *target, scrub_interval, scrub_rate));
@@ -174,7 +183,6 @@ struct Healing {
     clients: Vec<membership::Client>,
     /// The one that answered last.
     at: AtomicUsize,
-    throttle: Throttle,
 }
 
 impl Healing {

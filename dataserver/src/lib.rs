@@ -42,7 +42,6 @@ mod uring;
 
 pub use config::{Config, TargetConfig};
 pub use error::{StartError, StopError};
-pub use peer::Peer;
 pub use server::DataServer;
 pub use store::label::LabelError;
 

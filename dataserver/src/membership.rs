@@ -48,6 +48,9 @@ const CALL_MAX: Duration = Duration::from_secs(10);
 /// First and longest pause between attempts.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
+/// Heartbeats that tell of checks which have ended come at most so many times as often.
+const EARLY: u32 = 10;
+
 /// A target on its way into service.
 pub(crate) struct Candidate {
     /// 0 when never registered.
@@ -322,7 +325,10 @@ impl Member {
         let meta = self.identity.meta.clone();
         let (mut deleted, mut epoch, mut pause, mut wait) = (Vec::new(), 0, Pause::default(), interval);
         loop {
-            tokio::time::sleep(wait).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = early(node, wait) => {}
+            }
             wait = interval;
             let request = HeartbeatRequest {
                 cluster_id: node.cluster_id.clone(),
@@ -332,6 +338,7 @@ impl Member {
                 deleted: deleted.clone(),
                 checks: node.checks.reports(),
                 placed_epoch: node.placing.placed_epoch().0,
+                rebuild: node.rebuild_rate.report(),
             };
             let failure = match self.client().heartbeat(request).await.map_err(Failure::from) {
                 Ok(reply) => {
@@ -378,6 +385,12 @@ impl Member {
             pause.wait().await;
         }
     }
+}
+
+/// Until a check has ended, but no sooner than a part of the time between heartbeats: all that ends meanwhile is told together.
+async fn early(node: &Node, wait: Duration) {
+    node.checks.ended().await;
+    tokio::time::sleep(wait / EARLY).await;
 }
 
 impl Identity {

@@ -10,7 +10,7 @@ use fjordfs_proto::{
 
 use crate::{
     buffer::Pool,
-    heal::{Checks, Copying, Scrubs, Tidied},
+    heal::{Checks, Copying, RebuildRate, Scrubs, Tidied},
     placing::Placing,
     store::{Store, files::Files, tables::Tables},
 };
@@ -36,6 +36,7 @@ pub(crate) struct Node {
     pub(crate) copying: Copying,
     pub(crate) scrubs: Scrubs,
     pub(crate) tidied: Tidied,
+    pub(crate) rebuild_rate: RebuildRate,
     /// Held by checks while they look what is there, and exclusively while shards of other targets are dropped.
     pub(crate) arranging: tokio::sync::RwLock<()>,
 }

@@ -25,7 +25,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(3);
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// A data server that shards are copied from.
-pub struct Peer {
+pub(crate) struct Peer {
     address: String,
     stream: TcpStream,
     next: u64,
@@ -37,7 +37,7 @@ impl Peer {
     ///
     /// # Errors
     /// `EIO` when it cannot be reached or is of another cluster or release.
-    pub async fn connect(address: &str, cluster_id: &str, who: &str) -> FsResult<Peer> {
+    pub(crate) async fn connect(address: &str, cluster_id: &str, who: &str) -> FsResult<Peer> {
         let connecting = timeout(CONNECT_MAX, TcpStream::connect(address)).await;
         let stream = connecting.map_err(|_| lost(address, "it does not accept connections"))?;
         let stream = stream.map_err(|e| lost(address, e))?;
@@ -47,13 +47,14 @@ impl Peer {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: cluster_id.to_owned(),
             client: who.to_owned(),
+            upkeep: true,
         };
         let _: HelloReply = peer.request(Opcode::Hello, &hello, &mut []).await?.0;
         Ok(peer)
     }
 
     /// Whether it can be used again.
-    pub fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self) -> bool {
         !self.broken
     }
 
@@ -62,7 +63,7 @@ impl Peer {
     /// # Errors
     /// What the server says. `EIO` when the connection fails, `EPROTO` when the payload is larger than `memory` or the answer makes
     /// no sense; then the connection is of no more use.
-    pub async fn request<R: Message + Default>(
+    pub(crate) async fn request<R: Message + Default>(
         &mut self,
         opcode: Opcode,
         request: &impl Message,

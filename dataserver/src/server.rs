@@ -11,7 +11,7 @@ use crate::{
     connection,
     cores::{Acceptor, Cores, Jobs},
     error::{StartError, StopError},
-    heal::{Healer, Scrubs},
+    heal::{Healer, RebuildRate, Scrubs},
     listen::{Listener, Socket},
     membership::{Beating, Candidate, First, Identity, Membership},
     node::{Node, Target},
@@ -113,6 +113,7 @@ impl DataServer {
             copying: Default::default(),
             scrubs,
             tidied: Default::default(),
+            rebuild_rate: RebuildRate::new(config.rebuild_rate),
             arranging: Default::default(),
         });
         if let Some(map) = map {

@@ -310,6 +310,7 @@ fn clients_on_this_host_come_over_a_unix_socket_and_others_when_its_name_is_take
             protocol_version: PROTOCOL_VERSION,
             cluster_id: cluster.into(),
             client: "test".into(),
+            upkeep: false,
         };
         socket.write_all(&frame::encode(Opcode::Hello, false, 9, &hello, 0))?;
         let mut head = [0; HEADER_LEN];

@@ -391,6 +391,7 @@ impl Core {
         self.notice_map(now);
         let map = self.members.map().clone();
         self.healing.placed(ServerId(request.server), Epoch(request.placed_epoch));
+        self.healing.paced(ServerId(request.server), request.rebuild);
         self.healing.take_in(&request.checks, &map, now.mono);
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
         reply.scrubs = self.txn.counters().scrubs;
@@ -459,6 +460,7 @@ impl Core {
                 rebalancing: counters.rebalancing,
                 ..self.healing(now)
             }),
+            gc: None,
         }
     }
 

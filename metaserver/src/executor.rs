@@ -40,6 +40,7 @@ use crate::{
     service::outbox::{Outbox, Permit, Ready},
     store::{Late, MetaStore, Snapshot, Ticket},
     syncer::Syncer,
+    upkeep::Upkeep,
 };
 use held::Held;
 
@@ -115,18 +116,26 @@ pub(crate) enum Job {
 
 /// Handle for those who have jobs.
 #[derive(Clone)]
-pub(crate) struct Jobs(mpsc::UnboundedSender<Job>);
+pub(crate) struct Jobs {
+    sender: mpsc::UnboundedSender<Job>,
+    upkeep: Arc<Upkeep>,
+}
 
 impl Jobs {
     /// Unbounded here: each stream bounds what it has under way.
     pub(crate) fn channel() -> (Jobs, mpsc::UnboundedReceiver<Job>) {
         let (sender, receiver) = mpsc::unbounded_channel();
-        (Jobs(sender), receiver)
+        (Jobs { sender, upkeep: Arc::default() }, receiver)
     }
 
     /// A job for a stopped executor is dropped, and with it the way to its caller.
     pub(crate) fn submit(&self, job: Job) {
-        let _ = self.0.send(job);
+        let _ = self.sender.send(job);
+    }
+
+    /// What is neither a job nor takes one.
+    pub(crate) fn upkeep(&self) -> &Arc<Upkeep> {
+        &self.upkeep
     }
 }
 

@@ -36,8 +36,8 @@ use std::{
 
 use fjordfs_proto::{
     BlockId, ClusterMap, Epoch, PgId, ServerId, TargetId,
-    cluster::TargetState,
-    pb::meta::{Check, CheckReport, Healing as Report},
+    cluster::{ServerState, TargetState},
+    pb::meta::{Check, CheckReport, Healing as Report, RebuildPace},
 };
 
 use crate::ops::Missed;
@@ -97,6 +97,8 @@ pub(crate) struct Healing {
     next_ticket: u64,
     /// No put is under way on a data server that an older map has let in.
     placed: HashMap<ServerId, Epoch>,
+    /// What data servers said last of the rate at which they copy.
+    paces: BTreeMap<ServerId, RebuildPace>,
     /// Moves whose seats are full, for the next map.
     filled: BTreeSet<Seat>,
     map_made: Option<Instant>,
@@ -115,6 +117,7 @@ impl Healing {
             attempts: HashMap::new(),
             next_ticket: seed,
             placed: HashMap::new(),
+            paces: BTreeMap::new(),
             filled: BTreeSet::new(),
             map_made: None,
             all_checked: now,
@@ -201,6 +204,14 @@ impl Healing {
     /// What a data server says of the maps that its puts go by.
     pub(crate) fn placed(&mut self, server: ServerId, epoch: Epoch) {
         self.placed.insert(server, epoch);
+    }
+
+    /// What a data server says of the rate at which it copies; `None` when it does not.
+    pub(crate) fn paced(&mut self, server: ServerId, pace: Option<RebuildPace>) {
+        match pace {
+            Some(pace) => self.paces.insert(server, RebuildPace { server: server.0, ..pace }),
+            None => self.paces.remove(&server),
+        };
     }
 
     /// A commit says that members of groups could not be given shards of some blocks.
@@ -380,6 +391,10 @@ impl Healing {
             shards_lost: self.work.values().map(|work| work.report.shards_lost).sum(),
             problems,
             rebalancing: false,
+            paces: (self.paces.iter())
+                .filter(|(id, _)| map.servers.get(id).is_some_and(|s| s.state == ServerState::Up))
+                .map(|(_, pace)| *pace)
+                .collect(),
         }
     }
 }

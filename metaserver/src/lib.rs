@@ -101,9 +101,11 @@ mod syncer;
 #[cfg(test)]
 mod testing;
 mod txn;
+mod upkeep;
 mod xattrs;
 
 pub use config::{Config, PORT_DEFAULT};
 pub use label::FolderError;
 pub use server::{MetaServer, StartError, StopError, serve_store};
 pub use service::Connection;
+pub use upkeep::Upkeep;

@@ -24,6 +24,7 @@ use crate::{
     service::{self, Connection},
     store::{FjallStore, Late, MetaStore, Place, RemoteStore, StoreError},
     syncer::Syncer,
+    upkeep::Upkeep,
 };
 
 /// Connections get this long to end when the server stops.
@@ -135,6 +136,11 @@ impl MetaServer {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where garbage collection says how far it is, and hears when it is wanted.
+    pub fn upkeep(&self) -> Option<Arc<Upkeep>> {
+        self.running.as_ref().map(|running| running.jobs.upkeep().clone())
     }
 
     /// UUID of the cluster.

@@ -237,6 +237,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
             targets: vec![report("u1", 1), report("u2", 2)],
             epoch: map.epoch,
             deleted: std::mem::take(&mut deleted),
+            rebuild: None,
         };
         let reply = cluster.heartbeat(beat).await.unwrap().into_inner();
         assert!(reply.map.is_none() && !reply.unknown);

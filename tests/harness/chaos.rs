@@ -3,7 +3,7 @@
 //! [`run`] makes a cluster of hosts and faulty disks from a seed, lets [`workload`] write and read on two clients while the
 //! [`schedule`] of the same seed goes wrong in front of them, then lifts every fault, waits until the cluster says that it is
 //! healthy, and checks what was acknowledged from a client that has nothing cached: at once, after a scrub, and once more
-//! with one data server gone. The seed is printed; the same seed gives the same schedule (the interleaving with the workload is
+//! with one data server gone; where servers are in racks ([`run_racks`]), without a whole rack, and without as many others. The seed is printed; the same seed gives the same schedule (the interleaving with the workload is
 //! the kernel's).
 //!
 //! # What may happen, and what not
@@ -18,7 +18,7 @@ mod schedule;
 mod workload;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -84,7 +84,18 @@ impl Counts {
 /// # Panics
 /// When a promise was broken, or the cluster does not become healthy again: with the seed, the steps, and what was seen.
 pub fn run(seed: u64) -> Counts {
-    let schedule = Schedule::new(seed);
+    play(seed, &Schedule::new(seed))
+}
+
+/// Runs a schedule of racks that fail as a whole.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_racks(seed: u64) -> Counts {
+    play(seed, &Schedule::of_racks(seed))
+}
+
+fn play(seed: u64, schedule: &Schedule) -> Counts {
     eprintln!("chaos: seed {seed}\n{schedule}");
     let shape = schedule.shape;
     let scratch = Scratch::new("chaos");
@@ -99,19 +110,20 @@ pub fn run(seed: u64) -> Counts {
         down_after: Duration::from_secs(2),
         out_after: Duration::from_secs(600),
         session_timeout: Duration::from_secs(8),
+        domains: shape.domains(),
         ..Setup::policy(shape.policy)
     };
     let network = Arc::new(Network::new(setup.hosts(CLIENTS), seed));
     setup.network = Some(Arc::clone(&network));
     let cluster = Cluster::start("chaos", setup);
     let ledger = Arc::new(Ledger::new(seed));
-    let mut director = Director::new(cluster, network, disks, meta_disk);
+    let mut director = Director::new(cluster, network, disks, meta_disk, shape);
     for (client, options) in OPTIONS.iter().enumerate() {
         director.mount(client, options);
     }
     let mounts: Vec<PathBuf> = (0..CLIENTS).map(|client| director.client_dir(client)).collect();
     let workload = Workload::start(&ledger, &mounts);
-    director.play(&schedule);
+    director.play(schedule);
     let operations = workload.stop();
     let faults = director.faults.clone();
     let mut counts = Counts {
@@ -129,11 +141,24 @@ pub fn run(seed: u64) -> Counts {
     verify(cluster, &ledger, "after it healed", schedule.forgets());
     scrub(cluster);
     wait_healthy(cluster, shape.servers);
-    let gone = rng::stream(seed, 0x60ae).random_range(0..shape.servers);
-    cluster.kill_data(gone);
-    cluster.wait_status("a server to be missed", |status| status.servers_up() == shape.servers - 1);
-    verify(cluster, &ledger, &format!("without data server {gone}"), schedule.forgets());
-    counts.reads_verified += ledger.files() as u64 * 2;
+    counts.reads_verified += ledger.files() as u64;
+    let lost = rng::stream(seed, 0x60ae).random_range(0..shape.servers);
+    let mut losses: Vec<BTreeSet<usize>> = vec![shape.rack_of(lost).collect()];
+    if shape.rack > 1 {
+        // As many targets, of two racks.
+        losses.push([lost, (lost + shape.rack) % shape.servers].into());
+    }
+    for gone in losses {
+        gone.iter().for_each(|n| cluster.kill_data(*n));
+        let left = shape.servers - gone.len();
+        cluster.wait_status("servers to be missed", |status| status.servers_up() == left);
+        verify(cluster, &ledger, &format!("without data servers {gone:?}"), schedule.forgets());
+        counts.reads_verified += ledger.files() as u64;
+        if shape.rack > 1 {
+            gone.iter().for_each(|n| cluster.start_data(*n));
+            wait_healthy(cluster, shape.servers);
+        }
+    }
     ledger.assert_kept(&format!("seed {seed}, which does\n{schedule}"));
     eprintln!("chaos: seed {seed} held: {counts:?}");
     counts

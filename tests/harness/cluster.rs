@@ -43,6 +43,10 @@ pub struct Setup {
     pub out_after: Duration,
     /// Silence after which a session ends.
     pub session_timeout: Duration,
+    /// How often the metaserver collects garbage and compacts; zero: when it is told to. `None`: the default.
+    pub gc_interval: Option<Duration>,
+    /// Failure domain of server `i`; default: each is one of its own.
+    pub domains: Vec<String>,
     /// Where the metadata is; default: in the scratch folder.
     pub store: Option<String>,
     /// Metaservers that stand by at first; needs a store that they can reach.
@@ -66,6 +70,8 @@ impl Default for Setup {
             down_after: Duration::from_secs(3),
             out_after: Duration::from_secs(600),
             session_timeout: Duration::from_secs(10),
+            gc_interval: None,
+            domains: Vec::new(),
             store: None,
             standbys: 0,
             meta_root: None,
@@ -245,6 +251,9 @@ impl Cluster {
         command.args(["--down-after", &seconds(self.setup.down_after)]);
         command.args(["--out-after", &seconds(self.setup.out_after)]);
         command.args(["--session-timeout", &seconds(self.setup.session_timeout)]);
+        if let Some(interval) = self.setup.gc_interval {
+            command.args(["--gc-interval", &seconds(interval)]);
+        }
         self.placed(command, self.setup.metaserver_host(n))
     }
 
@@ -259,6 +268,9 @@ impl Cluster {
         }
         if let Some(rate) = self.setup.rebuild_rate {
             command.args(["--rebuild-rate", &rate.to_string()]);
+        }
+        if let Some(domain) = self.setup.domains.get(server) {
+            command.args(["--domain", domain]);
         }
         for target in 0..self.setup.targets {
             let folder = self.target_folder(server, target);

@@ -19,8 +19,8 @@ use fjordfs_proto::{
     frame::{self, HEADER_LEN, Header, Opcode},
     pb::{
         data::{
-            HelloReply, PutShardReply, PutShardRequest, ReadShardReply, ReadShardRequest, ReportShardReply,
-            SyncReply,
+            HelloReply, ListShardsReply, ListShardsRequest, PutShardReply, PutShardRequest, ReadShardReply,
+            ReadShardRequest, ReportShardReply, ShardInfo, SyncReply,
         },
         meta::{
             DeletedBlocks, HeartbeatReply, HeartbeatRequest, RegisterRequest, TargetReport,
@@ -199,6 +199,7 @@ async fn beat(server: &Server, nic: Nic, meta: Host) -> Result<std::convert::Inf
                 checks: Vec::new(),
                 // A put is over when it has begun here.
                 placed_epoch: epoch,
+                rebuild: None,
             }
         };
         let HeartbeatReply { map, deletes, unknown, .. } = client.heartbeat(request).await?.into_inner();
@@ -298,6 +299,10 @@ async fn answer(server: &Server, header: Header, body: &[u8], payload: Bytes) ->
             let (message, payload) = read(server, &frame::decode_body(opcode, body)?).await?;
             Ok(reply(header, &message, &payload))
         }
+        Opcode::ListShards => {
+            let listed = list(server, &frame::decode_body(opcode, body)?).await?;
+            Ok(reply(header, &listed, &[]))
+        }
         Opcode::Sync => {
             sync(server).await;
             Ok(reply(header, &SyncReply {}, &[]))
@@ -376,6 +381,25 @@ async fn read(server: &Server, request: &ReadShardRequest) -> FsResult<(ReadShar
         page_crcs.clear();
     }
     Ok((ReadShardReply { lengths, page_crcs: page_crcs.into(), shard_length: length as u32 }, payload))
+}
+
+/// A few at a time, so that much happens in between.
+async fn list(server: &Server, request: &ListShardsRequest) -> FsResult<ListShardsReply> {
+    const PAGE: usize = 20;
+    let pause = server.lock().unwrap().pause();
+    tokio::time::sleep(pause).await;
+    let flash = server.lock().unwrap();
+    wrong_target(&flash, request.target)?;
+    let limit = if request.limit == 0 { PAGE } else { PAGE.min(request.limit as usize) };
+    let mut shards: Vec<ShardInfo> = Vec::new();
+    for ((block, no), shard) in flash.shards.range((request.after_block + 1, 0)..) {
+        // All shards of a block are in one page.
+        if shards.len() >= limit && shards.last().is_some_and(|last| last.block != *block) {
+            return Ok(ListShardsReply { shards, end: false });
+        }
+        shards.push(ShardInfo { block: *block, shard: *no, policy: 0, length: shard.bytes.len() as u32 });
+    }
+    Ok(ListShardsReply { shards, end: true })
 }
 
 async fn sync(server: &Server) {

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use fjordfs_client::{Client, FsResult};
+use fjordfs_client::{
+    Client, FsResult,
+    upkeep::{self, Compaction},
+};
 use fjordfs_proto::{Policy, SessionId};
 use fjordfs_tests::rng::{self, TestRng};
 use rand::Rng;
@@ -131,6 +134,12 @@ struct Plan {
     length: Duration,
 }
 
+/// Whether garbage is collected and blocks are compacted in this seed. A stream of its own: the other seeds stay what they were.
+fn collector(seed: u64) -> Option<TestRng> {
+    let mut random = rng::stream(seed, 3);
+    random.random_ratio(1, 3).then_some(random)
+}
+
 impl Plan {
     fn of(random: &mut TestRng) -> Plan {
         if random.random_ratio(1, 4) {
@@ -231,6 +240,8 @@ struct World {
     until: Instant,
     actors: Actor,
     faults: u64,
+    collects: Option<TestRng>,
+    collector: JoinSet<()>,
 }
 
 impl World {
@@ -257,7 +268,38 @@ impl World {
             until: Instant::now(),
             actors: 0,
             faults: 0,
+            collects: collector(seed),
+            collector: JoinSet::new(),
         }
+    }
+
+    /// One who collects garbage and compacts all the while, as the metaserver's process does now and then. It may fail, and be killed;
+    /// what it has deleted is checked by whoever is to delete it.
+    async fn start_collector(&mut self, mut random: TestRng) -> FsResult<()> {
+        let host = self.cluster.new_client_host();
+        let client = self.cluster.client(host, self.plan.defer).await?;
+        let until = self.until;
+        trace(format_args!("garbage is collected on h{host}"));
+        self.collector.spawn(async move {
+            let tell = |what: String| trace(format_args!("collecting: {what}"));
+            while Instant::now() < until {
+                tokio::time::sleep(Duration::from_millis(random.random_range(1..1500))).await;
+                let wanted = Compaction { below: random.random_range(20..=100), rate: 0, dry_run: false };
+                let done = async {
+                    let collected = upkeep::collect(&client, false, 0, &tell).await?;
+                    let compacted = upkeep::compact(&client, wanted, &tell).await?;
+                    FsResult::Ok((collected, compacted))
+                };
+                match done.await {
+                    Ok(done) => trace(format_args!("collected: {done:?}")),
+                    Err(e) => trace(format_args!("collecting failed: {e}")),
+                }
+            }
+            if let Err(e) = client.shutdown().await {
+                trace(format_args!("the collector shut down: {e}"));
+            }
+        });
+        Ok(())
     }
 
     async fn play(mut self) -> FsResult<(u64, u64)> {
@@ -273,6 +315,9 @@ impl World {
         for at in 0..CLIENTS {
             self.seats.push(None);
             self.take_seat(at).await?;
+        }
+        if let Some(random) = self.collects.take().filter(|_| !self.plan.calm) {
+            self.start_collector(random).await?;
         }
         trace(format_args!("everybody is there"));
         while Instant::now() < self.until {
@@ -409,6 +454,11 @@ impl World {
                 if let Err(e) = ended {
                     violation(format!("a program of c{}: {e}", seat.actor));
                 }
+            }
+        }
+        while let Some(ended) = self.collector.join_next().await {
+            if let Err(e) = ended {
+                violation(format!("the collector: {e}"));
             }
         }
         for seat in std::mem::take(&mut self.seats).into_iter().flatten() {

@@ -1,7 +1,7 @@
 //! Everything goes wrong, and nothing that was promised is lost. See `tests/harness/chaos.rs`.
 //!
-//! `FJORD_SEED=N cargo nextest run --test faults` runs the schedule of one seed; `tests/run soak MINUTES` runs new
-//! ones for that long.
+//! `FJORD_SEED=N cargo nextest run --test faults` runs the schedules of one seed; `tests/run soak MINUTES` runs new
+//! ones for that long. `tests/harness/plant` shows that planted bugs are found.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
 use std::time::{Duration, Instant};
@@ -19,6 +19,14 @@ fn a_schedule_of_faults_breaks_no_promise() {
     chaos::run(rng::given().unwrap_or(SEED));
 }
 
+/// Of the schedules of racks.
+const SEED_OF_RACKS: u64 = 2;
+
+#[test]
+fn racks_that_are_lost_as_a_whole_break_no_promise() {
+    chaos::run_racks(rng::given().unwrap_or(SEED_OF_RACKS));
+}
+
 #[test]
 #[ignore = "takes as long as FJORD_SOAK_MINUTES says: tests/run soak MINUTES"]
 fn soak() {
@@ -28,7 +36,9 @@ fn soak() {
     let mut total = Counts::default();
     let mut runs = 0;
     while Instant::now() < until {
-        total.add(&chaos::run(first + runs));
+        let seed = first + runs;
+        // Every third of racks.
+        total.add(&if runs % 3 == 2 { chaos::run_racks(seed) } else { chaos::run(seed) });
         runs += 1;
         eprintln!("soak: {runs} schedules held, the last of seed {}: {total:#?}", first + runs - 1);
     }

@@ -21,6 +21,7 @@ fn hello(cluster_id: &str) -> Vec<u8> {
         protocol_version: PROTOCOL_VERSION,
         cluster_id: cluster_id.into(),
         client: "a test".into(),
+        upkeep: false,
     };
     frame::encode(Opcode::Hello, false, 1, &body, 0)
 }

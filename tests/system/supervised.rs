@@ -44,6 +44,21 @@ fn kill_worker(mount: &mut MountPoint) {
     });
 }
 
+/// Whether `fjord status` shows the process that serves, and how many there were before.
+fn assert_told(cluster: &Cluster, mount: &mut MountPoint, restarts: usize) {
+    let plural = if restarts == 1 { "" } else { "s" };
+    wait_for("the session to be told anew", SOON, || {
+        let expected =
+            format!("served by process {}, {restarts} restart{plural}", worker(mount).as_raw_nonzero());
+        let status = cluster.try_status()?;
+        let told = status
+            .list("sessions")
+            .iter()
+            .any(|s| s["client"].as_str().is_some_and(|c| c.contains(&expected)));
+        if told { Ok(()) } else { Err(format!("{expected}: {status}")) }
+    });
+}
+
 fn upgrade(mount: &MountPoint) -> fjordfs_tests::Run {
     let mut command = fjord(["mount", "--upgrade"]);
     command.arg(mount.path());
@@ -85,9 +100,11 @@ fn open_files_go_on_when_the_process_is_killed() {
     let mut listing = fs::read_dir(mount.join("dir")).unwrap();
     let first = listing.next().unwrap().unwrap().file_name();
     File::open(mount.path()).unwrap().sync_all().unwrap();
+    assert_told(&cluster, &mut mount, 0);
 
     for round in 0..2 {
         kill_worker(&mut mount);
+        assert_told(&cluster, &mut mount, round + 1);
         assert!(read_at(&reader, 0, content.len()).unwrap() == content, "round {round}");
         assert_eq!(read_at(&unlinked, 0, 14).unwrap(), b"without a name");
         let last = format!("line {round}");

@@ -303,3 +303,99 @@ fn what_is_left_of_mostly_dead_blocks_is_moved_while_files_change() {
     mount.unmount();
     cluster.assert_running();
 }
+
+/// The metaserver's own collections, as `fjord gc status` shows them.
+fn background(cluster: &Cluster) -> Value {
+    json(&cluster.fjord(["gc", "status", "--json"]))["background"].clone()
+}
+
+fn number(of: &Value, key: &str) -> u64 {
+    of[key].as_u64().unwrap_or_else(|| panic!("{key} of {of}"))
+}
+
+#[test]
+fn the_metaserver_collects_what_an_old_disk_brings_back_when_it_is_told_to() {
+    let setup = Setup { gc_interval: Some(Duration::ZERO), ..Setup::policy("replica:2") };
+    let mut cluster = Cluster::start("gc-start", setup);
+    let mount = cluster.mount_with("close=sync");
+    write(mount.path(), 0..12);
+    // The disk as it is now.
+    cluster.stop_data(1);
+    let (folder, kept) = (cluster.target_folder(1, 0), cluster.dir("kept"));
+    let copy = |from: &Path, to: &Path| {
+        let copied = Command::new("cp").args(["-a", "--sparse=always"]).arg(from.join(".")).arg(to).status();
+        assert!(copied.unwrap().success());
+    };
+    copy(&folder, &kept);
+    cluster.start_data(1);
+    cluster.wait_healthy();
+    let before = taken(&cluster);
+    (0..8).for_each(|i| fs::remove_file(mount.join(format!("f{i}"))).unwrap());
+    wait_for("all deletions to be confirmed", 2 * SOON, || {
+        let told = json(&cluster.fjord(["gc", "status", "--json"]));
+        let freed = before.saturating_sub(taken(&cluster));
+        if number(&told, "deletions") == 0 && freed >= 8 * 2 * FILE as u64 {
+            Ok(())
+        } else {
+            Err(told.to_string())
+        }
+    });
+    cluster.stop_data(1);
+    fs::remove_dir_all(&folder).unwrap();
+    fs::create_dir(&folder).unwrap();
+    copy(&kept, &folder);
+    cluster.start_data(1);
+    cluster.wait_healthy();
+    let before = background(&cluster);
+    assert_eq!((number(&before, "runs"), number(&before, "interval_ms")), (0, 0), "nobody has told it to");
+    let dry = json(&cluster.fjord(["gc", "run", "--dry-run", "--json"]));
+    assert!(number(&dry, "garbage_shards") > 0, "{dry}");
+    let told = cluster.fjord(["gc", "start"]).ok().stdout;
+    assert!(told.contains("begins now"), "{told}");
+    let done = wait_for("a collection", 2 * SOON, || {
+        let told = background(&cluster);
+        if number(&told, "runs") > 0 { Ok(told) } else { Err(told.to_string()) }
+    });
+    assert_eq!(number(&done, "garbage_shards"), number(&dry, "garbage_shards"), "{done}");
+    assert_eq!(done["problem"], "", "{done}");
+    wait_for("the garbage to be gone", 2 * SOON, || {
+        let got = cluster.fjord(["fsck", "--json"]);
+        if got.code() == 0 { Ok(()) } else { Err(got.stdout) }
+    });
+    assert_same(mount.path(), 8..12);
+    assert_eq!(number(&background(&cluster), "runs"), 1);
+    mount.unmount();
+    cluster.assert_running();
+}
+
+#[test]
+fn mostly_dead_blocks_are_compacted_on_schedule() {
+    const SMALL: usize = 40_000;
+    let setup = Setup { gc_interval: Some(Duration::from_secs(1)), ..Setup::policy("replica:2") };
+    let mut cluster = Cluster::start("gc-schedule", setup);
+    let mount = cluster.mount();
+    for i in 0..300 {
+        fs::write(mount.join(format!("s{i}")), rng::bytes(i, SMALL)).unwrap();
+    }
+    // So that all are stored, many in a block: it takes a client a second.
+    thread::sleep(3 * Duration::from_secs(1));
+    let before = taken(&cluster);
+    (0..300).filter(|i| i % 10 != 0).for_each(|i| fs::remove_file(mount.join(format!("s{i}"))).unwrap());
+    let sparse = wait_for("what is left to be moved", 2 * SOON, || {
+        let dry = json(&cluster.fjord(["gc", "compact", "--dry-run", "--json"]));
+        let told = background(&cluster);
+        let moved = number(&told, "runs") > 2 && number(&dry, "sparse_blocks") == 0;
+        if moved { Ok(told) } else { Err(format!("{dry} {told}")) }
+    });
+    assert_eq!(sparse["problem"], "", "{sparse}");
+    wait_for("the old blocks to be deleted", 2 * SOON, || {
+        let freed = before.saturating_sub(taken(&cluster));
+        if freed >= 2 * 270 * SMALL as u64 { Ok(()) } else { Err(format!("{freed} bytes")) }
+    });
+    for i in (0..300).step_by(10) {
+        assert!(fs::read(mount.join(format!("s{i}"))).unwrap() == rng::bytes(i, SMALL), "s{i}");
+    }
+    cluster.fjord(["fsck"]).ok();
+    mount.unmount();
+    cluster.assert_running();
+}

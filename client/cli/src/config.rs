@@ -24,6 +24,8 @@ pub(crate) struct MetaFile {
     pub(crate) out_after: Option<Span>,
     pub(crate) log_sync: Option<Span>,
     pub(crate) cache: Option<ByteSize>,
+    pub(crate) gc_interval: Option<Span>,
+    pub(crate) gc_rate: Option<ByteSize>,
 }
 
 /// `fjord data --config FILE`.
@@ -155,6 +157,7 @@ mod tests {
         let meta: MetaFile = parse(&uncommented("meta.toml")).unwrap();
         assert!(meta.policy.is_some() && meta.pg_count.is_some() && meta.session_timeout.is_some());
         assert!(meta.heartbeat.is_some() && meta.down_after.is_some() && meta.log_sync.is_some());
+        assert!(meta.gc_interval.is_some() && meta.gc_rate.is_some());
         let data: DataFile = parse(&uncommented("data.toml")).unwrap();
         assert!(data.advertise.is_some() && data.name.is_some() && data.cores.is_some());
         assert_eq!(data.domain.as_deref(), Some("rack=r7"));

@@ -1,16 +1,16 @@
 //! `fjord fsck`: whether everything fits together.
 
-use std::{io::IsTerminal, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, io::IsTerminal, process::ExitCode, time::Duration};
 
+use fjordfs_client::upkeep::{self, Findings};
 use fjordfs_proto::pb::meta::{FsckReport, MendRequest};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::{
     daemon,
-    holdings::{self, Findings},
     locate::{self, MetaArg},
-    report, rpc,
+    report, rpc, transfer,
     units::{self, ByteSize},
 };
 
@@ -48,7 +48,48 @@ pub(crate) struct Args {
 struct Outcome {
     clean: bool,
     metadata: Metadata,
-    shards: Option<Findings>,
+    shards: Option<Shards>,
+}
+
+/// [`Findings`], for programs.
+#[derive(Serialize)]
+struct Shards {
+    shards: u64,
+    missing: Vec<MissingBlock>,
+    lost: Vec<u64>,
+    garbage: BTreeMap<u64, Vec<u64>>,
+    garbage_bytes: u64,
+    unseen: BTreeMap<u64, String>,
+}
+
+#[derive(Serialize)]
+struct MissingBlock {
+    block: u64,
+    targets: Vec<u64>,
+}
+
+impl From<Findings> for Shards {
+    fn from(found: Findings) -> Shards {
+        let missing = |m: upkeep::Missing| MissingBlock { block: m.block, targets: m.targets };
+        Shards {
+            shards: found.shards,
+            missing: found.missing.into_iter().map(missing).collect(),
+            lost: found.lost,
+            garbage: found.garbage,
+            garbage_bytes: found.garbage_bytes,
+            unseen: found.unseen,
+        }
+    }
+}
+
+impl Shards {
+    fn garbage_shards(&self) -> usize {
+        self.garbage.values().map(Vec::len).sum()
+    }
+
+    fn missing_shards(&self) -> usize {
+        self.missing.iter().map(|missing| missing.targets.len()).sum()
+    }
 }
 
 #[derive(Serialize)]
@@ -101,26 +142,32 @@ async fn check(meta: &str, args: &Args) -> anyhow::Result<Outcome> {
     let metadata = Metadata::from(rpc::fsck(meta, args.repair, records).await?);
     let shards = match args.no_shards {
         true => None,
-        false => Some(holdings::compare(meta, &|what| bar.set_message(what)).await?),
+        false => Some(shards(meta, args.repair, &bar).await?),
     };
     bar.finish_and_clear();
-    if let Some(found) = shards.as_ref().filter(|_| args.repair)
-        && found.missing.len() + found.garbage.len() > 0
-    {
-        let request = MendRequest {
-            cluster_id: found.cluster_id.clone(),
-            missing: found.missing_to_pb(),
-            garbage: found.garbage_to_pb(),
-        };
-        rpc::mend(meta, request).await?;
-    }
-    let whole = |found: &Findings| {
+    let whole = |found: &Shards| {
         found.lost.is_empty()
             && found.unseen.is_empty()
             && (args.repair || found.missing.is_empty() && found.garbage.is_empty())
     };
     let clean = metadata.left == 0 && shards.as_ref().is_none_or(whole);
     Ok(Outcome { clean, metadata, shards })
+}
+
+/// What targets hold; what is missing and what is too much is seen to if `repair`.
+async fn shards(meta: &str, repair: bool, bar: &ProgressBar) -> anyhow::Result<Shards> {
+    let client = transfer::connect(meta, "fsck").await?;
+    let found = upkeep::compare(&client, 0, &|what| bar.set_message(what)).await?;
+    if repair && found.missing.len() + found.garbage.len() > 0 {
+        let request = MendRequest {
+            cluster_id: found.cluster_id.clone(),
+            missing: found.missing_to_pb(),
+            garbage: found.garbage_to_pb(),
+        };
+        upkeep::mend(&client, request).await?;
+    }
+    client.shutdown().await?;
+    Ok(found.into())
 }
 
 /// A line that says what is being done; none where nobody looks.

@@ -8,7 +8,7 @@
 //! | `up` | a whole cluster on this machine, supervised |
 //! | `meta`, `data`, `mount` | the three daemons |
 //! | `umount`, `status`, `df`, `stat`, `layout` | admin verbs |
-//! | `fsck`, `gc`, `holdings` | checks, garbage, and what targets hold against what there should be |
+//! | `fsck`, `gc` | checks, garbage |
 //! | `transfer` | import and export |
 //! | `bench` | how fast it is |
 //! | `locate` | which cluster, and which path in it, an argument means |
@@ -30,7 +30,6 @@ mod df;
 mod fsck;
 mod gc;
 mod holders;
-mod holdings;
 mod layout;
 mod locate;
 mod logs;

@@ -2,6 +2,7 @@
 
 mod migrate;
 mod status;
+mod upkeep;
 
 use std::{
     path::{Path, PathBuf},
@@ -20,6 +21,7 @@ use fjordfs_metaserver::{
 };
 use fjordfs_proto::Policy;
 
+use self::upkeep::Schedule;
 use crate::{
     config::{self, MetaFile},
     daemon::{self, Signals, Stop},
@@ -88,6 +90,12 @@ pub(crate) struct Args {
     /// Memory for what it remembers of the namespace [default: 256MiB]
     #[arg(long, value_name = "SIZE")]
     cache: Option<ByteSize>,
+    /// How often garbage is collected and mostly dead blocks are compacted, counted from 1970 in UTC; 0s: only by `fjord gc` [default: 7d]
+    #[arg(long, value_name = "TIME")]
+    gc_interval: Option<Span>,
+    /// Collecting and compacting read at most this much per second; 0 is no limit [default: 16MiB]
+    #[arg(long, value_name = "SIZE")]
+    gc_rate: Option<ByteSize>,
 }
 
 #[derive(clap::Subcommand)]
@@ -140,15 +148,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Verb::Migrate(args)) => return migrate::run(args),
         None => {}
     }
-    let config = settings(args)?;
+    let (config, schedule) = settings(args)?;
     daemon::control_runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         while let Some(server) = own(&config, &mut signals).await? {
             daemon::announce(&format!("listening on {}", server.address()));
+            let collecting = server
+                .upkeep()
+                .map(|upkeep| AbortOnDrop::spawn(upkeep::run(server.address(), upkeep, schedule)));
             let stop = tokio::select! {
                 stop = signals.next() => Some(stop),
                 () = server.ended() => None,
             };
+            drop(collecting);
             if stop == Some(Stop::Orphaned) {
                 tokio::time::sleep(daemon::ORPHAN_GRACE).await;
             }
@@ -169,6 +181,21 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl AbortOnDrop {
+    fn spawn(task: impl Future<Output = ()> + Send + 'static) -> AbortOnDrop {
+        AbortOnDrop(tokio::spawn(task))
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
@@ -243,7 +270,7 @@ pub(crate) fn place(text: &str) -> anyhow::Result<Place> {
 }
 
 /// Flags over file over defaults.
-fn settings(args: Args) -> anyhow::Result<Config> {
+fn settings(args: Args) -> anyhow::Result<(Config, Schedule)> {
     let file: MetaFile = config::load(args.config.as_deref())?;
     let on_command_line = args.store.is_some();
     // A flag wins over either key of the file.
@@ -297,5 +324,10 @@ fn settings(args: Args) -> anyhow::Result<Config> {
         );
         config.pg_count = pg_count;
     }
-    Ok(config)
+    let mut schedule = Schedule::default();
+    set(&mut schedule.interval, args.gc_interval, file.gc_interval);
+    if let Some(ByteSize(rate)) = args.gc_rate.or(file.gc_rate) {
+        schedule.rate = rate;
+    }
+    Ok((config, schedule))
 }

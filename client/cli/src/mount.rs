@@ -185,6 +185,9 @@ async fn serve(
     if let Ok(transport) = fjordfs_fuse::planned_transport(&settings.fuse) {
         settings.client.description.push_str(&format!(" over {transport}"));
     }
+    if worker.is_some() {
+        settings.client.description.push_str(&format!(", {}", supervisor::served_by()));
+    }
     let client = tokio::select! {
         client = Client::connect(meta, settings.client) => {
             client.with_context(|| format!("cannot mount the FjordFS at {meta}"))?

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
-    BackupRequest, BlocksReply, BlocksRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest,
-    MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceRequest, ScrubRequest, StatusReply,
-    StatusRequest, UsesReply, UsesRequest, cluster_client::ClusterClient,
+    BackupRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest, MetaStatusReply,
+    MetaStatusRequest, RebalanceRequest, ScrubRequest, StartGcRequest, StatusReply, StatusRequest,
+    cluster_client::ClusterClient,
 };
 use tonic::{
     Code, Response, Status, Streaming,
@@ -64,6 +64,18 @@ pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
     }
 }
 
+/// Has garbage collected in the metaserver's process; what came of it, as a sentence.
+///
+/// # Errors
+/// When there is no metaserver, or its program does not collect.
+pub(crate) async fn start_gc(meta: &str) -> anyhow::Result<String> {
+    match connect(meta).await?.start_gc(StartGcRequest {}).await {
+        Ok(reply) => Ok(reply.into_inner().message),
+        Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
+        Err(e) => Err(unlike(meta, &e)),
+    }
+}
+
 /// Has the records of the metadata checked against each other, and mended if `repair`. `tell` hears how many have been looked at.
 ///
 /// # Errors
@@ -79,56 +91,6 @@ pub(crate) async fn fsck(meta: &str, repair: bool, tell: impl Fn(u64)) -> anyhow
         }
     }
     bail!("the metaserver at {meta} ended before the check was over: try again")
-}
-
-/// All blocks of the filesystem, in pieces; the last one has a cluster map.
-///
-/// # Errors
-/// When there is no metaserver, or its store cannot be read.
-pub(crate) async fn blocks(meta: &str, mut each: impl FnMut(BlocksReply)) -> anyhow::Result<()> {
-    let mut client = connect(meta).await?;
-    let replies = client.blocks(BlocksRequest {}).await.map_err(|e| unlike(meta, &e))?;
-    let mut replies = replies.into_inner();
-    while let Some(reply) = next(&mut replies, "the list of blocks").await? {
-        let last = reply.map.is_some();
-        each(reply);
-        if last {
-            return Ok(());
-        }
-    }
-    bail!("the metaserver at {meta} ended before it had listed all blocks: try again")
-}
-
-/// Where blocks are used, and files of many small extents.
-///
-/// # Errors
-/// When the metaserver cannot say, or stops in the middle.
-pub(crate) async fn uses(meta: &str, asked: UsesRequest) -> anyhow::Result<UsesReply> {
-    let mut client = connect(meta).await?;
-    let mut replies = client.uses(asked).await.map_err(|e| unlike(meta, &e))?.into_inner();
-    let mut all = UsesReply::default();
-    while let Some(reply) = next(&mut replies, "where blocks are used").await? {
-        all.uses.extend(reply.uses);
-        all.scattered.extend(reply.scattered);
-        if reply.end {
-            return Ok(all);
-        }
-    }
-    bail!("the metaserver at {meta} ended before it had said where blocks are used: try again")
-}
-
-/// Has groups completed and garbage deleted; how many deletions that makes.
-///
-/// # Errors
-/// What the metaserver says against it.
-pub(crate) async fn mend(meta: &str, request: MendRequest) -> anyhow::Result<u64> {
-    match connect(meta).await?.mend(request).await {
-        Ok(reply) => Ok(reply.into_inner().deletions),
-        Err(e) => match e.code() {
-            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
-            _ => Err(unlike(meta, &e)),
-        },
-    }
 }
 
 /// All records of the metadata, as the bytes of a file, piece by piece.

@@ -543,7 +543,7 @@ pub(crate) mod tests {
         );
         assert_eq!(
             keys(&json["healing"]),
-            "bytes_copied checks_left elapsed_ms eta_ms moves_done moves_left problems rebalancing \
+            "bytes_copied checks_left elapsed_ms eta_ms moves_done moves_left problems rates rebalancing \
              shards_copied shards_lost"
         );
         assert_eq!(keys(&json["placement"][0]), "degraded groups unavailable width");

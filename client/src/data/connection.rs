@@ -163,6 +163,7 @@ impl Connection {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: peer.cluster_id.clone(),
             client: peer.client.clone(),
+            upkeep: false,
         };
         let greeting = connection.request(Opcode::Hello, &hello, Vec::new());
         let answer = tokio::time::timeout(CONNECT_TIMEOUT, greeting)

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Instant,
 };
 
 use fjordfs_proto::{
@@ -14,6 +15,7 @@ use fjordfs_proto::{
 use super::{
     Healing,
     listing::{self, Listed},
+    pace::Place,
     restore::{Restored, Sources, Unrestored},
 };
 use crate::store::{NewShard, Store, files::Files, index::Entry};
@@ -230,8 +232,11 @@ async fn put(
     let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
     let Restored { record, length, page_crcs } = restored;
     let new = NewShard { block: missing.block, shard: no, policy: missing.policy.code(), length };
+    let began = Instant::now();
     let stored = healing.jobs.run(move || async move { store.put(new, record, &page_crcs).await }).await;
-    stored.ok_or("this data server is stopping")?.map_err(|e| e.to_string())
+    stored.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
+    healing.node.rebuild_rate.took(Place::To(target), length, began);
+    Ok(())
 }
 
 /// What has been copied is power-safe before it is counted on.

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     num::{NonZeroU8, NonZeroU16},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use fjordfs_proto::{
     },
 };
 
-use super::{Healing, listing::Listed};
+use super::{Healing, listing::Listed, pace::Place};
 use crate::{buffer::PageBuf, peer::Peer, store::record::record_pages};
 
 /// A shard ready to be put: its bytes lie at byte 4096 of the record.
@@ -165,7 +166,7 @@ impl<'a> Sources<'a> {
     /// Reads a whole shard of another target into `data`, which is as long as it, and verifies it; its integrity entries.
     async fn read(&mut self, block: BlockId, other: &Listed, data: &mut [u8]) -> FsResult<Bytes> {
         let Listed { target, shard, length, .. } = *other;
-        self.healing.throttle.take(length.into()).await;
+        self.healing.node.rebuild_rate.take(length.into()).await;
         let request = ReadShardRequest {
             target: target.0,
             block: block.0,
@@ -173,9 +174,12 @@ impl<'a> Sources<'a> {
             ranges: vec![data::Range { offset: 0, length }],
             integrity: true,
         };
+        let from = Place::From(self.members.get(&target).map_or(ServerId(0), |(server, _)| *server));
         let peer = self.peer(target).await?;
+        let began = Instant::now();
         let (reply, filled): (ReadShardReply, usize) =
             peer.request(Opcode::ReadShard, &request, data).await?;
+        self.healing.node.rebuild_rate.took(from, length, began);
         if filled != length as usize {
             let what = format!("target {target} sent {filled} of {length} bytes of {block}");
             return Err(FsError::new(Errno::EPROTO, what));

@@ -122,6 +122,13 @@ impl Cluster for Fake {
         Err(Status::unimplemented("not in this fake"))
     }
 
+    async fn start_gc(
+        &self,
+        _: Request<meta::StartGcRequest>,
+    ) -> Result<Response<meta::StartGcReply>, Status> {
+        Err(Status::unimplemented("not in this fake"))
+    }
+
     async fn change_target(
         &self,
         _: Request<meta::ChangeTargetRequest>,
@@ -270,8 +277,8 @@ impl Client {
     }
 
     pub fn hello(&mut self, protocol_version: u32, cluster_id: &str) -> Result<HelloReply, FsError> {
-        let body =
-            HelloRequest { protocol_version, cluster_id: cluster_id.to_owned(), client: "test".to_owned() };
+        let (cluster_id, client) = (cluster_id.to_owned(), "test".to_owned());
+        let body = HelloRequest { protocol_version, cluster_id, client, upkeep: false };
         self.call(Opcode::Hello, &body, &[]).0
     }
 

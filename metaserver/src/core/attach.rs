@@ -34,7 +34,7 @@ impl Core {
         let (session, lost) = match hello.session {
             0 => (self.new_session(hello, now)?, false),
             id => {
-                let session = self.known_session(SessionId(id), now)?;
+                let session = self.known_session(SessionId(id), &hello.client, now)?;
                 (session, self.has_lost(session, &hello.answered)?)
             }
         };
@@ -79,13 +79,24 @@ impl Core {
         Ok(id)
     }
 
-    fn known_session(&mut self, id: SessionId, now: Moment) -> Result<SessionId, Refusal> {
+    fn known_session(&mut self, id: SessionId, client: &str, now: Moment) -> Result<SessionId, Refusal> {
         let Some(session) = self.sessions.get_mut(id) else {
             return Err(Refusal::NotFound(format!(
                 "{id} is not known: it was silent for too long, or the metadata was replaced; mount again"
             )));
         };
         (session.attached, session.missing, session.heard) = (true, false, now.mono);
+        if session.client != client {
+            // Another process serves the mount.
+            client.clone_into(&mut session.client);
+            self.operation(|core| {
+                let key = keys::session(id);
+                if let Some(record) = core.txn.record::<SessionRecord>(&key)? {
+                    core.txn.put_record(key, &SessionRecord { client: client.to_owned(), ..record });
+                }
+                Ok::<_, FsError>(())
+            })?;
+        }
         Ok(id)
     }
 

@@ -503,3 +503,18 @@ fn deletions_also_go_to_those_who_are_being_filled() {
     }
     w.core.commit().unwrap();
 }
+
+#[test]
+fn the_rate_of_those_who_copy_is_told_while_they_are_up() {
+    let mut w = world(3);
+    let told = |w: &World| w.core.healing(w.now).paces;
+    let pace = RebuildPace { rate: 5, limit: 80, gives_way: true, server: 0 };
+    let copies = HeartbeatRequest { rebuild: Some(pace), ..HeartbeatRequest::default() };
+    beat_with(&mut w, 2, copies.clone());
+    beat_with(&mut w, 3, copies);
+    assert_eq!(told(&w), [RebuildPace { server: 2, ..pace }, RebuildPace { server: 3, ..pace }]);
+    beat_with(&mut w, 3, HeartbeatRequest::default());
+    assert_eq!(told(&w), [RebuildPace { server: 2, ..pace }], "s3 has ended");
+    wait_out(&mut w, 2, &[1, 3]);
+    assert_eq!(told(&w), [], "of s2 nothing is known");
+}

@@ -4,8 +4,8 @@ use fjordfs_proto::pb::meta::{
     BackupReply, BackupRequest, BlocksReply, BlocksRequest, ChangeTargetReply, ChangeTargetRequest,
     FsckReply, FsckRequest, HandOverReply, HandOverRequest, HeartbeatReply, HeartbeatRequest, MendReply,
     MendRequest, MetaStatusReply, MetaStatusRequest, RebalanceReply, RebalanceRequest, RegisterReply,
-    RegisterRequest, ScrubReply, ScrubRequest, StatusReply, StatusRequest, UsesReply, UsesRequest,
-    WantedReply, WantedRequest, cluster_server::Cluster,
+    RegisterRequest, ScrubReply, ScrubRequest, StartGcReply, StartGcRequest, StatusReply, StatusRequest,
+    UsesReply, UsesRequest, WantedReply, WantedRequest, cluster_server::Cluster,
 };
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
@@ -76,6 +76,11 @@ impl Cluster for ClusterService {
         self.call(Job::Scrub).await
     }
 
+    async fn start_gc(&self, _: Request<StartGcRequest>) -> Result<Response<StartGcReply>, Status> {
+        let message = self.jobs.upkeep().ask().map_err(Status::failed_precondition)?;
+        Ok(Response::new(StartGcReply { message }))
+    }
+
     async fn rebalance(
         &self,
         request: Request<RebalanceRequest>,
@@ -84,7 +89,8 @@ impl Cluster for ClusterService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
-        self.call(Job::Status).await
+        let status = self.call(Job::Status).await?.into_inner();
+        Ok(Response::new(StatusReply { gc: self.jobs.upkeep().report(), ..status }))
     }
 
     type FsckStream = Pieces<FsckReply>;

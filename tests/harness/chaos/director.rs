@@ -10,7 +10,7 @@ use std::{
 
 use rustix::process::Signal;
 
-use super::schedule::{Fault, Schedule, Step};
+use super::schedule::{Fault, Schedule, Shape, Step};
 use crate::{
     Cluster, MountPoint, Network, Setup,
     disk::{FaultyDisk, Trouble},
@@ -38,6 +38,7 @@ pub(super) struct Director {
     pub(super) cluster: Cluster,
     pub(super) network: Arc<Network>,
     pub(super) faults: BTreeMap<String, u64>,
+    shape: Shape,
     disks: Vec<FaultyDisk>,
     meta_disk: FaultyDisk,
     /// The metaserver's disk answers EIO: it takes no new sessions until it is started again.
@@ -50,12 +51,14 @@ impl Director {
         network: Arc<Network>,
         disks: Vec<FaultyDisk>,
         meta_disk: FaultyDisk,
+        shape: Shape,
     ) -> Director {
         Director {
             clients: Vec::new(),
             cluster,
             network,
             faults: BTreeMap::new(),
+            shape,
             disks,
             meta_disk,
             meta_fails: false,
@@ -168,7 +171,15 @@ impl Director {
                 let of_meta = self.meta_disk.cut_power();
                 eprintln!("chaos: {taken} bytes of shards and {of_meta} of metadata were not synced");
             }
+            Fault::KillRack(n) => self.shape.rack_of(n).for_each(|n| self.cluster.kill_data(n)),
+            Fault::PowerOutRack(n) => {
+                let rack = self.shape.rack_of(n);
+                rack.clone().for_each(|n| self.cluster.kill_data(n));
+                let taken: u64 = rack.map(|n| self.disks[n].cut_power()).sum();
+                eprintln!("chaos: {taken} bytes were not synced");
+            }
             Fault::CutData(_)
+            | Fault::CutRack(_)
             | Fault::MuteData(_)
             | Fault::DeafData(_)
             | Fault::CutDataFromMeta(_)
@@ -219,7 +230,11 @@ impl Director {
                     self.cluster.start_data(n);
                 }
             }
+            Fault::KillRack(n) | Fault::PowerOutRack(n) => {
+                self.shape.rack_of(n).for_each(|n| self.cluster.start_data(n));
+            }
             Fault::CutData(_)
+            | Fault::CutRack(_)
             | Fault::MuteData(_)
             | Fault::DeafData(_)
             | Fault::CutDataFromMeta(_)
@@ -254,6 +269,11 @@ impl Director {
         let meta = Setup::META_HOST;
         match fault {
             Fault::CutData(n) => others(data(n)).flat_map(|other| both(data(n), other)).collect(),
+            Fault::CutRack(n) => {
+                let rack: Vec<HostNo> = self.shape.rack_of(n).map(data).collect();
+                let outside = (0..self.network.hosts()).filter(|host| !rack.contains(host));
+                outside.flat_map(|other| rack.iter().flat_map(move |host| both(*host, other))).collect()
+            }
             Fault::MuteData(n) => others(data(n)).map(|other| (data(n), other)).collect(),
             Fault::DeafData(n) => others(data(n)).map(|other| (other, data(n))).collect(),
             Fault::CutDataFromMeta(n) => both(data(n), meta),

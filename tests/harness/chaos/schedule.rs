@@ -15,6 +15,26 @@ pub struct Shape {
     pub policy: &'static str,
     /// A disk that lies, beside one other server in trouble at a time: the policy covers both.
     pub liar: Option<usize>,
+    /// Servers of a rack, which is a failure domain.
+    pub rack: usize,
+    /// So many servers may be in trouble at a time, beside the liar.
+    pub troubled_max: usize,
+}
+
+impl Shape {
+    /// The servers of a rack.
+    pub fn rack_of(self, server: usize) -> std::ops::Range<usize> {
+        let first = server / self.rack * self.rack;
+        first..(first + self.rack).min(self.servers)
+    }
+
+    /// `--domain` of each server; none where each is a rack of its own.
+    pub fn domains(self) -> Vec<String> {
+        match self.rack {
+            1 => Vec::new(),
+            rack => (0..self.servers).map(|n| format!("rack=r{},host=h{n}", n / rack)).collect(),
+        }
+    }
 }
 
 /// Something that goes wrong.
@@ -76,6 +96,12 @@ pub enum Fault {
     PowerOutData(usize),
     /// All servers lose their power at once, the metaserver too.
     PowerOutAll,
+    /// kill -9 of all servers of the rack of this one; started again at the end.
+    KillRack(usize),
+    /// Nothing reaches the rack of this server, and nothing comes from it.
+    CutRack(usize),
+    /// The rack of this server loses its power and what its disks had not synced.
+    PowerOutRack(usize),
 }
 
 /// Who is in trouble.
@@ -118,6 +144,9 @@ impl Fault {
             | Fault::LossyClient(n) => [Client(n)].into(),
             Fault::CutClientFromData(client, server) => [Client(client), Data(server)].into(),
             Fault::PowerOutAll => (0..shape.servers).map(Data).chain([Meta]).collect(),
+            Fault::KillRack(n) | Fault::CutRack(n) | Fault::PowerOutRack(n) => {
+                shape.rack_of(n).map(Data).collect()
+            }
         }
     }
 
@@ -165,14 +194,26 @@ impl Schedule {
     pub fn new(seed: u64) -> Schedule {
         let mut rng = rng::stream(seed, 0x5c4ed);
         let shape = if rng.random() {
-            Shape { servers: 5, policy: "ec:2+1", liar: None }
+            Shape { servers: 5, policy: "ec:2+1", liar: None, rack: 1, troubled_max: 2 }
         } else {
-            Shape { servers: 6, policy: "ec:2+2", liar: Some(rng.random_range(0..6)) }
+            let liar = Some(rng.random_range(0..6));
+            Shape { servers: 6, policy: "ec:2+2", liar, rack: 1, troubled_max: 1 }
         };
+        Schedule::of(shape, &mut rng)
+    }
+
+    /// A schedule for racks of servers that fail together. Of a block's six shards no rack has more than two, so that one rack, or
+    /// any two targets, are as many as may be lost.
+    pub fn of_racks(seed: u64) -> Schedule {
+        let shape = Shape { servers: 8, policy: "ec:4+2", liar: None, rack: 2, troubled_max: 2 };
+        Schedule::of(shape, &mut rng::stream(seed, 0x5c4ed))
+    }
+
+    fn of(shape: Shape, rng: &mut TestRng) -> Schedule {
         let mut steps: Vec<Step> = Vec::new();
         let mut at = Duration::from_millis(500);
         while steps.len() < STEPS {
-            let fault = draw(&mut rng, shape);
+            let fault = draw(rng, shape);
             let millis = match fault {
                 // Longer than a lease; at times longer than a session.
                 Fault::PauseClient(_) | Fault::CutClientFromMeta(_) | Fault::DeafClient(_) => {
@@ -192,7 +233,14 @@ impl Schedule {
 
     /// Whether more targets lose what was not synced than the policy covers.
     pub fn forgets(&self) -> bool {
-        self.steps.iter().any(|step| step.fault == Fault::PowerOutAll)
+        // Of one after the other, the second may come before what the first has lost is restored.
+        let lost = |step: &Step| match step.fault {
+            Fault::PowerOutAll => self.shape.servers,
+            Fault::PowerOutRack(n) => self.shape.rack_of(n).len(),
+            Fault::PowerOutData(_) if self.shape.rack > 1 => 1,
+            _ => 0,
+        };
+        self.steps.iter().map(lost).sum::<usize>() > 2
     }
 }
 
@@ -209,7 +257,7 @@ fn admits(steps: &[Step], step: &Step, shape: Shape) -> bool {
     let servers: BTreeSet<Subject> = (in_trouble.union(&subjects).copied())
         .filter(|subject| matches!(subject, Subject::Data(_)) && Some(*subject) != liar)
         .collect();
-    step.fault == Fault::PowerOutAll || servers.len() <= if liar.is_some() { 1 } else { 2 }
+    step.fault == Fault::PowerOutAll || servers.len() <= shape.troubled_max
 }
 
 fn draw(rng: &mut TestRng, shape: Shape) -> Fault {
@@ -223,6 +271,13 @@ fn draw(rng: &mut TestRng, shape: Shape) -> Fault {
             1 => Fault::DiskLoses(liar),
             2 => Fault::DiskTears(liar),
             _ => Fault::DiskRots(liar),
+        };
+    }
+    if shape.rack > 1 && rng.random_ratio(1, 3) {
+        return match rng.random_range(0..3) {
+            0 => Fault::KillRack(server),
+            1 => Fault::CutRack(server),
+            _ => Fault::PowerOutRack(server),
         };
     }
     match rng.random_range(0..27) {
@@ -270,9 +325,10 @@ mod tests {
     #[test]
     fn a_schedule_follows_from_its_seed_and_spares_enough_servers() {
         let mut kinds = BTreeSet::new();
-        for seed in 0..400 {
-            let schedule = Schedule::new(seed);
-            assert_eq!(schedule, Schedule::new(seed));
+        for (seed, schedule) in
+            (0..400).flat_map(|seed| [(seed, Schedule::new(seed)), (seed, Schedule::of_racks(seed))])
+        {
+            assert!([Schedule::new(seed), Schedule::of_racks(seed)].contains(&schedule));
             assert!(schedule.steps.is_sorted_by_key(|step| step.at));
             for step in &schedule.steps {
                 kinds.insert(step.fault.kind());
@@ -285,6 +341,8 @@ mod tests {
                 assert!(servers.len() <= 2, "seed {seed} at {:?}: {servers:?}", step.at);
             }
         }
-        assert_eq!(kinds.len(), 28, "{kinds:?}");
+        assert_eq!(kinds.len(), 31, "{kinds:?}");
+        let racks = Schedule::of_racks(1).shape;
+        assert_eq!((racks.rack_of(5), racks.domains()[5].as_str()), (4..6, "rack=r2,host=h5"));
     }
 }

@@ -51,7 +51,7 @@ use channel::{Channel, Kept, Message};
 pub(crate) use control::upgrade;
 use control::{Control, Requester};
 use crashes::Crashes;
-pub(crate) use worker::{Worker, supervisor_pid};
+pub(crate) use worker::{Worker, served_by, supervisor_pid};
 
 /// A program, kept open: its file may be replaced while it is in use.
 #[derive(Debug)]
@@ -166,6 +166,7 @@ impl Supervisor {
             .args(["mount", "-f"])
             .args(&self.args)
             .env(worker::SUPERVISOR_ENV, std::process::id().to_string())
+            .env(worker::RESTARTS_ENV, self.restarts.to_string())
             .env_remove(background::DETACH_ENV)
             .env_remove(PARENT_ENV)
             .stdin(Stdio::from(theirs))

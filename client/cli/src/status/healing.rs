@@ -26,6 +26,20 @@ pub(crate) struct Healing {
     pub(crate) problems: Vec<String>,
     /// More moves may follow.
     pub(crate) rebalancing: bool,
+    /// Of data servers that copy.
+    pub(crate) rates: Vec<Rate>,
+}
+
+/// How fast a data server copies from others now.
+#[derive(Serialize, Debug)]
+pub(crate) struct Rate {
+    pub(crate) server: u64,
+    /// Bytes per second, at most.
+    pub(crate) rate: u64,
+    /// The administrator's; 0: none.
+    pub(crate) limit: u64,
+    /// It is low for the sake of users.
+    pub(crate) gives_way: bool,
 }
 
 impl From<meta::Healing> for Healing {
@@ -41,6 +55,9 @@ impl From<meta::Healing> for Healing {
             shards_lost: h.shards_lost,
             problems: h.problems,
             rebalancing: h.rebalancing,
+            rates: (h.paces.iter())
+                .map(|p| Rate { server: p.server, rate: p.rate, limit: p.limit, gives_way: p.gives_way })
+                .collect(),
         }
     }
 }
@@ -65,6 +82,9 @@ impl Healing {
                 ms => writeln!(out, ", about {} to go", units::seconds(Duration::from_millis(ms))),
             };
         }
+        if !self.rates.is_empty() {
+            let _ = writeln!(out, "{}", self.rates_text());
+        }
         if self.rebalancing {
             let _ = writeln!(out, "rebalancing: some groups at a time (`fjord rebalance --stop` ends it)");
         }
@@ -86,5 +106,22 @@ impl Healing {
             let _ = writeln!(out, "  {problem}");
         }
         out
+    }
+
+    /// What the servers that copy may read per second.
+    fn rates_text(&self) -> String {
+        let second = Duration::from_secs(1);
+        let (least, most) = self.rates.iter().fold((u64::MAX, 0), |(a, b), r| (a.min(r.rate), b.max(r.rate)));
+        let rate = match least == most {
+            true => units::rate(most, second),
+            false => format!("{} to {}", units::rate(least, second), units::rate(most, second)),
+        };
+        let mut text =
+            format!("rebuild rate now: {rate} on {}", units::count(self.rates.len() as u64, "server"));
+        match self.rates.iter().filter(|r| r.gives_way).count() {
+            0 => {}
+            giving => text += &format!(", {giving} giving way to users"),
+        }
+        text
     }
 }

@@ -13,10 +13,13 @@ use fjordfs_fuse::{Agreed, Departure, Mount, MountError, MountOptions, Transport
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::channel::{Channel, DEVICES_MAX, Kept, Message};
-use crate::mount::options::Settings;
+use crate::{mount::options::Settings, units};
 
 /// Set for a worker: the process id of its supervisor. Its standard input is the channel.
 pub(super) const SUPERVISOR_ENV: &str = "FJORD_SUPERVISOR";
+
+/// Set for a worker: how many died before it. Absent from a supervisor of an older release.
+pub(super) const RESTARTS_ENV: &str = "FJORD_RESTARTS";
 
 /// How long requests under way may take before they are left to the next process. It gets them again.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(10);
@@ -24,6 +27,13 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(10);
 /// The supervisor of this process, if it is a worker.
 pub(crate) fn supervisor_pid() -> Option<u32> {
     std::env::var(SUPERVISOR_ENV).ok()?.parse().ok()
+}
+
+/// For `fjord status`, where the process named first is the supervisor.
+pub(crate) fn served_by() -> String {
+    let restarts = std::env::var(RESTARTS_ENV).ok().and_then(|n| n.parse().ok());
+    let restarts = restarts.map_or(String::new(), |n| format!(", {}", units::count(n, "restart")));
+    format!("served by process {}{restarts}", std::process::id())
 }
 
 /// A worker's end.

@@ -1,4 +1,4 @@
-//! `fjord gc compact`: what is left of mostly dead blocks, and files that lie in many small pieces, are written anew.
+//! What is left of mostly dead blocks, and files that lie in many small pieces, are written anew.
 //!
 //! # Safety
 //! Bytes are read as any client reads them, written to a file without a name, and synced. Then one operation of the metaserver lets the
@@ -6,30 +6,19 @@
 //! file wins. So at every moment a file has its bytes, whatever dies, and the nameless file goes with its session. A block whose
 //! bytes several files share, or one in several places, is left alone: moved, they would be shared no more.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::Context;
-use fjordfs_client::{AttrChange, Client, CopiedRange, File, NewFile};
 use fjordfs_proto::{
-    FsError, InodeId, Policy, ROOT_INODE,
+    FsError, FsResult, InodeId, Policy, ROOT_INODE,
     error::Errno,
     pb::meta::{BlockUse, FileKind, UsesRequest},
 };
-use indicatif::ProgressBar;
-use serde::Serialize;
 
-use crate::{
-    daemon,
-    fsck::progress,
+use super::{
+    Pace, Tell, admin,
     holdings::{self, Sparse},
-    locate::{self, MetaArg},
-    report, rpc, transfer,
-    units::{self, ByteSize},
 };
+use crate::{AttrChange, Client, CopiedRange, File, NewFile};
 
 /// Blocks that are asked about at a time.
 const BLOCKS: usize = 65_536;
@@ -45,39 +34,36 @@ const PORTION: u64 = 4 << 20;
 const SCATTERED_EXTENTS: u32 = 64;
 const SCATTERED_BYTES: u64 = 256 << 10;
 
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    #[command(flatten)]
-    meta: MetaArg,
-    /// Blocks of which files use less than this are written anew, percent
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=100))]
-    below: u64,
-    /// Read at most this much per second; 0 is no limit
-    #[arg(long, value_name = "SIZE", default_value = "0")]
-    rate: ByteSize,
-    /// Move nothing
-    #[arg(long)]
-    dry_run: bool,
-    /// Print JSON; the names of its fields are stable
-    #[arg(long)]
-    json: bool,
+/// What is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Compaction {
+    /// Blocks of which files use less than this are written anew, percent.
+    pub below: u64,
+    /// Bytes per second that are read at most; 0 is no limit.
+    pub rate: u64,
+    /// Nothing is moved.
+    pub dry_run: bool,
 }
 
 /// What there is to do, and what was done.
-#[derive(Default, Serialize)]
-struct Compacted {
-    sparse_blocks: usize,
+#[derive(Clone, Debug, Default)]
+pub struct Compacted {
+    /// Blocks of which files use little.
+    pub sparse_blocks: u64,
     /// Bytes of these that no file uses: redundancy not counted.
-    dead_bytes: u64,
-    scattered_files: usize,
-    moved_bytes: u64,
-    moved_pieces: u64,
+    pub dead_bytes: u64,
+    /// Files in many small pieces.
+    pub scattered_files: u64,
+    /// Written anew.
+    pub moved_bytes: u64,
+    /// Pieces of files that these were.
+    pub moved_pieces: u64,
     /// Pieces of files that were changed or removed meanwhile.
-    changed_pieces: u64,
+    pub changed_pieces: u64,
     /// Pieces left where they are, since their bytes are shared.
-    shared_pieces: u64,
+    pub shared_pieces: u64,
     /// Pieces that could not be read.
-    unreadable_pieces: u64,
+    pub unreadable_pieces: u64,
 }
 
 /// Bytes of a file that are to be moved.
@@ -88,68 +74,27 @@ struct Piece {
     length: u64,
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let meta = locate::cluster(&args.meta, None)?;
-    let done = daemon::control_runtime()?.block_on(compact(args, &meta))?;
-    if args.json {
-        report::print_json(&done)?;
-    } else {
-        report::print(&text(&done, args.dry_run))?;
-    }
-    Ok(if done.unreadable_pieces == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn text(done: &Compacted, dry_run: bool) -> String {
-    let mut text = format!(
-        "{} mostly dead blocks with {} that no file uses, {} files in many pieces\n",
-        units::grouped(done.sparse_blocks as u64),
-        ByteSize(done.dead_bytes),
-        units::grouped(done.scattered_files as u64)
-    );
-    if !dry_run {
-        text += &format!(
-            "{} in {} pieces moved; {} pieces were changed or removed meanwhile, {} are shared and stay\n",
-            ByteSize(done.moved_bytes),
-            units::grouped(done.moved_pieces),
-            units::grouped(done.changed_pieces),
-            units::grouped(done.shared_pieces)
-        );
-    }
-    if done.unreadable_pieces > 0 {
-        text += &format!(
-            "{} pieces could not be read: see `fjord fsck`\n",
-            units::grouped(done.unreadable_pieces)
-        );
-    }
-    text
-}
-
-async fn compact(args: &Args, meta: &str) -> anyhow::Result<Compacted> {
-    let bar = progress();
-    let sparse = holdings::sparse(meta, args.below, &|what| bar.set_message(what)).await?;
-    bar.set_message("looking for files in many pieces");
+/// Moves what there is to be moved.
+///
+/// # Errors
+/// When servers do not answer. What has been moved stays moved.
+pub async fn compact(client: &Client, wanted: Compaction, tell: Tell<'_>) -> FsResult<Compacted> {
+    let sparse = holdings::sparse(client, wanted.below, wanted.rate, tell).await?;
+    tell("looking for files in many pieces".to_owned());
     let asked =
         UsesRequest { blocks: Vec::new(), extents_min: SCATTERED_EXTENTS, extent_bytes_max: SCATTERED_BYTES };
-    let scattered = rpc::uses(meta, asked).await?.scattered;
+    let scattered = admin::uses(client, asked).await?.scattered;
     let mut done = Compacted {
-        sparse_blocks: sparse.len(),
+        sparse_blocks: sparse.len() as u64,
         dead_bytes: sparse.iter().map(|s| s.bytes.saturating_sub(s.live)).sum(),
-        scattered_files: scattered.len(),
+        scattered_files: scattered.len() as u64,
         ..Compacted::default()
     };
-    if args.dry_run || (sparse.is_empty() && scattered.is_empty()) {
-        bar.finish_and_clear();
-        return Ok(done);
+    if !wanted.dry_run {
+        let pace = Pace::new(wanted.rate);
+        let mut mover = Mover { client, batches: BTreeMap::new(), done: &mut done, pace, tell };
+        mover.everything(&sparse, scattered).await?;
     }
-    let client = transfer::connect(meta, "gc").await?;
-    let pace = Pace { rate: args.rate.0, since: Instant::now(), bytes: 0 };
-    let mut mover = Mover { client: &client, batches: BTreeMap::new(), done: &mut done, pace, bar: &bar };
-    let moved = mover.everything(meta, &sparse, scattered).await;
-    bar.finish_and_clear();
-    // What has been moved stays moved.
-    let ended = client.shutdown().await;
-    moved?;
-    ended?;
     Ok(done)
 }
 
@@ -203,28 +148,12 @@ struct Batch {
     moves: Vec<Move>,
 }
 
-struct Pace {
-    rate: u64,
-    since: Instant,
-    bytes: u64,
-}
-
-impl Pace {
-    async fn did(&mut self, bytes: u64) {
-        self.bytes += bytes;
-        if self.rate > 0 {
-            let due = Duration::from_secs_f64(self.bytes as f64 / self.rate as f64);
-            tokio::time::sleep(due.saturating_sub(self.since.elapsed())).await;
-        }
-    }
-}
-
 struct Mover<'a> {
     client: &'a Client,
     batches: BTreeMap<u32, Batch>,
     done: &'a mut Compacted,
     pace: Pace,
-    bar: &'a ProgressBar,
+    tell: Tell<'a>,
 }
 
 /// The file, or these bytes of it, are not there any more.
@@ -233,14 +162,14 @@ fn is_gone(e: &FsError) -> bool {
 }
 
 impl Mover<'_> {
-    async fn everything(&mut self, meta: &str, sparse: &[Sparse], scattered: Vec<u64>) -> anyhow::Result<()> {
+    async fn everything(&mut self, sparse: &[Sparse], scattered: Vec<u64>) -> FsResult<()> {
         for some in sparse.chunks(BLOCKS) {
-            let uses = self.uses(meta, some.iter().map(|sparse| sparse.block).collect()).await?;
+            let uses = self.uses(some.iter().map(|sparse| sparse.block).collect()).await?;
             let pieces = uses.iter().map(|u| Piece { ino: u.ino, offset: u.offset, length: u.length.into() });
             self.take(joined(pieces)).await?;
         }
         for ino in scattered {
-            let pieces = self.pieces_of(meta, ino).await?;
+            let pieces = self.pieces_of(ino).await?;
             self.take(pieces).await?;
         }
         for (_, batch) in std::mem::take(&mut self.batches) {
@@ -250,33 +179,33 @@ impl Mover<'_> {
     }
 
     /// Uses of blocks that share nothing.
-    async fn uses(&mut self, meta: &str, blocks: Vec<u64>) -> anyhow::Result<Vec<BlockUse>> {
+    async fn uses(&mut self, blocks: Vec<u64>) -> FsResult<Vec<BlockUse>> {
         let asked = UsesRequest { blocks, ..UsesRequest::default() };
-        let (uses, shared) = exclusive(rpc::uses(meta, asked).await?.uses);
+        let (uses, shared) = exclusive(admin::uses(self.client, asked).await?.uses);
         self.done.shared_pieces += shared as u64;
         Ok(uses)
     }
 
     /// All bytes of a file that lie in blocks which share nothing, unless the file is gone.
-    async fn pieces_of(&mut self, meta: &str, ino: u64) -> anyhow::Result<Vec<Piece>> {
+    async fn pieces_of(&mut self, ino: u64) -> FsResult<Vec<Piece>> {
         let extents = match self.client.extents(InodeId(ino)).await {
             Ok(extents) => extents,
             Err(e) if is_gone(&e) => return Ok(Vec::new()),
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(e),
         };
         let blocks: BTreeSet<u64> =
             extents.iter().flat_map(|(_, extent)| extent.pieces().map(|piece| piece.block.0)).collect();
         let blocks: Vec<u64> = blocks.into_iter().collect();
         let mut pieces = Vec::new();
         for some in blocks.chunks(BLOCKS) {
-            let uses = self.uses(meta, some.to_vec()).await?;
+            let uses = self.uses(some.to_vec()).await?;
             let of_it = uses.into_iter().filter(|u| u.ino == ino);
             pieces.extend(of_it.map(|u| Piece { ino, offset: u.offset, length: u.length.into() }));
         }
         Ok(joined(pieces))
     }
 
-    async fn take(&mut self, pieces: Vec<Piece>) -> anyhow::Result<()> {
+    async fn take(&mut self, pieces: Vec<Piece>) -> FsResult<()> {
         for mut piece in pieces {
             while piece.length > 0 {
                 let now = Piece { length: piece.length.min(BATCH_BYTES), ..piece };
@@ -288,14 +217,14 @@ impl Mover<'_> {
     }
 
     /// Copies a piece into the nameless file of its policy.
-    async fn write_anew(&mut self, piece: Piece) -> anyhow::Result<()> {
+    async fn write_anew(&mut self, piece: Piece) -> FsResult<()> {
         let (attr, file) = match self.client.open(InodeId(piece.ino)).await {
             Ok(opened) => opened,
             Err(e) if is_gone(&e) => {
                 self.done.changed_pieces += 1;
                 return Ok(());
             }
-            Err(e) => return Err(e).with_context(|| format!("cannot open inode {}", piece.ino)),
+            Err(e) => return Err(e),
         };
         file.keep_access_time();
         let mut batch = match self.batches.remove(&attr.policy) {
@@ -337,9 +266,10 @@ impl Mover<'_> {
         Ok(())
     }
 
-    async fn batch(&self, policy: u32) -> anyhow::Result<Batch> {
-        let policy =
-            Policy::from_code(policy).context("a file has a policy that this release does not know")?;
+    async fn batch(&self, policy: u32) -> FsResult<Batch> {
+        let policy = Policy::from_code(policy).ok_or_else(|| {
+            FsError::new(Errno::EPROTO, "a file has a policy that this release does not know")
+        })?;
         let new = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
         let (_, anew) = self.client.create_unnamed(ROOT_INODE, new).await?;
         self.client.setattr(anew.ino(), AttrChange { policy: Some(policy), ..AttrChange::default() }).await?;
@@ -347,9 +277,9 @@ impl Mover<'_> {
     }
 
     /// Makes the new bytes safe, and has files take them.
-    async fn settle(&mut self, batch: Batch) -> anyhow::Result<()> {
+    async fn settle(&mut self, batch: Batch) -> FsResult<()> {
         let Batch { anew, moves, .. } = batch;
-        anew.fsync().await.context("what was written anew cannot be synced")?;
+        anew.fsync().await?;
         for Move { file, piece, at, version } in moves {
             let mut moved = 0;
             while moved < piece.length {
@@ -367,14 +297,14 @@ impl Mover<'_> {
                         self.done.changed_pieces += 1;
                         break;
                     }
-                    Err(e) => return Err(e).with_context(|| format!("inode {} keeps its blocks", piece.ino)),
+                    Err(e) => return Err(e),
                 }
             }
             self.done.moved_bytes += moved;
             self.done.moved_pieces += u64::from(moved == piece.length);
             file.close().await?;
         }
-        self.bar.set_message(format!("{} moved", ByteSize(self.done.moved_bytes)));
+        (self.tell)(format!("{} MiB moved", self.done.moved_bytes >> 20));
         anew.close().await?;
         Ok(())
     }

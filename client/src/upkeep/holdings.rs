@@ -10,66 +10,71 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::Context;
-use fjordfs_dataserver::Peer;
 use fjordfs_proto::{
-    BlockId, ClusterMap, Layout, TargetId,
-    frame::Opcode,
+    BlockId, ClusterMap, FsError, FsResult, Layout, TargetId,
+    error::Errno,
     pb::{
-        data::{ListShardsReply, ListShardsRequest, ShardInfo},
+        data::ShardInfo,
         meta::{BlockRun, BlocksReply, DeletedBlocks, MissingShards},
     },
 };
-use serde::Serialize;
 
-use crate::rpc;
+use super::{Pace, Tell, admin};
+use crate::Client;
+
+/// Shards in a page of a listing, as many as a data server gives; and bytes of one in it, about.
+const PAGE: u32 = 0;
+const LISTED_BYTES: u64 = 24;
 
 /// What the comparison has found.
-#[derive(Default, Serialize)]
-pub(crate) struct Findings {
+#[derive(Default, Debug)]
+pub struct Findings {
     /// Shards of the targets that were listed.
-    pub(crate) shards: u64,
+    pub shards: u64,
     /// Shards that the members of their groups do not have, by block.
-    pub(crate) missing: Vec<Missing>,
+    pub missing: Vec<Missing>,
     /// Blocks of which too few shards are left, on targets that could all be listed.
-    pub(crate) lost: Vec<u64>,
+    pub lost: Vec<u64>,
     /// Shards that nothing reaches, by target.
-    pub(crate) garbage: BTreeMap<u64, Vec<u64>>,
+    pub garbage: BTreeMap<u64, Vec<u64>>,
     /// Bytes of these.
-    pub(crate) garbage_bytes: u64,
+    pub garbage_bytes: u64,
     /// Targets that could not be listed, and why: what they hold is not counted as missing.
-    pub(crate) unseen: BTreeMap<u64, String>,
-    #[serde(skip)]
-    pub(crate) cluster_id: String,
+    pub unseen: BTreeMap<u64, String>,
+    /// The cluster that was looked at.
+    pub cluster_id: String,
 }
 
 /// A block whose group lacks shards.
-#[derive(Serialize)]
-pub(crate) struct Missing {
-    block: u64,
-    targets: Vec<u64>,
-    #[serde(skip)]
+#[derive(Debug)]
+pub struct Missing {
+    /// Its number.
+    pub block: u64,
+    /// Members of its group that lack their shards.
+    pub targets: Vec<u64>,
     layout: u32,
 }
 
 impl Findings {
-    pub(crate) fn garbage_shards(&self) -> usize {
+    /// Shards that nothing reaches.
+    pub fn garbage_shards(&self) -> usize {
         self.garbage.values().map(Vec::len).sum()
     }
 
-    pub(crate) fn missing_shards(&self) -> usize {
+    /// Shards that members of groups do not have.
+    pub fn missing_shards(&self) -> usize {
         self.missing.iter().map(|missing| missing.targets.len()).sum()
     }
 
     /// For the metaserver.
-    pub(crate) fn missing_to_pb(&self) -> Vec<MissingShards> {
+    pub fn missing_to_pb(&self) -> Vec<MissingShards> {
         let shards =
             |m: &Missing| MissingShards { block: m.block, targets: m.targets.clone(), layout: m.layout };
         self.missing.iter().map(shards).collect()
     }
 
     /// For the metaserver.
-    pub(crate) fn garbage_to_pb(&self) -> Vec<DeletedBlocks> {
+    pub fn garbage_to_pb(&self) -> Vec<DeletedBlocks> {
         let blocks =
             |(target, blocks): (&u64, &Vec<u64>)| DeletedBlocks { target: *target, blocks: blocks.clone() };
         self.garbage.iter().map(blocks).collect()
@@ -90,9 +95,9 @@ struct Known {
 }
 
 impl Known {
-    async fn ask(meta: &str) -> anyhow::Result<Known> {
+    async fn ask(client: &Client) -> FsResult<Known> {
         let (mut live, mut reserved, mut counts, mut end) = (Vec::new(), Vec::new(), BTreeMap::new(), None);
-        rpc::blocks(meta, |reply| {
+        admin::blocks(client, |reply| {
             let BlocksReply { live: runs, reserved: taken, next_block, map, counted } = reply;
             live.extend(runs);
             reserved.extend(taken);
@@ -100,8 +105,10 @@ impl Known {
             end = map.map(|map| (next_block, map));
         })
         .await?;
-        let (next_block, map) = end.context("the list of blocks has no end")?;
-        let known = Known::new(live, reserved, next_block, ClusterMap::from_pb(map)?);
+        let (next_block, map) =
+            end.ok_or_else(|| FsError::new(Errno::EPROTO, "the list of blocks has no end"))?;
+        let map = ClusterMap::from_pb(map).map_err(|e| FsError::new(Errno::EPROTO, e.to_string()))?;
+        let known = Known::new(live, reserved, next_block, map);
         Ok(Known { counted: counts, ..known })
     }
 
@@ -140,43 +147,44 @@ fn within(runs: &[BlockRun], block: u64) -> Option<usize> {
     (block - runs[at].first < runs[at].count).then_some(at)
 }
 
-/// Compares everything. `tell` hears what is being done.
+/// Compares everything, reading at most `rate` bytes of listings per second; 0 is no limit.
 ///
 /// # Errors
 /// When there is no metaserver. A data server that does not answer is a finding.
-pub(crate) async fn compare(meta: &str, tell: &dyn Fn(String)) -> anyhow::Result<Findings> {
+pub async fn compare(client: &Client, rate: u64, tell: Tell<'_>) -> FsResult<Findings> {
     tell("asking for all blocks".to_owned());
-    let known = Known::ask(meta).await?;
+    let mut lister = Lister { client, pace: Pace::new(rate), tell };
+    let known = Known::ask(client).await?;
     let mut found = Findings { cluster_id: known.map.cluster_id.clone(), ..Findings::default() };
     let mut present = vec![0u32; known.blocks];
     for (target, info) in &known.map.targets {
         let listed = match info.readable() {
-            true => list(&known, *target, &mut present, &mut found, tell).await,
-            false => Err(anyhow::anyhow!("it is {:?}", info.state)),
+            true => list(&mut lister, &known, *target, &mut present, &mut found).await,
+            false => Err(FsError::new(Errno::EIO, format!("it is {:?}", info.state))),
         };
         if let Err(e) = listed {
-            found.unseen.insert(target.0, format!("{e:#}"));
+            found.unseen.insert(target.0, e.message);
         }
     }
     let unseen: BTreeSet<TargetId> = found.unseen.keys().copied().map(TargetId).collect();
     let suspects = lacking(&known, &present, &unseen);
     if !suspects.is_empty() {
         tell(format!("looking again at {} blocks", suspects.len()));
-        look_again(meta, suspects, &mut found).await?;
+        look_again(client, suspects, &mut found).await?;
     }
     Ok(found)
 }
 
 /// Goes through the listing of a target.
 async fn list(
+    lister: &mut Lister<'_>,
     known: &Known,
     target: TargetId,
     present: &mut [u32],
     found: &mut Findings,
-    tell: &dyn Fn(String),
-) -> anyhow::Result<()> {
+) -> FsResult<()> {
     let (mut garbage, mut bytes) = (Vec::new(), 0);
-    found.shards += each_shard(&known.map, target, tell, |shard| {
+    let each = |shard: &ShardInfo| {
         if let Some((at, layout)) = known.find(shard.block) {
             let group = known.map.placement(BlockId(shard.block), layout).unwrap_or_default();
             if group.get(shard.shard as usize) == Some(&target) {
@@ -186,8 +194,8 @@ async fn list(
             garbage.push(shard.block);
             bytes += u64::from(shard.length);
         }
-    })
-    .await?;
+    };
+    found.shards += lister.each_shard(target, each).await?;
     found.garbage_bytes += bytes;
     garbage.dedup();
     if !garbage.is_empty() {
@@ -198,53 +206,63 @@ async fn list(
 
 /// A block of which part is dead.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Sparse {
-    pub(crate) block: u64,
+pub(super) struct Sparse {
+    pub block: u64,
     /// Bytes that files use; what several use counts several times.
-    pub(crate) live: u64,
+    pub live: u64,
     /// Bytes that it has, rounded up.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 /// Blocks of which files use less than `percent`, on targets that can be listed.
 ///
 /// # Errors
 /// When the metaserver or a target does not answer.
-pub(crate) async fn sparse(meta: &str, percent: u64, tell: &dyn Fn(String)) -> anyhow::Result<Vec<Sparse>> {
+pub(super) async fn sparse(
+    client: &Client,
+    percent: u64,
+    rate: u64,
+    tell: Tell<'_>,
+) -> FsResult<Vec<Sparse>> {
     tell("asking for all blocks".to_owned());
-    let known = Known::ask(meta).await?;
+    let mut lister = Lister { client, pace: Pace::new(rate), tell };
+    let known = Known::ask(client).await?;
     let mut sizes: BTreeMap<u64, u64> = BTreeMap::new();
     for target in known.map.targets.iter().filter(|(_, info)| info.readable()).map(|(target, _)| *target) {
-        each_shard(&known.map, target, tell, |shard| {
+        let each = |shard: &ShardInfo| {
             if known.counted.contains_key(&shard.block)
                 && let Some((_, layout)) = known.find(shard.block)
             {
                 sizes.insert(shard.block, u64::from(shard.length) * layout.needed() as u64);
             }
-        })
-        .await?;
+        };
+        lister.each_shard(target, each).await?;
     }
     let sparse = sizes.into_iter().map(|(block, bytes)| Sparse { block, live: known.counted[&block], bytes });
     Ok(sparse.filter(|sparse| sparse.live * 100 < sparse.bytes * percent).collect())
 }
 
-/// Goes through the listing of a target; how many shards it has.
-async fn each_shard(
-    map: &ClusterMap,
-    target: TargetId,
-    tell: &dyn Fn(String),
-    mut each: impl FnMut(&ShardInfo),
-) -> anyhow::Result<u64> {
-    let mut peer = connect(map, target).await?;
-    let (mut after, mut shards) = (0, 0);
-    loop {
-        let page = page(&mut peer, target, after, 0).await?;
-        shards += page.shards.len() as u64;
-        page.shards.iter().for_each(&mut each);
-        tell(format!("target {target}: {shards} shards"));
-        match page.shards.last() {
-            Some(last) if !page.end => after = last.block,
-            _ => return Ok(shards),
+/// Goes through listings, at its pace.
+struct Lister<'a> {
+    client: &'a Client,
+    pace: Pace,
+    tell: Tell<'a>,
+}
+
+impl Lister<'_> {
+    /// Goes through the listing of a target; how many shards it has.
+    async fn each_shard(&mut self, target: TargetId, mut each: impl FnMut(&ShardInfo)) -> FsResult<u64> {
+        let (mut after, mut shards) = (0, 0);
+        loop {
+            let page = self.client.inner.data.list_shards(target, after, PAGE).await?;
+            shards += page.shards.len() as u64;
+            page.shards.iter().for_each(&mut each);
+            (self.tell)(format!("target {target}: {shards} shards"));
+            self.pace.did(LISTED_BYTES * page.shards.len() as u64).await;
+            match page.shards.last() {
+                Some(last) if !page.end => after = last.block,
+                _ => return Ok(shards),
+            }
         }
     }
 }
@@ -262,9 +280,8 @@ fn lacking(known: &Known, present: &[u32], unseen: &BTreeSet<TargetId>) -> BTree
 }
 
 /// Asks again who has shards of these blocks, as far as they are still there.
-async fn look_again(meta: &str, suspects: BTreeSet<u64>, found: &mut Findings) -> anyhow::Result<()> {
-    let known = Known::ask(meta).await?;
-    let mut peers: BTreeMap<TargetId, Peer> = BTreeMap::new();
+async fn look_again(client: &Client, suspects: BTreeSet<u64>, found: &mut Findings) -> FsResult<()> {
+    let known = Known::ask(client).await?;
     for block in suspects {
         let Some((_, layout)) = known.find(block) else { continue };
         let group = known.map.placement(BlockId(block), layout).unwrap_or_default();
@@ -272,7 +289,7 @@ async fn look_again(meta: &str, suspects: BTreeSet<u64>, found: &mut Findings) -
         for (target, no) in group.iter().zip(0u32..) {
             let has = match known.map.targets.get(target).is_some_and(|t| t.readable()) {
                 false => None,
-                true => has(&mut peers, &known.map, *target, block, no).await.ok(),
+                true => has(client, *target, block, no).await.ok(),
             };
             if has == Some(false) {
                 missing.push(target.0);
@@ -292,30 +309,10 @@ async fn look_again(meta: &str, suspects: BTreeSet<u64>, found: &mut Findings) -
 }
 
 /// Whether a target has a shard now.
-async fn has(
-    peers: &mut BTreeMap<TargetId, Peer>,
-    map: &ClusterMap,
-    target: TargetId,
-    block: u64,
-    no: u32,
-) -> anyhow::Result<bool> {
-    if !peers.get(&target).is_some_and(Peer::is_usable) {
-        peers.insert(target, connect(map, target).await?);
-    }
-    let peer = peers.get_mut(&target).context("no connection")?;
+async fn has(client: &Client, target: TargetId, block: u64, no: u32) -> FsResult<bool> {
     // Behind the block before it, the shards of this one come first.
-    let page = page(peer, target, block.saturating_sub(1), 1).await?;
+    let page = client.inner.data.list_shards(target, block.saturating_sub(1), 1).await?;
     Ok(page.shards.iter().any(|shard| (shard.block, shard.shard) == (block, no)))
-}
-
-async fn connect(map: &ClusterMap, target: TargetId) -> anyhow::Result<Peer> {
-    let (_, server) = map.server_of(target).context("its data server is not known")?;
-    Ok(Peer::connect(&server.address, &map.cluster_id, "fjord fsck").await?)
-}
-
-async fn page(peer: &mut Peer, target: TargetId, after: u64, limit: u32) -> anyhow::Result<ListShardsReply> {
-    let request = ListShardsRequest { target: target.0, after_block: after, limit, group: None };
-    Ok(peer.request(Opcode::ListShards, &request, &mut []).await?.0)
 }
 
 #[cfg(test)]
