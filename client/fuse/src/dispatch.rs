@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
 use crate::directory::{Listing, OpenDirectory, Plus};
-use crate::ends::{Ends, ShortAnswer};
+use crate::ends::{Ends, ShortAnswer, Told};
 use crate::filesystem::{CopiedRange, Filesystem, LeftBehind};
 use crate::handles::Handles;
 use crate::held::Held;
@@ -70,9 +70,11 @@ pub(crate) struct Answer {
     /// A handle that was given out.
     opened: Option<Opened>,
     /// The inode that it brings the kernel, which is counted ([`crate::held`]).
-    brings: Option<InodeId>,
+    brings: Option<Told>,
     /// Those that a listing brings.
-    lists: Vec<InodeId>,
+    lists: Vec<Told>,
+    /// Of an inode that the kernel knows.
+    tells: Option<Told>,
     /// It is data that ends with the file: to be dropped when the kernel has taken it in.
     pub(crate) ends: Option<ShortAnswer>,
 }
@@ -86,8 +88,20 @@ pub(crate) enum Opened {
 
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
-        Answer { reply, opened: None, brings: None, lists: Vec::new(), ends: None }
+        Answer { reply, opened: None, brings: None, lists: Vec::new(), tells: None, ends: None }
     }
+}
+
+impl Answer {
+    /// The sizes that it tells.
+    fn told(&self) -> impl Iterator<Item = Told> {
+        self.brings.iter().chain(&self.lists).chain(&self.tells).copied()
+    }
+}
+
+/// What attributes say of the size.
+fn told(attr: &Attr) -> Told {
+    Told { ino: InodeId(attr.ino), size: attr.size }
 }
 
 impl<F: Filesystem> Dispatcher<F> {
@@ -130,6 +144,10 @@ impl<F: Filesystem> Dispatcher<F> {
             }
         }
         stale.into_iter().for_each(|ino| self.notifier.invalidate_inode(ino));
+        for (_, ino) in opens {
+            // Where the kernel has zeros is not known.
+            drop(self.ends.short_answer(ino, 0));
+        }
     }
 
     pub(crate) fn filesystem(&self) -> &F {
@@ -153,8 +171,23 @@ impl<F: Filesystem> Dispatcher<F> {
     /// An answer may tell of a new size: those from before it go first.
     async fn let_short_answers_pass(&self, node: InodeId, answer: &Answer) {
         if answer.ends.is_none() {
-            for ino in answer.brings.iter().chain(&answer.lists).chain([&node]) {
-                self.ends.taken_in(*ino).await;
+            for ino in answer.told().map(|told| told.ino).chain([node]) {
+                self.ends.taken_in(ino).await;
+            }
+        }
+    }
+
+    /// Whether the kernel has pages that must be gone before it is told this.
+    pub(crate) fn is_early(&self, answer: &Answer) -> bool {
+        answer.told().any(|told| self.ends.zeros_before(told).is_some())
+    }
+
+    /// Resolves when it has none any more, which can take other requests of this mount.
+    pub(crate) async fn drop_old_ends(&self, answer: &Answer) {
+        for told in answer.told() {
+            if let Some(from) = self.ends.zeros_before(told) {
+                self.notifier.drop_pages(told.ino, from).await;
+                self.ends.dropped(told);
             }
         }
     }
@@ -188,13 +221,15 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Lookup { name } => return self.lookup(node, &name, caller.pid).await,
             Operation::Getattr => {
                 let attr = self.attr_of(node).await?;
-                Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
+                let reply = Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)));
+                return Ok(Answer { tells: Some(told(&attr)), ..reply.into() });
             }
             Operation::Statx => {
                 let attr = self.attr_of(node).await?;
-                Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)))
+                let reply = Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)));
+                return Ok(Answer { tells: Some(told(&attr)), ..reply.into() });
             }
-            Operation::Setattr(input) => self.setattr(node, &input).await?,
+            Operation::Setattr(input) => return self.setattr(node, &input).await,
             Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
             Operation::Symlink { name, target } => {
                 return self.make(node, &name, namespace::symlink(caller, target)).await;
@@ -247,7 +282,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
             Operation::Read { fh, offset, size } => return self.read(fh, offset, size, payload).await,
             Operation::Write { fh, offset, write_flags, flags, data } => {
-                self.write(fh, offset, write_flags, flags, data).await?
+                return self.write(fh, offset, write_flags, flags, data).await;
             }
             Operation::Fallocate { fh, offset, length, mode } => {
                 self.fallocate(caller, fh, offset, length, mode).await?
@@ -303,6 +338,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 for (ino, answers) in nodes {
                     if self.held.lookups.subtract(ino, answers) {
                         self.kernel_cache.forget(ino);
+                        self.ends.forget(ino);
                         self.lock_owners.forget(ino);
                     }
                 }
@@ -361,7 +397,7 @@ impl<F: Filesystem> Dispatcher<F> {
     /// Of an inode that is counted.
     fn entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Answer {
         let reply = Reply::of(&reply::entry_out(attr, self.validity_of_entry(parent, name, attr, attr_left)));
-        Answer { brings: Some(InodeId(attr.ino)), ..reply.into() }
+        Answer { brings: Some(told(attr)), ..reply.into() }
     }
 
     fn validity_of_entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Validity {
@@ -410,7 +446,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Undoes what an answer began that the kernel did not take.
     pub(crate) async fn take_back(&self, answer: Answer) {
-        for ino in answer.brings.into_iter().chain(answer.lists) {
+        for Told { ino, .. } in answer.brings.into_iter().chain(answer.lists) {
             self.held.unsettled.settle_creation(ino);
             self.held.lookups.subtract(ino, 1);
         }

@@ -63,10 +63,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             Ok(Some((message, slot))) => {
                 // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
                 let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
-                let mut request = Box::pin(async move {
-                    serve(dispatcher, message, slot).await;
-                    drop(place);
-                });
+                let mut request = Box::pin(serve(dispatcher, message, slot, place));
                 if poll_fn(|context| Poll::Ready(request.as_mut().poll(context))).await.is_pending() {
                     waiting.push(request);
                 }
@@ -102,7 +99,12 @@ async fn told(leaving: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
+async fn serve<F: Filesystem, S: Slot>(
+    dispatcher: &Dispatcher<F>,
+    message: Message,
+    mut slot: S,
+    mut place: Option<Place>,
+) {
     let opcode = message.header.opcode;
     let request = message.header.unique & !UNIQUE_RESEND;
     if opcode == opcode::SETLKW {
@@ -119,7 +121,16 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
             );
             Reply::Error(libc::EIO).into()
         });
+    if dispatcher.is_early(&answer) {
+        // READs may be among the requests that this waits for, and must find room.
+        slot.may_be_kept_long();
+        if opcode != opcode::WRITE {
+            place = None;
+        }
+        dispatcher.drop_old_ends(&answer).await;
+    }
     let answered = slot.answer(&answer.reply);
+    drop(place);
     if changes_names(opcode) {
         dispatcher.filesystem().request_answered(request);
     }
