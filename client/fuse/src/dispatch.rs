@@ -77,6 +77,8 @@ pub(crate) struct Answer {
     tells: Option<Told>,
     /// It is data that ends with the file: to be dropped when the kernel has taken it in.
     pub(crate) ends: Option<ShortAnswer>,
+    /// To be dropped when the kernel has the answer.
+    pub(crate) unanswered: Option<Box<dyn Send>>,
 }
 
 /// A handle that was given out.
@@ -88,7 +90,8 @@ pub(crate) enum Opened {
 
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
-        Answer { reply, opened: None, brings: None, lists: Vec::new(), tells: None, ends: None }
+        let (opened, brings, tells, ends, unanswered) = Default::default();
+        Answer { reply, opened, brings, lists: Vec::new(), tells, ends, unanswered }
     }
 }
 
@@ -136,12 +139,9 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Takes over what a former process has left.
     pub(crate) fn take_over(&self) {
-        let LeftBehind { opens, lock_owners, stale } = self.fs.left_behind();
-        for (ino, owner) in lock_owners {
-            // Through which of them is not known: the locks go with the last.
-            for (fh, _) in opens.iter().filter(|(_, of)| *of == ino) {
-                self.lock_owners.uses(ino, *fh, owner);
-            }
+        let LeftBehind { opens, lock_users, stale } = self.fs.left_behind();
+        for (ino, owner, fh) in lock_users {
+            self.locks_through(ino, fh, owner);
         }
         stale.into_iter().for_each(|ino| self.notifier.invalidate_inode(ino));
         for (_, ino) in opens {
@@ -339,7 +339,9 @@ impl<F: Filesystem> Dispatcher<F> {
                     if self.held.lookups.subtract(ino, answers) {
                         self.kernel_cache.forget(ino);
                         self.ends.forget(ino);
-                        self.lock_owners.forget(ino);
+                        for (owner, fh) in self.lock_owners.forget(ino) {
+                            self.fs.leave_lock_user(ino, owner, fh, false);
+                        }
                     }
                 }
                 Reply::None

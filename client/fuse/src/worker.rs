@@ -134,6 +134,7 @@ async fn serve<F: Filesystem, S: Slot>(
     if changes_names(opcode) {
         dispatcher.filesystem().request_answered(request);
     }
+    drop(answer.unanswered.take());
     if let Some(short) = answer.ends.take() {
         slot.drop_when_taken_in(short);
     }

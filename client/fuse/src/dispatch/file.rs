@@ -215,10 +215,12 @@ impl<F: Filesystem> Dispatcher<F> {
         // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
         let is_write_back = write_flags & WRITE_CACHE != 0;
         let mut tells = None;
+        let mut unanswered: Option<Box<dyn Send>> = None;
         if appends(flags) && !is_write_back {
             // The kernel holds no page of it meanwhile, and takes the file to end there afterwards.
             tells = Some(Told { ino: open.ino, size: offset + size as u64 });
-            let at = self.fs.append(&open.file, data).await?;
+            let (at, until) = self.fs.append(&open.file, data).await?;
+            unanswered = Some(Box::new(until));
             if at != offset {
                 // Another client appended: the kernel has the data cached where it assumed the end.
                 self.pages_are_stale(open.ino);
@@ -227,10 +229,13 @@ impl<F: Filesystem> Dispatcher<F> {
             self.fs.write(&open.file, offset, data).await?;
         }
         if appends(flags) && has(flags, libc::O_DSYNC) {
-            // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us.
+            // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us. It is to be committed before the
+            // answer then.
+            unanswered = None;
             self.fs.fsync(&open.file).await?;
         }
-        Ok(Answer { tells, ..Reply::of(&WriteOut { size: size as u32, padding: 0 }).into() })
+        let reply = Reply::of(&WriteOut { size: size as u32, padding: 0 });
+        Ok(Answer { tells, unanswered, ..reply.into() })
     }
 
     /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages

@@ -205,6 +205,7 @@ impl MemFs {
 
 impl Filesystem for MemFs {
     type File = MemFile;
+    type Unanswered = ();
 
     fn mounted(&self, notifier: Notifier) {
         *self.0.notifier.lock() = Some(notifier);
@@ -380,14 +381,14 @@ impl Filesystem for MemFs {
         self.with(InodeId(file.0), drop).unwrap_or_default()
     }
 
-    async fn append(&self, file: &MemFile, data: Bytes) -> FsResult<u64> {
+    async fn append(&self, file: &MemFile, data: Bytes) -> FsResult<(u64, ())> {
         self.0.appends.fetch_add(1, Ordering::SeqCst);
         self.0.be_slow(file.0).await;
         self.with(InodeId(file.0), |inode| {
             let at = inode.data.len() as u64;
             inode.data.extend_from_slice(&data);
             changed(inode);
-            at
+            (at, ())
         })
     }
 
