@@ -177,14 +177,14 @@ impl<F: Filesystem> Dispatcher<F> {
         }
     }
 
-    /// Whether the kernel has pages that must be gone before it is told this.
-    pub(crate) fn is_early(&self, answer: &Answer) -> bool {
-        answer.told().any(|told| self.ends.zeros_before(told).is_some())
+    /// Sizes among those of an answer that must not be told while the kernel has the pages that it has.
+    pub(crate) fn early(&self, answer: &Answer) -> Vec<Told> {
+        answer.told().filter(|told| self.ends.zeros_before(*told).is_some()).collect()
     }
 
-    /// Resolves when it has none any more, which can take other requests of this mount.
-    pub(crate) async fn drop_old_ends(&self, answer: &Answer) {
-        for told in answer.told() {
+    /// Resolves when it has none of them any more, which can take other requests of this mount.
+    pub(crate) async fn drop_old_ends(&self, early: Vec<Told>) {
+        for told in early {
             if let Some(from) = self.ends.zeros_before(told) {
                 self.notifier.drop_pages(told.ino, from).await;
                 self.ends.dropped(told);

@@ -20,6 +20,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::BuildHasherDefault;
+use std::ops::Range;
 use std::sync::Arc;
 
 use fjordfs_proto::InodeId;
@@ -106,6 +107,16 @@ impl Ends {
         (first < size).then_some(first)
     }
 
+    /// The kernel has put a program's bytes into its pages, and sent them.
+    pub(crate) fn overwritten(&self, ino: InodeId, bytes: Range<u64>) {
+        if let Some(End { cached: Some((first, last)), .. }) = self.shard(ino).lock().get_mut(&ino)
+            && bytes.contains(first)
+        {
+            *first = bytes.end;
+            *last = bytes.end.max(*last);
+        }
+    }
+
     /// The kernel has dropped what it had cached from an end before this size on.
     pub(crate) fn dropped(&self, Told { ino, size }: Told) {
         let mut shard = self.shard(ino).lock();
@@ -177,6 +188,20 @@ mod tests {
         ends.dropped(told(10));
         assert_eq!(ends.zeros_before(told(u64::MAX)), None);
         assert!(ends.shards.iter().all(|shard| shard.lock().is_empty()));
+    }
+
+    #[test]
+    fn what_is_written_here_stays_in_the_kernels_pages() {
+        let ends = Arc::new(Ends::default());
+        let ino = InodeId(1);
+        let told = |size| Told { ino, size };
+        ends.overwritten(ino, 0..9);
+        assert_eq!(ends.zeros_before(told(u64::MAX)), None);
+        drop(ends.short_answer(ino, 5));
+        ends.overwritten(ino, 6..9);
+        assert_eq!(ends.zeros_before(told(9)), Some(5), "a gap stays");
+        ends.overwritten(ino, 5..9);
+        assert_eq!((ends.zeros_before(told(9)), ends.zeros_before(told(10))), (None, Some(9)));
     }
 
     #[test]

@@ -35,6 +35,10 @@ use crate::transport::{Message, Slot, Transport};
 /// that wait for memory must not keep readers out, so this is far above what the kernel sends in the background.
 const IN_FLIGHT_MAX: usize = 1024;
 
+/// How long an append may keep back commits of its file while others are waited for. If the process is killed after that and before it answers,
+/// the append is there twice.
+const UNANSWERED_MAX: Duration = Duration::from_millis(100);
+
 /// Serves a transport until the mount ends, or requests are left to another process; those it has taken are done then.
 pub(crate) async fn run<F: Filesystem, T: Transport>(
     mut transport: T,
@@ -121,13 +125,21 @@ async fn serve<F: Filesystem, S: Slot>(
             );
             Reply::Error(libc::EIO).into()
         });
-    if dispatcher.is_early(&answer) {
+    let early = dispatcher.early(&answer);
+    if !early.is_empty() {
         // READs may be among the requests that this waits for, and must find room.
         slot.may_be_kept_long();
         if opcode != opcode::WRITE {
             place = None;
         }
-        dispatcher.drop_old_ends(&answer).await;
+        let mut unanswered = answer.unanswered.take();
+        let mut dropped = pin!(dispatcher.drop_old_ends(early));
+        if tokio::time::timeout(UNANSWERED_MAX, &mut dropped).await.is_err() {
+            // Bytes of a mapping may be among what is waited for, and wait for a commit that waits for this answer.
+            unanswered = None;
+            dropped.await;
+        }
+        answer.unanswered = unanswered;
     }
     let answered = slot.answer(&answer.reply);
     drop(place);

@@ -227,6 +227,9 @@ impl<F: Filesystem> Dispatcher<F> {
             }
         } else {
             self.fs.write(&open.file, offset, data).await?;
+            if !has(flags, libc::O_DIRECT) {
+                self.ends.overwritten(open.ino, offset..offset + size as u64);
+            }
         }
         if appends(flags) && has(flags, libc::O_DSYNC) {
             // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us. It is to be committed before the
