@@ -3,9 +3,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Weak, atomic::AtomicUsize},
+    time::Duration,
 };
 
-use fjordfs_proto::{ClusterMap, FsResult, InodeId, SessionId};
+use fjordfs_proto::{ClusterMap, FsError, FsResult, InodeId, SessionId, error::Errno};
 use parking_lot::Mutex;
 use tokio::sync::{broadcast, mpsc};
 
@@ -25,6 +26,10 @@ use crate::{
     successor::Successor,
     write::{packer, spawn_flusher},
 };
+
+/// How long the end of a session waits for servers that have all that is to be kept: as long as a metaserver may take to start
+/// again. A session that is not ended ends by itself.
+const END_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A session with a FjordFS cluster. Clones share it.
 ///
@@ -82,12 +87,9 @@ impl Client {
         let (to, session_options, alive) = (address.clone(), options.clone(), engine.alive());
         let session =
             engine.spawn_session(async move { MetaClient::connect(&to, &session_options, alive).await });
-        let (meta, _) = session.await.map_err(|e| {
-            fjordfs_proto::FsError::new(
-                fjordfs_proto::error::Errno::EIO,
-                format!("connecting was interrupted: {e}"),
-            )
-        })??;
+        let (meta, _) = session
+            .await
+            .map_err(|e| FsError::new(Errno::EIO, format!("connecting was interrupted: {e}")))??;
         let meta = Arc::new(meta);
         let data = Arc::new(DataClient::new(engine.clone(), meta.map_changes(), &options));
         let (packer, queue) = mpsc::unbounded_channel();
@@ -125,14 +127,28 @@ impl Client {
         Ok(Client { inner })
     }
 
-    /// Writes everything back, makes it power-safe and ends the session.
+    /// Writes everything back, makes it power-safe and ends the session. Where nothing is left that only this client has, servers that do
+    /// not answer are not waited for as long as an operation may take.
     ///
     /// # Errors
-    /// The first failure; the session is ended nevertheless.
+    /// The first failure; the session is ended nevertheless, or ends by itself.
     pub async fn shutdown(&self) -> FsResult<()> {
-        let synced = self.sync_all().await;
-        let ended = self.inner.meta.goodbye().await;
+        let patience = END_PATIENCE.min(self.inner.options.operation_timeout);
+        let synced = match self.has_unsent() {
+            true => self.sync_all().await,
+            false => tokio::time::timeout(patience, self.sync_all()).await.unwrap_or_else(|_| {
+                let why =
+                    "the servers do not answer; what they had answered last may not survive a power failure";
+                Err(FsError::new(Errno::ETIMEDOUT, why))
+            }),
+        };
+        let ended = self.inner.meta.goodbye(patience).await;
         synced.and(ended)
+    }
+
+    /// Whether anything that was written or decided here is with no server yet.
+    pub fn has_unsent(&self) -> bool {
+        self.dirty_bytes() > 0 || self.inner.meta.leases().has_unanswered()
     }
 
     /// The newest cluster map.

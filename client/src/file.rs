@@ -25,7 +25,7 @@ use fjordfs_proto::{
     pb::meta::{Attr, ExtentsReply, Open, OpenReply, Time, request::Op, response},
 };
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 pub use allocate::Allocation;
 pub(crate) use chunks::BlockChunk;
@@ -55,6 +55,8 @@ pub(crate) struct FileInner {
     pub(crate) error: Option<FsError>,
     /// Since when there has been dirty data.
     pub(crate) dirty_since: Option<Instant>,
+    /// Appends among it whose callers have no answer yet.
+    pub(crate) unanswered: Vec<UnitDone>,
 }
 
 impl FileInner {
@@ -70,7 +72,13 @@ impl FileState {
         let view = View::new(attr);
         FileState {
             ino: view.ino(),
-            inner: Mutex::new(FileInner { view, units: Vec::new(), error: None, dirty_since: None }),
+            inner: Mutex::new(FileInner {
+                view,
+                units: Vec::new(),
+                error: None,
+                dirty_since: None,
+                unanswered: Vec::new(),
+            }),
         }
     }
 
@@ -95,6 +103,10 @@ impl FileState {
         }
     }
 }
+
+/// An append that its caller does not know to be done. To be dropped when it does; nobody may wait for a commit of the file before.
+#[derive(Debug, Default)]
+pub struct Unanswered(Option<watch::Sender<bool>>);
 
 /// An open file. Clones are the same handle; it is closed when the last one is dropped.
 ///
@@ -239,6 +251,11 @@ impl File {
         self.handle.accesses.keep();
     }
 
+    /// Whether they do.
+    pub(crate) fn keeps_access_time(&self) -> bool {
+        self.handle.accesses.are_kept()
+    }
+
     /// Reads up to `len` bytes at `offset`, without copying: the parts are in file order. Shorter only at the end of
     /// the file.
     ///
@@ -272,7 +289,17 @@ impl File {
     /// # Errors
     /// As [`File::write_at`].
     pub async fn append(&self, data: Bytes) -> FsResult<u64> {
-        self.handle.append(data).await
+        Ok(self.handle.append(data, false).await?.0)
+    }
+
+    /// As [`File::append`], for a caller that asks again when this process is killed before it has the answer: until [`Unanswered`] is dropped
+    /// nothing of it is committed, if there is to be a successor, so that it is not there twice.
+    ///
+    /// # Errors
+    /// As [`File::append`].
+    pub async fn append_unanswered(&self, data: Bytes) -> FsResult<(u64, Unanswered)> {
+        let waits = self.handle.client.options.handover.is_some();
+        self.handle.append(data, waits).await
     }
 
     /// `fallocate(2)`: extends the file, or makes a range read as zeros and take no space. Nothing is reserved.

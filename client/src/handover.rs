@@ -8,6 +8,10 @@
 //! page 0:  magic | version | generation | session | decided | records in use | length and bytes of the cluster's id | untold
 //! pages 1, 2: for each slot of the session: request of the kernel (0: none) | sequence | kind of operation
 //! records: 64 bytes each: kind (0: none) | seven words
+//!   open:  handle | inode | number | 1: its reads leave the access time as it is
+//!   lock:  inode | owner | 1: flock, 2: for writing | first byte | last byte | process
+//!   dirty: inode
+//!   user:  inode | owner of locks | number of an open file that it has locked through
 //! ```
 //!
 //! # Crash consistency
@@ -77,6 +81,7 @@ mod kind {
     pub(super) const OPEN: u64 = 1;
     pub(super) const LOCK: u64 = 2;
     pub(super) const DIRTY: u64 = 3;
+    pub(super) const USER: u64 = 4;
 }
 
 /// Numbers of one generation: more than are used in a century at a million a second.
@@ -92,6 +97,7 @@ enum Key {
     /// Inode, flock or not, owner.
     Lock(u64, bool, u64),
     Dirty(u64),
+    User(LockUser),
 }
 
 /// An open file of the former process.
@@ -100,6 +106,19 @@ pub(crate) struct Open {
     pub(crate) number: u64,
     pub(crate) handle: HandleId,
     pub(crate) ino: InodeId,
+    /// Reads through it leave the access time as it is.
+    pub(crate) keeps_access_time: bool,
+}
+
+/// Who has locks, other than those of `flock`, and an open file through which they were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LockUser {
+    /// What is locked.
+    pub ino: InodeId,
+    /// The kernel's number of a process or an open file.
+    pub owner: u64,
+    /// The kernel's number of the open file.
+    pub number: u64,
 }
 
 /// A mutation that was sent for a request of the kernel which was not answered.
@@ -119,6 +138,7 @@ pub(crate) struct Legacy {
     pub(crate) cluster_id: String,
     pub(crate) opens: Vec<Open>,
     pub(crate) locks: Vec<FileLock>,
+    pub(crate) users: Vec<LockUser>,
     pub(crate) dirty: Vec<InodeId>,
     pub(crate) asked: Vec<Asked>,
     /// Operations were reported as done that the metaserver may not have, or has not, and nobody was told.
@@ -294,8 +314,13 @@ impl Handover {
     }
 
     /// The kernel is about to be given a number for an open file.
-    pub(crate) fn opened(&self, number: u64, handle: HandleId, ino: InodeId) {
-        self.set(Key::Open(number), kind::OPEN, &[[handle.0, ino.0, number, 0, 0, 0, 0]]);
+    pub(crate) fn opened(&self, open: Open) {
+        let Open { number, handle, ino, keeps_access_time } = open;
+        self.set(
+            Key::Open(number),
+            kind::OPEN,
+            &[[handle.0, ino.0, number, keeps_access_time.into(), 0, 0, 0]],
+        );
     }
 
     /// The kernel does not use the number any more.
@@ -317,6 +342,13 @@ impl Handover {
     pub(crate) fn locked(&self, ino: u64, flock: bool, owner: u64, locks: &[FileLock]) {
         let words: Vec<Words> = locks.iter().map(lock_words).collect();
         self.set(Key::Lock(ino, flock, owner), kind::LOCK, &words);
+    }
+
+    /// An owner of locks is about to lock through an open file, or does not use it any more.
+    pub(crate) fn locks_through(&self, user: LockUser, is_used: bool) {
+        let LockUser { ino, owner, number } = user;
+        let words = [ino.0, owner, number, 0, 0, 0, 0];
+        self.set(Key::User(user), kind::USER, if is_used { std::slice::from_ref(&words) } else { &[] });
     }
 
     fn set(&self, key: Key, kind: u64, records: &[Words]) {
@@ -381,7 +413,13 @@ impl Handover {
                 std::array::from_fn(|i| self.record_word(at, i).load(Ordering::Acquire));
             let key = match kind {
                 kind::OPEN => {
-                    legacy.opens.push(Open { number: c, handle: HandleId(a), ino: InodeId(b) });
+                    let keeps_access_time = d != 0;
+                    legacy.opens.push(Open {
+                        number: c,
+                        handle: HandleId(a),
+                        ino: InodeId(b),
+                        keeps_access_time,
+                    });
                     Key::Open(c)
                 }
                 kind::LOCK => {
@@ -400,6 +438,11 @@ impl Handover {
                 kind::DIRTY => {
                     legacy.dirty.push(InodeId(a));
                     Key::Dirty(a)
+                }
+                kind::USER => {
+                    let user = LockUser { ino: InodeId(a), owner: b, number: c };
+                    legacy.users.push(user);
+                    Key::User(user)
                 }
                 _ => {
                     places.free.push(at);
@@ -449,6 +492,11 @@ mod tests {
         FileLock { ino, owner: 7, flock: false, start, end: start + 9, write, pid: 3 }
     }
 
+    fn open(number: u64, handle: u64, ino: u64) -> Open {
+        let (handle, ino) = (HandleId(handle), InodeId(ino));
+        Open { number, handle, ino, keeps_access_time: number % 2 == 1 }
+    }
+
     fn take_over(memory: &OwnedFd) -> Handover {
         Handover::take_over(memory.try_clone().unwrap()).unwrap()
     }
@@ -460,8 +508,14 @@ mod tests {
         assert!(first.legacy().is_none());
         assert_eq!((first.generation(), first.first_number()), (0, 1));
         first.set_session(SessionId(5), "0f0e-cluster");
-        first.opened(1, HandleId(11), InodeId(100));
-        first.opened(2, HandleId(12), InodeId(101));
+        first.opened(open(1, 11, 100));
+        first.opened(open(2, 12, 101));
+        first.opened(open(4, 14, 100));
+        let user = |owner, number| LockUser { ino: InodeId(100), owner, number };
+        first.locks_through(user(7, 1), true);
+        first.locks_through(user(7, 4), true);
+        first.locks_through(user(8, 4), true);
+        first.locks_through(user(8, 4), false);
         first.dirty(InodeId(100));
         first.dirty(InodeId(101));
         first.locked(100, false, 7, &[lock(100, 0, true), lock(100, 20, false)]);
@@ -475,7 +529,8 @@ mod tests {
         let second = take_over(&memory);
         let legacy = second.legacy().unwrap();
         assert_eq!((legacy.session, legacy.cluster_id.as_str()), (SessionId(5), "0f0e-cluster"));
-        assert_eq!(legacy.opens, [Open { number: 1, handle: HandleId(11), ino: InodeId(100) }]);
+        assert_eq!(legacy.opens, [open(1, 11, 100), open(4, 14, 100)]);
+        assert_eq!(legacy.users, [user(7, 1), user(7, 4)]);
         assert_eq!(legacy.locks, [lock(100, 20, false)]);
         assert_eq!(legacy.dirty, [InodeId(100)]);
         assert!(legacy.decided && second.generation() == 1 && second.first_number() > 1 << 40);
@@ -484,13 +539,16 @@ mod tests {
         second.clean(InodeId(100));
         let third = take_over(&memory);
         let legacy = third.legacy().unwrap();
-        assert_eq!((legacy.opens.len(), legacy.locks.len(), legacy.dirty.len()), (1, 1, 0));
+        assert_eq!((legacy.opens.len(), legacy.locks.len(), legacy.dirty.len()), (2, 1, 0));
         assert!(legacy.decided);
         third.closed(1);
+        third.closed(4);
+        third.locks_through(user(7, 1), false);
         third.set_untold(false);
         let fourth = take_over(&memory);
         let legacy = fourth.legacy().unwrap();
         assert!(legacy.opens.is_empty() && !legacy.decided);
+        assert_eq!(legacy.users, [user(7, 4)]);
     }
 
     #[test]

@@ -66,13 +66,13 @@ mod xattr;
 pub use batch::{Batch, BatchOptions, Finished, Order, ReadInto, ReadRequest};
 pub use client::Client;
 pub use engine::enter_lane;
-pub use file::{Allocation, CopiedRange, File, Lock, LockOwner};
+pub use file::{Allocation, CopiedRange, File, Lock, LockOwner, Unanswered};
 pub use fjordfs_proto::{
     FsError, FsResult, InodeId, ROOT_INODE,
     error::Errno,
     pb::meta::{Attr, DirEntry, FileKind, ReadDirReply, Time},
 };
-pub use handover::Handover;
+pub use handover::{Handover, LockUser};
 pub use leases::Recalled;
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use network::{Network, Wire};

@@ -197,11 +197,11 @@ impl MetaClient {
     }
 
     /// Ends the session cleanly once everything submitted before is answered.
-    pub(crate) async fn goodbye(&self) -> FsResult<()> {
+    pub(crate) async fn goodbye(&self, patience: Duration) -> FsResult<()> {
         let mut state = self.state.clone();
         let _ = self.calls.send(Call::Goodbye);
         let ended = state.wait_for(|s| s.ended);
-        match tokio::time::timeout(self.timeout, ended).await {
+        match tokio::time::timeout(patience, ended).await {
             Ok(_) => Ok(()),
             Err(_) => Err(FsError::new(
                 Errno::ETIMEDOUT,

@@ -18,7 +18,12 @@ use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 
-use crate::{Client, File, Handover, client::Inner, file::FileState, handover::Open};
+use crate::{
+    Client, File, Handover,
+    client::Inner,
+    file::FileState,
+    handover::{LockUser, Open},
+};
 
 /// Between looks whether the metaserver has answered everything: a handover is rare.
 const ANSWER_PAUSE: Duration = Duration::from_millis(2);
@@ -156,7 +161,12 @@ impl Client {
     /// The kernel is about to be given a number for an open file: a successor of this process will know what it stands for.
     pub fn leave_open(&self, number: u64, file: &File) {
         if let Some(handover) = &self.inner.options.handover {
-            handover.opened(number, file.handle_id(), file.ino());
+            handover.opened(Open {
+                number,
+                handle: file.handle_id(),
+                ino: file.ino(),
+                keeps_access_time: file.keeps_access_time(),
+            });
         }
     }
 
@@ -180,13 +190,15 @@ impl Client {
     /// `ESTALE` when the file was lost with that process, and those of looking it up.
     pub async fn resume(&self, number: u64) -> FsResult<Option<File>> {
         let Some(former) = &self.inner.successor else { return Ok(None) };
-        let Some(Open { handle, ino, .. }) = former.opens.lock().get(&number).copied() else {
-            return Ok(None);
-        };
-        let attr = self.getattr(ino).await?;
+        let Some(open) = former.opens.lock().get(&number).copied() else { return Ok(None) };
+        let attr = self.getattr(open.ino).await?;
         former.opens.lock().remove(&number);
-        let lost = former.lost.lock().contains(&ino);
-        Ok(Some(File::resumed(&self.inner, handle, attr, lost)))
+        let lost = former.lost.lock().contains(&open.ino);
+        let file = File::resumed(&self.inner, open.handle, attr, lost);
+        if open.keeps_access_time {
+            file.keep_access_time();
+        }
+        Ok(Some(file))
     }
 
     /// No former process has given the kernel this number, nor any above.
@@ -208,9 +220,31 @@ impl Client {
         legacy.map_or_else(Vec::new, |legacy| legacy.dirty.clone())
     }
 
-    /// Owners of locks that were taken by a former process and still stand, other than by `flock`, with the inode.
-    pub fn left_locks(&self) -> Vec<(InodeId, u64)> {
-        self.inner.meta.locks().owners()
+    /// An owner of locks, other than those of `flock`, is about to lock through an open file of the kernel's, or does not use that any
+    /// more: a successor will know which locks go with it.
+    pub fn leave_lock_user(&self, user: LockUser, is_used: bool) {
+        if let Some(handover) = &self.inner.options.handover {
+            handover.locks_through(user, is_used);
+        }
+    }
+
+    /// Through which open files locks were taken by a former process that still stand, other than by `flock`.
+    pub fn left_lock_users(&self) -> Vec<LockUser> {
+        let mut opens: HashMap<InodeId, Vec<u64>> = HashMap::new();
+        for (number, ino) in self.left_open() {
+            opens.entry(ino).or_default().push(number);
+        }
+        let legacy = self.inner.options.handover.as_ref().and_then(|handover| handover.legacy());
+        let listed: HashSet<LockUser> =
+            legacy.into_iter().flat_map(|legacy| legacy.users.iter().copied()).collect();
+        let users_of = |(ino, owner): (InodeId, u64)| {
+            let all = opens.get(&ino).into_iter().flatten();
+            let all: Vec<_> = all.map(|number| LockUser { ino, owner, number: *number }).collect();
+            let its: Vec<_> = all.iter().filter(|user| listed.contains(user)).copied().collect();
+            // An older process did not say: the locks go with the last open file of the inode.
+            if its.is_empty() { all } else { its }
+        };
+        self.inner.meta.locks().owners().into_iter().flat_map(users_of).collect()
     }
 
     /// Commits what was written and returns when the servers have all of it and of what was decided here, so that a successor

@@ -59,8 +59,11 @@ pub(crate) fn claim(
             if let Some((first, range)) = current.take() {
                 save(txn, session, first, range);
             }
-            let found = txn.scan(&keys::ranges_to(session, block), Order::Descending, 1)?.pop();
-            current = found.map(parse).transpose()?.filter(covers);
+            current = claimed_last(txn, session)?.filter(covers);
+            if current.is_none() {
+                let found = txn.scan(&keys::ranges_to(session, block), Order::Descending, 1)?.pop();
+                current = found.map(parse).transpose()?.filter(covers);
+            }
         }
         let Some((first, range)) = &mut current else {
             return Err(FsError::new(
@@ -83,12 +86,24 @@ pub(crate) fn claim(
     Ok(())
 }
 
+/// The range that the session used last. Found by its key: an engine that keeps what was replaced, and finds the oldest first when it is asked
+/// for the last record of a range, would walk over all that the Commits before have replaced.
+fn claimed_last(txn: &mut Txn, session: SessionId) -> FsResult<Option<(u64, LeasedRange)>> {
+    let Some(first) = txn.claims().get(&session).copied() else { return Ok(None) };
+    let key = keys::range(session, first);
+    let value = txn.get(&key)?;
+    value.map(|value| parse((key, value))).transpose()
+}
+
 fn save(txn: &mut Txn, session: SessionId, first: u64, range: LeasedRange) {
+    let first = BlockId(first);
     let used: u32 = range.taken.iter().map(|byte| byte.count_ones()).sum();
     if used == range.count {
-        txn.remove(keys::range(session, BlockId(first)));
+        txn.claims().remove(&session);
+        txn.remove(keys::range(session, first));
     } else {
-        txn.put_record(keys::range(session, BlockId(first)), &range);
+        txn.claims().insert(session, first);
+        txn.put_record(keys::range(session, first), &range);
     }
 }
 
@@ -113,6 +128,7 @@ pub(crate) fn sweep(txn: &mut Txn, session: SessionId) -> FsResult<()> {
         }
         txn.remove(keys::range(session, BlockId(first)));
     }
+    txn.claims().remove(&session);
     Ok(())
 }
 

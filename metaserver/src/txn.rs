@@ -7,13 +7,13 @@
 //! Between `take_batch` and [`Txn::committed`] or [`Txn::abandon`] nothing may be read.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::{Bound, Range},
     sync::Arc,
 };
 
 use bytes::Bytes;
-use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
+use fjordfs_proto::{BlockId, FsError, FsResult, InodeId, SessionId, error::Errno};
 use prost::Message;
 
 use crate::{
@@ -63,6 +63,8 @@ pub(crate) struct Txn {
     broken: Option<StoreError>,
     pending: Pending,
     hot: HotExtents,
+    /// First of the block ids that each session used last. Hints only, of sessions that are there.
+    claims: HashMap<SessionId, BlockId>,
     /// Inodes of which the current operation has read or written something, with repetitions.
     seen: Vec<InodeId>,
     /// Those of which it has written something.
@@ -91,6 +93,7 @@ impl Txn {
             // After a start nobody knows.
             pending: Pending { dead: BTreeSet::new(), dead_unknown: true, destroyed: true },
             hot: HotExtents::default(),
+            claims: HashMap::new(),
             seen: Vec::new(),
             changed: Vec::new(),
         })
@@ -181,6 +184,10 @@ impl Txn {
 
     pub(crate) fn pending(&mut self) -> &mut Pending {
         &mut self.pending
+    }
+
+    pub(crate) fn claims(&mut self) -> &mut HashMap<SessionId, BlockId> {
+        &mut self.claims
     }
 
     pub(crate) fn counters(&mut self) -> &mut Counters {

@@ -9,10 +9,11 @@ use std::{
     time::Duration,
 };
 
-use fjordfs_tests::{Cluster, Setup, rng};
+use fjordfs_tests::{Cluster, Setup, mountpoint, rng, wait::SOON, wait_for};
 use rustix::{
     fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat},
     io::Errno,
+    process::Signal,
 };
 
 /// Larger than what is kept inside an inode.
@@ -65,6 +66,37 @@ fn a_failed_write_back_is_told_once_and_what_was_committed_stays() {
     }
     other.unmount();
     mount.unmount();
+}
+
+/// With a bound of an hour for each operation: what is detached has nothing to wait for, and what has says so and can be told to give up.
+#[test]
+fn a_detached_mount_ends_although_nobody_answers() {
+    let mut cluster = Cluster::start("detached", Setup::default());
+    let (mut idle, mut busy) =
+        (cluster.mount_with("timeout=1h"), cluster.mount_with("timeout=1h,dirty_age=1h"));
+    fs::write(idle.join("f"), b"text").unwrap();
+    File::open(idle.join("f")).unwrap().sync_all().unwrap();
+    File::open(idle.path()).unwrap().sync_all().unwrap();
+    fs::write(busy.join("unsent"), rng::bytes(1, SIZE)).unwrap();
+    cluster.kill_meta();
+    (0..Setup::default().servers).for_each(|server| cluster.kill_data(server));
+    mountpoint::detach(idle.path());
+    mountpoint::detach(busy.path());
+    let status = idle.process().wait();
+    let log = idle.process().log();
+    assert!(status.code() == Some(1) && log.contains("the servers do not answer"), "{status}: {log}");
+    wait_for("the mount to say what it waits for", SOON, || {
+        let log = busy.process().log();
+        if log.contains("A signal gives it up") { Ok(()) } else { Err(log) }
+    });
+    assert!(busy.process().running());
+    busy.process().signal(Signal::TERM);
+    let status = busy.process().wait();
+    let log = busy.process().log();
+    assert!(
+        status.code() == Some(1) && log.contains("told to stop while they did not answer"),
+        "{status}: {log}"
+    );
 }
 
 #[test]

@@ -17,6 +17,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "with_close_sync_a_killed_client_leaves_what_it_closed_as_well",
             "what_is_closed_is_seen_however_slowly_it_is_stored",
             "a_failed_write_back_is_told_once_and_what_was_committed_stays",
+            "a_new_size_is_told_only_when_the_old_end_is_dropped",
         ],
     ),
     (
@@ -48,7 +49,12 @@ const PROVEN: &[(&str, &[&str])] = &[
     ),
     (
         "write with `O_APPEND`",
-        &["appenders_on_two_clients_lose_nothing", "appends_from_two_clients_lose_nothing"],
+        &[
+            "appenders_on_two_clients_lose_nothing",
+            "appends_from_two_clients_lose_nothing",
+            "what_clients_do_at_once_keeps_every_promise",
+            "nothing_is_appended_twice",
+        ],
     ),
     (
         "`flock`, `fcntl`",
@@ -72,7 +78,13 @@ const PROVEN: &[(&str, &[&str])] = &[
             "with_more_than_m_bad_there_is_an_error_and_nothing_else",
         ],
     ),
-    ("any operation", &["writing_and_reading_without_any_data_server_ends_in_an_error_and_not_in_a_hang"]),
+    (
+        "any operation",
+        &[
+            "writing_and_reading_without_any_data_server_ends_in_an_error_and_not_in_a_hang",
+            "a_detached_mount_ends_although_nobody_answers",
+        ],
+    ),
     // Differences.
     (
         "a file that is open here and was removed",

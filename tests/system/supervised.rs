@@ -12,14 +12,11 @@ use std::{
     time::Duration,
 };
 
-use fjordfs_tests::{
-    Cluster, MountPoint, Setup, fjord,
-    locks::{Kind, Owner, flock, lock, try_lock},
-    mountpoint, rng,
-    wait::SOON,
-    wait_for,
-};
+use fjordfs_tests::{Cluster, MountPoint, Setup, fjord, mountpoint, rng, wait::SOON, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
+
+#[path = "supervised/kept.rs"]
+mod kept;
 
 const SUPERVISED: &str = "supervise=on";
 
@@ -129,48 +126,6 @@ fn open_files_go_on_when_the_process_is_killed() {
     let other = cluster.mount();
     assert_eq!(fs::metadata(other.join("file")).unwrap().len(), content.len() as u64 + 12);
     other.unmount();
-}
-
-#[test]
-fn locks_outlive_the_process_and_go_with_their_files() {
-    let cluster = Cluster::start("supervised-locks", Setup::default());
-    let mut mount = cluster.mount_with(SUPERVISED);
-    let other = cluster.mount();
-    let (ours, theirs) = (open(&mount.join("f")), open(&other.join("f")));
-    let (ours_too, theirs_too) = (open(&mount.join("g")), open(&other.join("g")));
-    let again = Err(libc::EAGAIN);
-    try_lock(&ours, Owner::OpenFile, Kind::Write, 0, 10).unwrap();
-    flock(&ours, Kind::Write, false).unwrap();
-    try_lock(&theirs_too, Owner::OpenFile, Kind::Write, 0, 10).unwrap();
-    thread::scope(|scope| {
-        // In line for a lock when the process is killed.
-        let waiting = scope.spawn(|| lock(&ours_too, Owner::OpenFile, Kind::Write, 0, 10));
-        cluster.wait_status("one in line", |status| {
-            status.list("sessions").iter().filter_map(|s| s["lock_waits"].as_u64()).sum::<u64>() == 1
-        });
-        kill_worker(&mut mount);
-        try_lock(&theirs_too, Owner::OpenFile, Kind::Unlock, 0, 10).unwrap();
-        assert_eq!(waiting.join().unwrap(), Ok(()));
-    });
-    let locks_of_others = || {
-        assert_eq!(try_lock(&theirs, Owner::OpenFile, Kind::Read, 5, 1), again);
-        assert_eq!(try_lock(&theirs, Owner::OpenFile, Kind::Read, 10, 1), Ok(()));
-        assert_eq!(flock(&theirs, Kind::Read, false), again);
-        assert_eq!(try_lock(&theirs_too, Owner::OpenFile, Kind::Write, 0, 1), again);
-    };
-    locks_of_others();
-    upgrade(&mount).ok();
-    locks_of_others();
-    try_lock(&ours, Owner::OpenFile, Kind::Unlock, 0, 5).unwrap();
-    assert_eq!(try_lock(&theirs, Owner::OpenFile, Kind::Read, 0, 5), Ok(()));
-    drop(ours);
-    wait_for("the locks to go with their file", SOON, || {
-        try_lock(&theirs, Owner::OpenFile, Kind::Write, 0, 10)
-            .and(flock(&theirs, Kind::Write, false))
-            .map_err(|e| format!("errno {e}"))
-    });
-    drop(ours_too);
-    mount.unmount();
 }
 
 #[test]

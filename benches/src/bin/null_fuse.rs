@@ -44,6 +44,7 @@ fn refused<T>() -> FsResult<T> {
 
 impl Filesystem for Null {
     type File = InodeId;
+    type Unanswered = ();
 
     async fn lookup(&self, _parent: InodeId, name: &[u8]) -> FsResult<Attr> {
         file_called(name).map(attr).ok_or_else(|| FsError::new(Errno::ENOENT, "begins not with f"))
@@ -108,8 +109,8 @@ impl Filesystem for Null {
         Ok(())
     }
 
-    async fn append(&self, _file: &InodeId, _data: Bytes) -> FsResult<u64> {
-        Ok(SIZE)
+    async fn append(&self, _file: &InodeId, _data: Bytes) -> FsResult<(u64, ())> {
+        Ok((SIZE, ()))
     }
 
     async fn flush(&self, _file: &InodeId) -> FsResult<()> {

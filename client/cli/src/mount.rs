@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
+    pin::pin,
     process::ExitCode,
     time::Duration,
 };
@@ -156,6 +157,9 @@ pub(crate) fn check_mountpoint(dir: &Path, allow_nonempty: bool) -> anyhow::Resu
     Ok(())
 }
 
+/// From here on it is worth a word that the end takes long.
+const QUIET: Duration = Duration::from_secs(3);
+
 fn serve_until_unmounted(
     meta: &str,
     dir: &Path,
@@ -229,11 +233,28 @@ async fn serve(
         }
     }
     tracing::info!("{} is unmounted, handing the last data to the servers", dir.display());
-    client
-        .shutdown()
-        .await
-        .with_context(|| format!("not everything written below {} reached the servers", dir.display()))?;
+    finish(&client, dir, &mut signals).await?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the session. When servers do not answer it says so, and from then on a signal gives up what they do not have.
+async fn finish(client: &Client, dir: &Path, signals: &mut Signals) -> anyhow::Result<()> {
+    let mut ending = pin!(client.shutdown());
+    let lost = || format!("not everything written below {} reached the servers", dir.display());
+    match tokio::time::timeout(QUIET, &mut ending).await {
+        Ok(ended) => return ended.with_context(lost),
+        Err(_) if client.has_unsent() => tracing::warn!(
+            "servers do not take what is left of what was written below {} ({} bytes, and names): waiting for them as long as \
+             -o timeout= says. A signal gives it up",
+            dir.display(),
+            client.dirty_bytes()
+        ),
+        Err(_) => {}
+    }
+    tokio::select! {
+        ended = ending => ended.with_context(lost),
+        _ = signals.next() => bail!("{}: told to stop while they did not answer", lost()),
+    }
 }
 
 async fn told_to_leave(worker: Option<&mut Worker>) -> &Worker {

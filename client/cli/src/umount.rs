@@ -27,6 +27,8 @@ pub(crate) struct Args {
 
 /// How long a mount process may take to hand its last data to the servers.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(120);
+/// From here on it is worth a word.
+const QUIET: Duration = Duration::from_secs(3);
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let dir =
@@ -52,7 +54,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // A bind mount of it keeps the process, and so do the users of a lazily detached one: that is no failure.
     let left = mounts::read().context("cannot read /proc/self/mountinfo")?;
     let shown_elsewhere = left.iter().any(|m| m.device == mount.device);
-    if !args.lazy && !shown_elsewhere && !holders::wait_gone(&servers, FLUSH_PATIENCE) {
+    if args.lazy || shown_elsewhere || holders::wait_gone(&servers, QUIET) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!(
+        "waiting for process {servers:?}, which has data for the servers: at most {FLUSH_PATIENCE:?}; its log says more"
+    );
+    if !holders::wait_gone(&servers, FLUSH_PATIENCE) {
         bail!(
             "{} is unmounted, but its process {servers:?} still has data for the servers after {FLUSH_PATIENCE:?}: \
              see its log and `fjord status`",

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fjordfs_client::{Client, File, Recalled, SetTime, SetXattrMode};
+use fjordfs_client::{Client, File, LockUser, Recalled, SetTime, SetXattrMode, Unanswered};
 use fjordfs_proto::pb::meta::{Attr, DirEntry, ReadDirReply};
 use fjordfs_proto::{FsResult, InodeId};
 use parking_lot::Mutex;
@@ -55,6 +55,7 @@ struct Adapter {
 
 impl Filesystem for Adapter {
     type File = File;
+    type Unanswered = Unanswered;
 
     fn mounted(&self, notifier: Notifier) {
         *self.notifier.lock() = Some(notifier);
@@ -194,8 +195,8 @@ impl Filesystem for Adapter {
         file.write_at(offset, data).await
     }
 
-    async fn append(&self, file: &File, data: Bytes) -> FsResult<u64> {
-        file.append(data).await
+    async fn append(&self, file: &File, data: Bytes) -> FsResult<(u64, Unanswered)> {
+        file.append_unanswered(data).await
     }
 
     async fn allocate(&self, file: &File, range: Range<u64>, how: Allocation) -> FsResult<()> {
@@ -266,6 +267,10 @@ impl Filesystem for Adapter {
         self.client.leave_closed(number);
     }
 
+    fn leave_lock_user(&self, ino: InodeId, owner: u64, number: u64, is_used: bool) {
+        self.client.leave_lock_user(LockUser { ino, owner, number }, is_used);
+    }
+
     async fn resume(&self, number: u64) -> FsResult<Option<(InodeId, File)>> {
         Ok(self.client.resume(number).await?.map(|file| (file.ino(), file)))
     }
@@ -273,7 +278,7 @@ impl Filesystem for Adapter {
     fn left_behind(&self) -> LeftBehind {
         LeftBehind {
             opens: self.client.left_open(),
-            lock_owners: self.client.left_locks(),
+            lock_users: left_lock_users(&self.client),
             stale: self.client.lost_bytes(),
         }
     }
@@ -310,6 +315,11 @@ impl Filesystem for Adapter {
     async fn sync_all(&self) -> FsResult<()> {
         self.client.sync_all().await
     }
+}
+
+fn left_lock_users(client: &Client) -> Vec<(InodeId, u64, u64)> {
+    let users = client.left_lock_users().into_iter();
+    users.map(|LockUser { ino, owner, number }| (ino, owner, number)).collect()
 }
 
 fn to_client(lock: Lock) -> fjordfs_client::Lock {

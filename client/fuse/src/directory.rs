@@ -13,6 +13,7 @@ use fjordfs_proto::{FsError, FsResult, InodeId};
 use tokio::sync::Mutex;
 
 use crate::abi;
+use crate::ends::Told;
 use crate::filesystem::{Filesystem, KnownEntry};
 use crate::held::Held;
 use crate::reply::{DirentBuffer, Reply, Validity, entry_out};
@@ -166,7 +167,7 @@ pub(crate) struct Plus<'a> {
 pub(crate) struct Listing<'a> {
     buffer: DirentBuffer,
     plus: Option<Plus<'a>>,
-    brings: Vec<InodeId>,
+    brings: Vec<Told>,
 }
 
 impl<'a> Listing<'a> {
@@ -183,7 +184,7 @@ impl<'a> Listing<'a> {
     }
 
     /// The answer, and the inodes that it brings, which are counted.
-    pub(crate) fn into_reply(self) -> (Reply, Vec<InodeId>) {
+    pub(crate) fn into_reply(self) -> (Reply, Vec<Told>) {
         (self.buffer.into_reply(), self.brings)
     }
 
@@ -256,7 +257,7 @@ impl<'a> Listing<'a> {
             Some(KnownEntry { attr, name_left, attr_left })
                 if attr.ino == entry.ino && is_possible(entry) =>
             {
-                self.brings.push(InodeId(entry.ino));
+                self.brings.push(Told { ino: InodeId(entry.ino), size: attr.size });
                 let validity =
                     Validity { entry: name_left.max(plus.least.entry), attr: attr_left.max(plus.least.attr) };
                 Some(entry_out(&attr, validity))

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
 use crate::directory::{Listing, OpenDirectory, Plus};
-use crate::ends::{Ends, ShortAnswer};
+use crate::ends::{Ends, ShortAnswer, Told};
 use crate::filesystem::{CopiedRange, Filesystem, LeftBehind};
 use crate::handles::Handles;
 use crate::held::Held;
@@ -70,11 +70,15 @@ pub(crate) struct Answer {
     /// A handle that was given out.
     opened: Option<Opened>,
     /// The inode that it brings the kernel, which is counted ([`crate::held`]).
-    brings: Option<InodeId>,
+    brings: Option<Told>,
     /// Those that a listing brings.
-    lists: Vec<InodeId>,
+    lists: Vec<Told>,
+    /// Of an inode that the kernel knows.
+    tells: Option<Told>,
     /// It is data that ends with the file: to be dropped when the kernel has taken it in.
     pub(crate) ends: Option<ShortAnswer>,
+    /// To be dropped when the kernel has the answer.
+    pub(crate) unanswered: Option<Box<dyn Send>>,
 }
 
 /// A handle that was given out.
@@ -86,8 +90,21 @@ pub(crate) enum Opened {
 
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
-        Answer { reply, opened: None, brings: None, lists: Vec::new(), ends: None }
+        let (opened, brings, tells, ends, unanswered) = Default::default();
+        Answer { reply, opened, brings, lists: Vec::new(), tells, ends, unanswered }
     }
+}
+
+impl Answer {
+    /// The sizes that it tells.
+    fn told(&self) -> impl Iterator<Item = Told> {
+        self.brings.iter().chain(&self.lists).chain(&self.tells).copied()
+    }
+}
+
+/// What attributes say of the size.
+fn told(attr: &Attr) -> Told {
+    Told { ino: InodeId(attr.ino), size: attr.size }
 }
 
 impl<F: Filesystem> Dispatcher<F> {
@@ -122,14 +139,15 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Takes over what a former process has left.
     pub(crate) fn take_over(&self) {
-        let LeftBehind { opens, lock_owners, stale } = self.fs.left_behind();
-        for (ino, owner) in lock_owners {
-            // Through which of them is not known: the locks go with the last.
-            for (fh, _) in opens.iter().filter(|(_, of)| *of == ino) {
-                self.lock_owners.uses(ino, *fh, owner);
-            }
+        let LeftBehind { opens, lock_users, stale } = self.fs.left_behind();
+        for (ino, owner, fh) in lock_users {
+            self.locks_through(ino, fh, owner);
         }
         stale.into_iter().for_each(|ino| self.notifier.invalidate_inode(ino));
+        for (_, ino) in opens {
+            // Where the kernel has zeros is not known.
+            drop(self.ends.short_answer(ino, 0));
+        }
     }
 
     pub(crate) fn filesystem(&self) -> &F {
@@ -153,8 +171,23 @@ impl<F: Filesystem> Dispatcher<F> {
     /// An answer may tell of a new size: those from before it go first.
     async fn let_short_answers_pass(&self, node: InodeId, answer: &Answer) {
         if answer.ends.is_none() {
-            for ino in answer.brings.iter().chain(&answer.lists).chain([&node]) {
-                self.ends.taken_in(*ino).await;
+            for ino in answer.told().map(|told| told.ino).chain([node]) {
+                self.ends.taken_in(ino).await;
+            }
+        }
+    }
+
+    /// Sizes among those of an answer that must not be told while the kernel has the pages that it has.
+    pub(crate) fn early(&self, answer: &Answer) -> Vec<Told> {
+        answer.told().filter(|told| self.ends.zeros_before(*told).is_some()).collect()
+    }
+
+    /// Resolves when it has none of them any more, which can take other requests of this mount.
+    pub(crate) async fn drop_old_ends(&self, early: Vec<Told>) {
+        for told in early {
+            if let Some(from) = self.ends.zeros_before(told) {
+                self.notifier.drop_pages(told.ino, from).await;
+                self.ends.dropped(told);
             }
         }
     }
@@ -188,13 +221,15 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Lookup { name } => return self.lookup(node, &name, caller.pid).await,
             Operation::Getattr => {
                 let attr = self.attr_of(node).await?;
-                Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)))
+                let reply = Reply::of(&reply::attr_out(&attr, self.validity_of_attr(&attr)));
+                return Ok(Answer { tells: Some(told(&attr)), ..reply.into() });
             }
             Operation::Statx => {
                 let attr = self.attr_of(node).await?;
-                Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)))
+                let reply = Reply::of(&reply::statx_out(&attr, self.validity_of_attr(&attr)));
+                return Ok(Answer { tells: Some(told(&attr)), ..reply.into() });
             }
-            Operation::Setattr(input) => self.setattr(node, &input).await?,
+            Operation::Setattr(input) => return self.setattr(node, &input).await,
             Operation::Readlink => Reply::Bytes(self.fs.readlink(node).await?.into()),
             Operation::Symlink { name, target } => {
                 return self.make(node, &name, namespace::symlink(caller, target)).await;
@@ -247,7 +282,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
             Operation::Read { fh, offset, size } => return self.read(fh, offset, size, payload).await,
             Operation::Write { fh, offset, write_flags, flags, data } => {
-                self.write(fh, offset, write_flags, flags, data).await?
+                return self.write(fh, offset, write_flags, flags, data).await;
             }
             Operation::Fallocate { fh, offset, length, mode } => {
                 self.fallocate(caller, fh, offset, length, mode).await?
@@ -304,7 +339,10 @@ impl<F: Filesystem> Dispatcher<F> {
                 for (ino, answers) in nodes {
                     if self.held.lookups.subtract(ino, answers) {
                         self.kernel_cache.forget(ino);
-                        self.lock_owners.forget(ino);
+                        self.ends.forget(ino);
+                        for (owner, fh) in self.lock_owners.forget(ino) {
+                            self.fs.leave_lock_user(ino, owner, fh, false);
+                        }
                     }
                 }
                 Reply::None
@@ -362,7 +400,7 @@ impl<F: Filesystem> Dispatcher<F> {
     /// Of an inode that is counted.
     fn entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Answer {
         let reply = Reply::of(&reply::entry_out(attr, self.validity_of_entry(parent, name, attr, attr_left)));
-        Answer { brings: Some(InodeId(attr.ino)), ..reply.into() }
+        Answer { brings: Some(told(attr)), ..reply.into() }
     }
 
     fn validity_of_entry(&self, parent: InodeId, name: &[u8], attr: &Attr, attr_left: Duration) -> Validity {
@@ -411,7 +449,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// Undoes what an answer began that the kernel did not take.
     pub(crate) async fn take_back(&self, answer: Answer) {
-        for ino in answer.brings.into_iter().chain(answer.lists) {
+        for Told { ino, .. } in answer.brings.into_iter().chain(answer.lists) {
             self.held.unsettled.settle_creation(ino);
             self.held.lookups.subtract(ino, 1);
         }

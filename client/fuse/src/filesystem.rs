@@ -156,8 +156,8 @@ pub struct Space {
 pub struct LeftBehind {
     /// Numbers of open files, and what they stand for.
     pub opens: Vec<(u64, InodeId)>,
-    /// Owners of locks, other than those of `flock(2)`.
-    pub lock_owners: Vec<(InodeId, u64)>,
+    /// Owners of locks, other than those of `flock(2)`, and a number of an open file through which each was taken.
+    pub lock_users: Vec<(InodeId, u64, u64)>,
     /// Files of which the kernel may cache bytes that are lost.
     pub stale: Vec<InodeId>,
 }
@@ -171,6 +171,8 @@ fn not_served() -> FsError {
 pub trait Filesystem: Send + Sync + 'static {
     /// An open regular file. Dropping it must release it; [`Filesystem::release`] is the orderly way.
     type File: Send + Sync + 'static;
+    /// To be dropped when the kernel has the answer to an append.
+    type Unanswered: Send + 'static;
 
     /// Called once, before any request. `notifier` tells the kernel what it caches that is stale: appended data that moved when
     /// it was committed, names and attributes that were recalled.
@@ -308,8 +310,14 @@ pub trait Filesystem: Send + Sync + 'static {
     }
     /// Writes all of `data` at `offset`.
     fn write(&self, file: &Self::File, offset: u64, data: Bytes) -> impl Future<Output = FsResult<()>>;
-    /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went.
-    fn append(&self, file: &Self::File, data: Bytes) -> impl Future<Output = FsResult<u64>>;
+    /// Writes all of `data` at the end of the file, wherever that is by now; answers with where it went. A request that is sent again
+    /// to another process, because this one died before it had answered, must not have had an effect: nothing of it may be seen
+    /// elsewhere while the second is there.
+    fn append(
+        &self,
+        file: &Self::File,
+        data: Bytes,
+    ) -> impl Future<Output = FsResult<(u64, Self::Unanswered)>>;
     /// Extends the file, or clears a range of it (`fallocate`).
     fn allocate(
         &self,
@@ -394,6 +402,10 @@ pub trait Filesystem: Send + Sync + 'static {
     fn resume(&self, number: u64) -> impl Future<Output = FsResult<Option<(InodeId, Self::File)>>> {
         let _ = number;
         async { Ok(None) }
+    }
+    /// An owner of locks, other than those of `flock(2)`, is about to lock through an open file, or does not use it any more.
+    fn leave_lock_user(&self, ino: InodeId, owner: u64, number: u64, is_used: bool) {
+        let _ = (ino, owner, number, is_used);
     }
     /// What a former process has left.
     fn left_behind(&self) -> LeftBehind {

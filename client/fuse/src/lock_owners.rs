@@ -26,6 +26,15 @@ use parking_lot::Mutex;
 /// For each owner, the open files through which it has locked and not closed since.
 type Owners = HashMap<u64, Vec<u64>>;
 
+/// What went with an open file.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Released {
+    /// Owners that had locked through it.
+    pub(crate) used_by: Vec<u64>,
+    /// Those among them that have used no other, whose locks go with it.
+    pub(crate) without: Vec<u64>,
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct LockOwners {
@@ -33,13 +42,15 @@ pub(crate) struct LockOwners {
 }
 
 impl LockOwners {
-    /// An owner is about to lock through an open file.
-    pub(crate) fn uses(&self, ino: InodeId, fh: u64, owner: u64) {
+    /// An owner is about to lock through an open file. Whether that is new.
+    pub(crate) fn uses(&self, ino: InodeId, fh: u64, owner: u64) -> bool {
         let mut inodes = self.inodes.lock();
         let used = inodes.entry(ino).or_default().entry(owner).or_default();
-        if !used.contains(&fh) {
+        let is_new = !used.contains(&fh);
+        if is_new {
             used.push(fh);
         }
+        is_new
     }
 
     /// Whether anybody has locked the inode since the kernel knows it.
@@ -47,33 +58,43 @@ impl LockOwners {
         self.inodes.lock().contains_key(&ino)
     }
 
-    /// The owner has closed a descriptor.
-    pub(crate) fn closed(&self, ino: InodeId, fh: u64, owner: u64) {
+    /// The owner has closed a descriptor. Whether it had locked through the open file.
+    pub(crate) fn closed(&self, ino: InodeId, fh: u64, owner: u64) -> bool {
         let mut inodes = self.inodes.lock();
-        let Some(owners) = inodes.get_mut(&ino) else { return };
-        if let Some(used) = owners.get_mut(&owner) {
-            used.retain(|used| *used != fh);
-            if used.is_empty() {
-                owners.remove(&owner);
-            }
+        let Some(owners) = inodes.get_mut(&ino) else { return false };
+        let Some(used) = owners.get_mut(&owner) else { return false };
+        let before = used.len();
+        used.retain(|used| *used != fh);
+        let had = used.len() < before;
+        if used.is_empty() {
+            owners.remove(&owner);
         }
+        had
     }
 
-    /// The open file is gone. Owners whose locks go with it.
-    pub(crate) fn released(&self, ino: InodeId, fh: u64) -> Vec<u64> {
+    /// The open file is gone.
+    pub(crate) fn released(&self, ino: InodeId, fh: u64) -> Released {
+        let mut released = Released::default();
         let mut inodes = self.inodes.lock();
-        let Some(owners) = inodes.get_mut(&ino) else { return Vec::new() };
-        let gone = owners.extract_if(|_, used| {
+        let Some(owners) = inodes.get_mut(&ino) else { return released };
+        owners.retain(|owner, used| {
             let before = used.len();
             used.retain(|used| *used != fh);
-            used.is_empty() && before > 0
+            if used.len() < before {
+                released.used_by.push(*owner);
+                if used.is_empty() {
+                    released.without.push(*owner);
+                }
+            }
+            !used.is_empty()
         });
-        gone.map(|(owner, _)| owner).collect()
+        released
     }
 
-    /// The kernel has forgotten the inode.
-    pub(crate) fn forget(&self, ino: InodeId) {
-        self.inodes.lock().remove(&ino);
+    /// The kernel has forgotten the inode. Owners, and the open files that they had not closed.
+    pub(crate) fn forget(&self, ino: InodeId) -> Vec<(u64, u64)> {
+        let owners = self.inodes.lock().remove(&ino).unwrap_or_default();
+        owners.into_iter().flat_map(|(owner, used)| used.into_iter().map(move |fh| (owner, fh))).collect()
     }
 }
 
@@ -86,16 +107,21 @@ mod tests {
     #[test]
     fn locks_go_with_the_last_open_file_that_they_were_taken_through() {
         let owners = LockOwners::default();
-        assert!(!owners.knows(I) && owners.released(I, 1).is_empty());
-        owners.uses(I, 1, 100);
-        owners.uses(I, 1, 100);
+        let released = |fh| {
+            let Released { mut used_by, without } = owners.released(I, fh);
+            used_by.sort_unstable();
+            (used_by, without)
+        };
+        assert!(!owners.knows(I) && released(1) == (vec![], vec![]));
+        assert!(owners.uses(I, 1, 100) && !owners.uses(I, 1, 100));
         owners.uses(I, 1, 200);
         owners.uses(I, 2, 200);
-        assert_eq!(owners.released(I, 1), [100]);
-        assert_eq!(owners.released(I, 1), []);
-        assert_eq!(owners.released(I, 2), [200]);
+        assert_eq!(released(1), (vec![100, 200], vec![100]));
+        assert_eq!(released(1), (vec![], vec![]));
+        assert_eq!(released(2), (vec![200], vec![200]));
         assert!(owners.knows(I), "every close is heard of from now on");
-        owners.forget(I);
+        owners.uses(I, 3, 300);
+        assert_eq!(owners.forget(I), [(300, 3)]);
         assert!(!owners.knows(I));
     }
 
@@ -103,8 +129,8 @@ mod tests {
     fn what_was_closed_with_a_flush_is_not_given_up_again() {
         let owners = LockOwners::default();
         owners.uses(I, 1, 100);
-        owners.closed(I, 1, 100);
-        owners.closed(I, 3, 300);
-        assert_eq!(owners.released(I, 1), []);
+        assert!(owners.closed(I, 1, 100));
+        assert!(!owners.closed(I, 3, 300) && !owners.closed(I, 1, 100));
+        assert_eq!(owners.released(I, 1), Released::default());
     }
 }

@@ -39,8 +39,8 @@ const QUEUE_FULL_WAIT: Duration = Duration::from_millis(1);
 enum Notification {
     Inode(InodeId),
     Entry(InodeId, Box<[u8]>),
-    /// As `Inode`, and somebody waits for it.
-    Pages(InodeId, oneshot::Sender<()>),
+    /// As `Inode`, of pages from this byte on, and somebody waits for it.
+    Pages(InodeId, u64, oneshot::Sender<()>),
     Stop,
 }
 
@@ -66,10 +66,11 @@ impl Notifier {
         self.send(Notification::Inode(ino));
     }
 
-    /// As [`Notifier::invalidate_inode`], but returns when the kernel has done it, which can take requests of this mount.
-    pub async fn drop_pages(&self, ino: InodeId) {
+    /// As [`Notifier::invalidate_inode`], of pages from a byte on only, but returns when the kernel has done it, which can take requests
+    /// of this mount.
+    pub async fn drop_pages(&self, ino: InodeId, from: u64) {
         let (done, dropped) = oneshot::channel();
-        let mut notification = Notification::Pages(ino, done);
+        let mut notification = Notification::Pages(ino, from, done);
         while let Err(TrySendError::Full(again)) = self.queue.try_send(notification) {
             notification = again;
             tokio::time::sleep(QUEUE_FULL_WAIT).await;
@@ -130,12 +131,8 @@ pub(crate) fn take_over(fd: &OwnedFd, kernel_minor: u32) -> io::Result<()> {
 fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
     while let Ok(notification) = notifications.recv() {
         let written = match &notification {
-            // An offset of 0 and no length: all pages, and the attributes.
-            Notification::Inode(ino) | Notification::Pages(ino, _) => notify(
-                fd,
-                notify_code::INVAL_INODE,
-                &[NotifyInvalInode { ino: ino.0, off: 0, len: 0 }.as_bytes()],
-            ),
+            Notification::Inode(ino) => drop_pages(fd, *ino, 0),
+            Notification::Pages(ino, from, _) => drop_pages(fd, *ino, *from),
             Notification::Entry(parent, name) => {
                 let head = NotifyInvalEntry { parent: parent.0, namelen: name.len() as u32, flags: 0 };
                 notify(fd, notify_code::INVAL_ENTRY, &[head.as_bytes(), name, &[0]])
@@ -143,11 +140,18 @@ fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
             Notification::Stop => return,
         };
         log_refusal(&notification, written);
-        if let Notification::Pages(_, done) = notification {
+        if let Notification::Pages(.., done) = notification {
             // The request may have been given up.
             let _ = done.send(());
         }
     }
+}
+
+/// No length: all pages from there on, and the attributes.
+fn drop_pages(fd: &OwnedFd, ino: InodeId, from: u64) -> io::Result<()> {
+    // A negative offset would be of attributes only.
+    let off = from.min(i64::MAX.cast_unsigned()).cast_signed();
+    notify(fd, notify_code::INVAL_INODE, &[NotifyInvalInode { ino: ino.0, off, len: 0 }.as_bytes()])
 }
 
 fn log_refusal(what: impl std::fmt::Debug, written: io::Result<()>) {

@@ -35,6 +35,10 @@ use crate::transport::{Message, Slot, Transport};
 /// that wait for memory must not keep readers out, so this is far above what the kernel sends in the background.
 const IN_FLIGHT_MAX: usize = 1024;
 
+/// How long an append may keep back commits of its file while others are waited for. If the process is killed after that and before it answers,
+/// the append is there twice.
+const UNANSWERED_MAX: Duration = Duration::from_millis(100);
+
 /// Serves a transport until the mount ends, or requests are left to another process; those it has taken are done then.
 pub(crate) async fn run<F: Filesystem, T: Transport>(
     mut transport: T,
@@ -63,10 +67,7 @@ pub(crate) async fn run<F: Filesystem, T: Transport>(
             Ok(Some((message, slot))) => {
                 // Whoever waits for a lock keeps nobody out: the others in the way may be those who give it up.
                 let place = (message.header.opcode != opcode::SETLKW).then(|| in_flight.enter());
-                let mut request = Box::pin(async move {
-                    serve(dispatcher, message, slot).await;
-                    drop(place);
-                });
+                let mut request = Box::pin(serve(dispatcher, message, slot, place));
                 if poll_fn(|context| Poll::Ready(request.as_mut().poll(context))).await.is_pending() {
                     waiting.push(request);
                 }
@@ -102,7 +103,12 @@ async fn told(leaving: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Message, mut slot: S) {
+async fn serve<F: Filesystem, S: Slot>(
+    dispatcher: &Dispatcher<F>,
+    message: Message,
+    mut slot: S,
+    mut place: Option<Place>,
+) {
     let opcode = message.header.opcode;
     let request = message.header.unique & !UNIQUE_RESEND;
     if opcode == opcode::SETLKW {
@@ -122,10 +128,28 @@ async fn serve<F: Filesystem, S: Slot>(dispatcher: &Dispatcher<F>, message: Mess
         );
         Reply::Error(libc::EIO).into()
     });
+    let early = dispatcher.early(&answer);
+    if !early.is_empty() {
+        // READs may be among the requests that this waits for, and must find room.
+        slot.may_be_kept_long();
+        if opcode != opcode::WRITE {
+            place = None;
+        }
+        let mut unanswered = answer.unanswered.take();
+        let mut dropped = pin!(dispatcher.drop_old_ends(early));
+        if tokio::time::timeout(UNANSWERED_MAX, &mut dropped).await.is_err() {
+            // Bytes of a mapping may be among what is waited for, and wait for a commit that waits for this answer.
+            unanswered = None;
+            dropped.await;
+        }
+        answer.unanswered = unanswered;
+    }
     let answered = slot.answer(&answer.reply);
+    drop(place);
     if changes_names(opcode) {
         dispatcher.filesystem().request_answered(request);
     }
+    drop(answer.unanswered.take());
     if let Some(short) = answer.ends.take() {
         slot.drop_when_taken_in(short);
     }

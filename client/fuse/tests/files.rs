@@ -23,6 +23,8 @@ over_each_transport! {
     pages_are_kept_while_the_version_stands
     a_growing_file_is_followed_without_opening_it_again
     a_reader_of_a_growing_file_sees_no_zeros_at_its_old_end
+    a_new_size_is_told_only_when_the_old_end_is_dropped
+    a_reader_beside_an_append_keeps_no_zeros_at_the_old_end
     leased_names_and_attributes_are_not_asked_for_until_they_are_recalled
     a_recall_waits_for_no_request_of_its_directory
     invalidations_reach_the_kernel
@@ -225,6 +227,69 @@ fn a_reader_of_a_growing_file_sees_no_zeros_at_its_old_end(transport: TransportC
         assert!(found.len() >= 5000 && found.iter().all(|byte| *byte == 7), "round {round}");
         assert!(fs::read(&path).unwrap() == [7; 8000]);
     }
+    mounted.end();
+}
+
+/// How a file of 5000 bytes is read from its second page on.
+fn second_page(file: &File) -> Vec<u8> {
+    let mut buffer = [1; 3904];
+    let len = file.read_at(&mut buffer, 4096).unwrap();
+    buffer[..len].to_vec()
+}
+
+fn a_new_size_is_told_only_when_the_old_end_is_dropped(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    let reads = || mounted.control.reads.load(Ordering::SeqCst);
+    let getattrs = || mounted.control.getattrs.load(Ordering::SeqCst);
+    mounted.control.make_file("slow", &[7; 5000]);
+    let path = mounted.path("slow");
+    let file = File::open(&path).unwrap();
+    assert_eq!(second_page(&file), [7; 904]);
+    *mounted.control.slow.lock() = Duration::from_millis(300);
+    std::thread::scope(|scope| {
+        let (read, asked) = (reads(), getattrs());
+        let first = scope.spawn(|| file.read_at(&mut [1; 100], 0));
+        while reads() == read {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        mounted.control.overwrite("slow", &[7; 8000]);
+        // Once it has the answer, the kernel waits for the first page before it drops the second.
+        let looking = scope.spawn(|| size(&path));
+        while getattrs() == asked {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(30));
+        let second = second_page(&file);
+        assert!(second.len() >= 904 && second.iter().all(|byte| *byte == 7), "{} bytes", second.len());
+        assert_eq!((first.join().unwrap().unwrap(), looking.join().unwrap()), (100, 8000));
+    });
+    assert!(fs::read(&path).unwrap() == [7; 8000]);
+    drop(file);
+    mounted.end();
+}
+
+fn a_reader_beside_an_append_keeps_no_zeros_at_the_old_end(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    mounted.control.make_file("slow", &[7; 5000]);
+    let path = mounted.path("slow");
+    let file = File::open(&path).unwrap();
+    *mounted.control.slow.lock() = Duration::from_millis(300);
+    std::thread::scope(|scope| {
+        let appending = scope.spawn(|| {
+            let mut log = OpenOptions::new().append(true).open(&path).unwrap();
+            log.write_all(&[7; 3000]).unwrap();
+        });
+        // What it is about to write to is not cached any more.
+        while mounted.control.appends.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        *mounted.control.slow.lock() = Duration::ZERO;
+        let old = second_page(&file);
+        assert!(old.iter().all(|byte| *byte == 7));
+        appending.join().unwrap();
+    });
+    assert!(second_page(&file) == [7; 3904]);
+    drop(file);
     mounted.end();
 }
 

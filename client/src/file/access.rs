@@ -20,6 +20,10 @@ impl Accesses {
     pub(super) fn keep(&self) {
         self.noted.store(false, Relaxed);
     }
+
+    pub(super) fn are_kept(&self) -> bool {
+        !self.noted.load(Relaxed)
+    }
 }
 
 impl Handle {

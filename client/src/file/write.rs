@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 use fjordfs_proto::{BLOCK_SIZE_MAX, FsResult};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
-use super::{Handle, now, too_big};
+use super::{Handle, Unanswered, now, too_big};
 
 /// Scattered dirty bytes of one file are uploaded from here on, without waiting for a full run.
 const SCATTERED_MAX: u64 = 4 * BLOCK_SIZE_MAX as u64;
@@ -16,6 +16,9 @@ enum At {
     End,
 }
 
+/// The bytes are not to be committed before their caller has its answer.
+type Answer<'a> = Option<&'a mut Unanswered>;
+
 impl Handle {
     pub(super) async fn write_at(&self, offset: u64, data: Bytes) -> FsResult<()> {
         let end = too_big(self.state.ino, offset.checked_add(data.len() as u64))?;
@@ -23,16 +26,20 @@ impl Handle {
         if mixes {
             self.client.flush(&self.state).await?;
         }
-        self.write(At::Offset(offset), data).await?;
+        self.write(At::Offset(offset), data, None).await?;
         Ok(())
     }
 
-    pub(super) async fn append(&self, data: Bytes) -> FsResult<u64> {
-        self.write(At::End, data).await
+    pub(super) async fn append(&self, data: Bytes, waits: bool) -> FsResult<(u64, Unanswered)> {
+        let mut unanswered = Unanswered::default();
+        // Of more than that, the beginning may have to be committed before there is room for the end.
+        let waits = waits && data.len() <= self.client.budget.portion_max();
+        let at = self.write(At::End, data, waits.then_some(&mut unanswered)).await?;
+        Ok((at, unanswered))
     }
 
     /// Puts `data` in place, in portions that the dirty bound lets through. Returns where it begins.
-    async fn write(&self, at: At, mut data: Bytes) -> FsResult<u64> {
+    async fn write(&self, at: At, mut data: Bytes, mut answer: Answer<'_>) -> FsResult<u64> {
         self.take_error()?;
         let mut begin = None;
         let mut next = at;
@@ -41,7 +48,7 @@ impl Handle {
             let len = portion.len() as u64;
             self.client.budget.reserve(len).await;
             self.client.cache.yield_to(self.client.budget.used());
-            match self.place(next, portion).await {
+            match self.place(next, portion, answer.as_deref_mut()).await {
                 Ok(offset) => {
                     begin.get_or_insert(offset);
                     if let At::Offset(_) = at {
@@ -57,9 +64,9 @@ impl Handle {
         Ok(begin.unwrap_or_else(|| self.state.lock().view.size()))
     }
 
-    async fn place(&self, at: At, portion: Bytes) -> FsResult<u64> {
+    async fn place(&self, at: At, portion: Bytes, mut answer: Answer<'_>) -> FsResult<u64> {
         loop {
-            if let Some(offset) = self.try_place(at, &portion)? {
+            if let Some(offset) = self.try_place(at, &portion, answer.as_deref_mut())? {
                 return Ok(offset);
             }
             // What is local is not all appended: commit it, so that the append has an end of file to refer to.
@@ -68,7 +75,7 @@ impl Handle {
     }
 
     /// Puts the bytes in place; `None` when an append has to wait for a flush.
-    fn try_place(&self, at: At, portion: &Bytes) -> FsResult<Option<u64>> {
+    fn try_place(&self, at: At, portion: &Bytes, answer: Answer<'_>) -> FsResult<Option<u64>> {
         let mut inner = self.state.lock();
         let (offset, append) = match at {
             At::Offset(offset) => (offset, false),
@@ -78,6 +85,12 @@ impl Handle {
             },
         };
         too_big(self.state.ino, offset.checked_add(portion.len() as u64))?;
+        if let Some(Unanswered(answered)) = answer {
+            let (sender, done) = watch::channel(false);
+            *answered = Some(sender);
+            inner.unanswered.retain(|other| other.has_changed().is_ok());
+            inner.unanswered.push(done);
+        }
         let before = inner.view.dirty_bytes();
         let freed = inner.view.write(offset, portion.clone(), now(), append);
         let after = inner.view.dirty_bytes();

@@ -31,7 +31,8 @@ pub(crate) struct Unit {
     length: u64,
     /// The bytes travel inside the commit; there is no block.
     inline: bool,
-    /// Units that have to be done before this one is committed. Only older ones, so no two units wait for each other.
+    /// Units that have to be done before this one is committed, and appends that have to be answered. Only older ones, so no two units wait
+    /// for each other.
     before: Vec<UnitDone>,
     done: watch::Sender<bool>,
 }
@@ -113,6 +114,7 @@ impl Unit {
         self.length += taken;
         self.parts.extend(pieces);
         self.before.extend(inner.units.iter().filter(|(id, _)| *id < self.id).map(|(_, done)| done.clone()));
+        self.before.extend(inner.unanswered.iter().filter(|done| done.has_changed().is_ok()).cloned());
         if !inner.units.iter().any(|(id, _)| *id == self.id) {
             inner.units.push((self.id, self.done.subscribe()));
             self.files.push(state.clone());

@@ -14,9 +14,9 @@ use fjordfs_proto::mode::PERMISSIONS;
 use fjordfs_proto::pb::meta::Attr;
 use fjordfs_proto::{FsResult, InodeId};
 
-use super::{Answer, Dispatcher, Opened, unknown_handle};
+use super::{Answer, Dispatcher, Opened, told, unknown_handle};
 use crate::abi::{OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen};
-use crate::ends::ShortAnswer;
+use crate::ends::{ShortAnswer, Told};
 use crate::filesystem::{Filesystem, NewFile};
 use crate::reply::{self, Reply, Validity};
 use crate::request::Caller;
@@ -97,7 +97,7 @@ impl<F: Filesystem> Dispatcher<F> {
     fn created(&self, attr: &Attr, validity: Validity, file: F::File, flags: u32) -> Answer {
         let (fh, out) = self.opened(file, InodeId(attr.ino), attr.data_version, flags);
         let reply = Reply::created(&reply::entry_out(attr, validity), &out);
-        Answer { opened: Some(Opened::File(fh)), brings: Some(InodeId(attr.ino)), ..reply.into() }
+        Answer { opened: Some(Opened::File(fh)), brings: Some(told(attr)), ..reply.into() }
     }
 
     fn opened(&self, file: F::File, ino: InodeId, data_version: u64, flags: u32) -> (u64, OpenOut) {
@@ -166,7 +166,7 @@ impl<F: Filesystem> Dispatcher<F> {
                 let more = self.fs.read_into(&open.file, offset + filled as u64, rest).await?.min(rest.len());
                 filled += more;
                 if more == 0 || filled == size {
-                    break (filled < size).then(|| self.ends.short_answer(open.ino));
+                    break (filled < size).then(|| self.ends.short_answer(open.ino, offset + filled as u64));
                 }
                 if let Some(ends) = self.end_of_file(&open, offset + filled as u64) {
                     break Some(ends);
@@ -183,7 +183,7 @@ impl<F: Filesystem> Dispatcher<F> {
             filled += len;
             parts.append(&mut more);
             if len == 0 || filled == size {
-                break (filled < size).then(|| self.ends.short_answer(open.ino));
+                break (filled < size).then(|| self.ends.short_answer(open.ino, offset + filled as u64));
             }
             if let Some(ends) = self.end_of_file(&open, offset + filled as u64) {
                 break Some(ends);
@@ -194,7 +194,7 @@ impl<F: Filesystem> Dispatcher<F> {
 
     /// An answer that ends here, at the end of the file; `None` when the file has grown since it was read.
     fn end_of_file(&self, open: &OpenFile<F::File>, end: u64) -> Option<ShortAnswer> {
-        let short = self.ends.short_answer(open.ino);
+        let short = self.ends.short_answer(open.ino, end);
         (self.fs.size(&open.file) <= end).then_some(short)
     }
 
@@ -205,7 +205,7 @@ impl<F: Filesystem> Dispatcher<F> {
         write_flags: u32,
         flags: u32,
         data: Bytes,
-    ) -> FsResult<Reply> {
+    ) -> FsResult<Answer> {
         let open = self.file(fh).await?;
         let size = data.len();
         if write_flags & WRITE_KILL_SUIDGID != 0 && self.fs.drop_suid(&open.file) {
@@ -214,20 +214,31 @@ impl<F: Filesystem> Dispatcher<F> {
         }
         // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
         let is_write_back = write_flags & WRITE_CACHE != 0;
+        let mut tells = None;
+        let mut unanswered: Option<Box<dyn Send>> = None;
         if appends(flags) && !is_write_back {
-            let at = self.fs.append(&open.file, data).await?;
+            // The kernel holds no page of it meanwhile, and takes the file to end there afterwards.
+            tells = Some(Told { ino: open.ino, size: offset + size as u64 });
+            let (at, until) = self.fs.append(&open.file, data).await?;
+            unanswered = Some(Box::new(until));
             if at != offset {
                 // Another client appended: the kernel has the data cached where it assumed the end.
                 self.pages_are_stale(open.ino);
             }
         } else {
             self.fs.write(&open.file, offset, data).await?;
+            if !has(flags, libc::O_DIRECT) {
+                self.ends.overwritten(open.ino, offset..offset + size as u64);
+            }
         }
         if appends(flags) && has(flags, libc::O_DSYNC) {
-            // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us.
+            // Elsewhere the kernel sends an FSYNC of its own; for handles marked direct it leaves it to us. It is to be committed before the
+            // answer then.
+            unanswered = None;
             self.fs.fsync(&open.file).await?;
         }
-        Ok(Reply::of(&WriteOut { size: size as u32, padding: 0 }))
+        let reply = Reply::of(&WriteOut { size: size as u32, padding: 0 });
+        Ok(Answer { tells, unanswered, ..reply.into() })
     }
 
     /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages

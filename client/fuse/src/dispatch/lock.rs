@@ -2,12 +2,13 @@
 //! which locks a close takes along ([`crate::lock_owners`]).
 
 use fjordfs_proto::error::Errno;
-use fjordfs_proto::{FsError, FsResult};
+use fjordfs_proto::{FsError, FsResult, InodeId};
 
 use super::Dispatcher;
 use super::file::OpenFile;
 use crate::abi::FileLock;
 use crate::filesystem::{Filesystem, Lock, LockOwner};
+use crate::lock_owners::Released;
 use crate::reply::Reply;
 use crate::request::LockArguments;
 
@@ -48,7 +49,7 @@ impl<F: Filesystem> Dispatcher<F> {
         }
         let is_listed = !lock.owner.flock;
         if is_listed {
-            self.lock_owners.uses(open.ino, fh, lock.owner.id);
+            self.locks_through(open.ino, fh, lock.owner.id);
         }
         let version = if wait {
             self.fs.lock(&open.file, lock, self.interrupts.interrupted(unique)).await?
@@ -57,10 +58,16 @@ impl<F: Filesystem> Dispatcher<F> {
         };
         if is_listed {
             // Its process may have closed the file while it waited.
-            self.lock_owners.uses(open.ino, fh, lock.owner.id);
+            self.locks_through(open.ino, fh, lock.owner.id);
         }
         self.show_others_bytes(&open, version).await;
         Ok(Reply::Empty)
+    }
+
+    pub(super) fn locks_through(&self, ino: InodeId, fh: u64, owner: u64) {
+        if self.lock_owners.uses(ino, fh, owner) {
+            self.fs.leave_lock_user(ino, owner, fh, true);
+        }
     }
 
     /// Whoever has a lock sees what others wrote before they gave it up: pages from before go.
@@ -68,22 +75,25 @@ impl<F: Filesystem> Dispatcher<F> {
         self.kernel_cache.changed_here(open.ino, self.fs.own_versions(&open.file));
         if !self.kernel_cache.is_current(open.ino, version) {
             self.kernel_cache.forget(open.ino);
-            self.notifier.drop_pages(open.ino).await;
+            self.notifier.drop_pages(open.ino, 0).await;
             self.kernel_cache.set_current(open.ino, version);
         }
     }
 
     /// A process has closed a descriptor: its locks on the file are gone.
     pub(super) async fn unlock_process(&self, fh: u64, open: &OpenFile<F::File>, owner: u64) -> FsResult<()> {
-        self.lock_owners.closed(open.ino, fh, owner);
+        if self.lock_owners.closed(open.ino, fh, owner) {
+            self.fs.leave_lock_user(open.ino, owner, fh, false);
+        }
         self.unlock_all(open, LockOwner { id: owner, flock: false }).await
     }
 
     /// The open file is gone, and with it what was locked through it.
     pub(super) async fn unlock_open_file(&self, fh: u64, open: &OpenFile<F::File>, flock_owner: Option<u64>) {
         let flock = flock_owner.map(|id| LockOwner { id, flock: true });
-        let others = self.lock_owners.released(open.ino, fh);
-        let owners = others.into_iter().map(|id| LockOwner { id, flock: false }).chain(flock);
+        let Released { used_by, without } = self.lock_owners.released(open.ino, fh);
+        used_by.into_iter().for_each(|owner| self.fs.leave_lock_user(open.ino, owner, fh, false));
+        let owners = without.into_iter().map(|id| LockOwner { id, flock: false }).chain(flock);
         for owner in owners {
             if let Err(e) = self.unlock_all(open, owner).await {
                 tracing::warn!(ino = %open.ino, "a lock may stay behind after a close: {e}");

@@ -6,7 +6,7 @@ use fjordfs_proto::mode::PERMISSIONS;
 use fjordfs_proto::pb::meta::{FileKind, Time};
 use fjordfs_proto::{FILE_SIZE_MAX, FsError, FsResult, InodeId};
 
-use super::{Answer, Dispatcher};
+use super::{Answer, Dispatcher, told};
 use crate::abi::{SetattrIn, fattr};
 use crate::filesystem::{AttrChange, Filesystem, NewNode, TimeChange};
 use crate::reply::{self, Reply};
@@ -18,10 +18,12 @@ impl<F: Filesystem> Dispatcher<F> {
         Ok(self.made(parent, name, &attr))
     }
 
-    pub(super) async fn setattr(&self, ino: InodeId, input: &SetattrIn) -> FsResult<Reply> {
+    pub(super) async fn setattr(&self, ino: InodeId, input: &SetattrIn) -> FsResult<Answer> {
         let change = attr_change(input)?;
         let attr = self.fs.setattr(ino, change).await?;
-        Ok(Reply::of(&reply::attr_out(&attr, self.validity)))
+        // While the kernel truncates, nothing can be waited for ([`crate::ends`]).
+        let tells = (input.valid & fattr::SIZE == 0).then(|| told(&attr));
+        Ok(Answer { tells, ..Reply::of(&reply::attr_out(&attr, self.validity)).into() })
     }
 }
 

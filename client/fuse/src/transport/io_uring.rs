@@ -248,7 +248,7 @@ impl Slot for UringSlot {
         self.is_kept = true;
         if let Err(e) = self.shared.ring.keep(self.index) {
             tracing::warn!(
-                "one request fewer can be in flight on a CPU while this one waits for a lock: {e}"
+                "one request fewer can be in flight on a CPU while this one waits for others: {e}"
             );
         }
     }

@@ -30,6 +30,7 @@ pub struct Control {
     pub inodes: Mutex<HashMap<u64, Inode>>,
     next: AtomicU64,
     pub reads: AtomicU64,
+    pub appends: AtomicU64,
     pub lookups: AtomicU64,
     pub getattrs: AtomicU64,
     pub flushes: AtomicU64,
@@ -38,7 +39,7 @@ pub struct Control {
     pub releases: AtomicU64,
     /// Largest read or write seen, bytes.
     pub size_max: AtomicU64,
-    /// Reads and writes of files whose names begin with "slow", lookups of "slowname", and making directories whose names begin
+    /// Reads, writes and appends of files whose names begin with "slow", lookups of "slowname", and making directories whose names begin
     /// with "late" take this long.
     pub slow: Mutex<Duration>,
     pub panic_on_read: AtomicBool,
@@ -204,6 +205,7 @@ impl MemFs {
 
 impl Filesystem for MemFs {
     type File = MemFile;
+    type Unanswered = ();
 
     fn mounted(&self, notifier: Notifier) {
         *self.0.notifier.lock() = Some(notifier);
@@ -379,12 +381,14 @@ impl Filesystem for MemFs {
         self.with(InodeId(file.0), drop).unwrap_or_default()
     }
 
-    async fn append(&self, file: &MemFile, data: Bytes) -> FsResult<u64> {
+    async fn append(&self, file: &MemFile, data: Bytes) -> FsResult<(u64, ())> {
+        self.0.appends.fetch_add(1, Ordering::SeqCst);
+        self.0.be_slow(file.0).await;
         self.with(InodeId(file.0), |inode| {
             let at = inode.data.len() as u64;
             inode.data.extend_from_slice(&data);
             changed(inode);
-            at
+            (at, ())
         })
     }
 
