@@ -1,8 +1,8 @@
 //! Metaservers, the servers of their store, data servers and clients on hosts of their own; everything that can go wrong with the metadata goes
 //! wrong, in an order that follows from a seed.
 //!
-//! Meanwhile clients make, append, rename and remove ([`super::work`]), look at what others have just published, and count under a
-//! lock. No operation may fail, be lost or be done twice, nobody may see what is older than what was published before, and no lock may
+//! Meanwhile clients make, append, rename and remove ([`super::work`]), look at what others have just published, count under a
+//! lock, and import trees, each by a client that comes and goes. No operation may fail, be lost or be done twice, nobody may see what is older than what was published before, and no lock may
 //! be held by two.
 
 use std::{
@@ -22,10 +22,12 @@ use std::{
 use fjordfs_tests::{
     Cluster, MountPoint, Network, Setup,
     engines::{Etcd, Hosts, Postgres},
+    fjord,
     locks::{self, Kind},
     network::HostNo,
-    process::own_descriptors,
+    process::{own_descriptors, run_within},
     rng,
+    tree::{ALL, Tree, assert_same},
     wait::wait_for,
 };
 use rand::{Rng, seq::SliceRandom};
@@ -93,7 +95,7 @@ impl Hosts for Members {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Engine {
     Etcd,
     Postgres,
@@ -356,6 +358,39 @@ fn count(file: &Path, stop: &AtomicBool) -> u64 {
     times
 }
 
+/// Copied in again and again while faults happen: small enough that it is begun, and ends, at many moments.
+const IMPORTED: Tree = Tree {
+    directories: 6,
+    small: 60,
+    small_max: 40_000,
+    large: 1,
+    large_size: 3 << 20,
+    sparse: 1,
+    symlinks: 6,
+    hard_links: 4,
+};
+
+/// Longer than an import waits for what does not answer.
+const IMPORT_MAX: Duration = Duration::from_secs(180);
+
+/// Where the import with this number goes.
+fn imported(number: u64) -> String {
+    format!("import{number}")
+}
+
+/// Imports `source` again and again, each time with a client of its own; returns how often.
+fn import(source: &Path, meta: &str, network: &Network, stop: &AtomicBool) -> u64 {
+    let mut times = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let mut command = fjord(["import", "--quiet", "--meta", meta]);
+        command.arg(source).arg(format!("/{}", imported(times)));
+        network.enter(&mut command, Setup::ADMIN_HOST);
+        run_within(command, IMPORT_MAX).ok();
+        times += 1;
+    }
+    times
+}
+
 /// Lets everybody end when the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
@@ -380,6 +415,9 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
     let mounts = [stage.mount(0), stage.mount(1)];
     let [a, b] = [mounts[0].path(), mounts[1].path()];
     fs::write(a.join("count"), "0").unwrap();
+    let source = stage.cluster.dir("source");
+    IMPORTED.generate(&source, seed);
+    let (meta, network) = (stage.cluster.meta_address(), Arc::clone(&stage.network));
     let (stop, published) = (&AtomicBool::new(false), &AtomicU64::new(0));
     std::thread::scope(|scope| {
         let stopping = Stop(stop);
@@ -397,6 +435,7 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
                 count(&mount.join("count"), stop)
             })
         });
+        let importer = scope.spawn(|| import(&source, &meta, &network, stop));
         for fault in faults {
             let owner = stage.wait_settled();
             std::thread::sleep(Duration::from_millis(rng.random_range(200..1200)));
@@ -412,7 +451,15 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
             assert_eq!(fs::read_to_string(mount.join("count")).unwrap(), counted.to_string());
         }
         let looks = looker.join().unwrap();
-        assert!(looks > 0 && counted > 0, "{looks} looks, {counted} counted");
+        let imports = importer.join().unwrap();
+        assert!(
+            looks > 0 && counted > 0 && imports > 0,
+            "{looks} looks, {counted} counted, {imports} imports"
+        );
+        for n in 0..imports {
+            let there = [a, b][n as usize % CLIENTS].join(imported(n));
+            assert_same(&source, &there, ALL);
+        }
         for worker in workers {
             let (there, folder) = worker.join().unwrap();
             assert!(there.len() > 2, "hardly anything was done in {}", folder.display());
@@ -420,7 +467,7 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
                 assert_eq!(found(&mount.join(folder.file_name().unwrap())), there);
             }
         }
-        eprintln!("seed {seed} held: {looks} looks, {counted} counted");
+        eprintln!("seed {seed} held: {looks} looks, {counted} counted, {imports} imports");
     });
     mounts.into_iter().for_each(MountPoint::unmount);
     stage.cluster.assert_running();
@@ -446,18 +493,20 @@ fn soak() {
     let minutes: u64 = std::env::var("FJORD_SOAK_MINUTES").unwrap().parse().unwrap();
     let until = Instant::now() + Duration::from_secs(60 * minutes);
     let first = rng::seed("soak");
-    let mut seconds: BTreeMap<u64, u64> = BTreeMap::new();
-    for seed in first.. {
+    // By engine, and the seconds that they took.
+    let mut take_overs: BTreeMap<Engine, BTreeMap<u64, u64>> = BTreeMap::new();
+    for (seed, engine) in (first..).zip([Engine::Etcd, Engine::Postgres].into_iter().cycle()) {
         if Instant::now() >= until {
             break;
         }
-        let engine = if seed % 2 == 0 { Engine::Etcd } else { Engine::Postgres };
         for took in run(engine, seed, 4) {
-            *seconds.entry(took.as_secs()).or_default() += 1;
+            *take_overs.entry(engine).or_default().entry(took.as_secs()).or_default() += 1;
         }
-        let all: u64 = seconds.values().sum();
-        eprintln!(
-            "soak: seeds {first} to {seed} held; {all} take-overs, by seconds that they took: {seconds:?}"
-        );
+        for (engine, seconds) in &take_overs {
+            let all: u64 = seconds.values().sum();
+            eprintln!(
+                "soak: seeds {first} to {seed} held; {all} take-overs on {engine:?}, by seconds that they took: {seconds:?}"
+            );
+        }
     }
 }
