@@ -3,11 +3,15 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Weak, atomic::AtomicUsize},
+    time::Duration,
 };
 
 use fjordfs_proto::{ClusterMap, FsResult, InodeId, SessionId};
 use parking_lot::Mutex;
-use tokio::sync::{broadcast, mpsc};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::Instant,
+};
 
 use crate::{
     Options, batch,
@@ -25,6 +29,9 @@ use crate::{
     successor::Successor,
     write::{packer, spawn_flusher},
 };
+
+/// A step of the end that takes longer is mentioned in the log, each time again.
+const LONG: Duration = Duration::from_secs(10);
 
 /// A session with a FjordFS cluster. Clones share it.
 ///
@@ -126,8 +133,8 @@ impl Client {
     /// # Errors
     /// The first failure; the session is ended nevertheless.
     pub async fn shutdown(&self) -> FsResult<()> {
-        let synced = self.sync_all().await;
-        let ended = self.inner.meta.goodbye().await;
+        let synced = mentioned("writing back and syncing", self.sync_all()).await;
+        let ended = mentioned("ending the session", self.inner.meta.goodbye()).await;
         synced.and(ended)
     }
 
@@ -150,6 +157,18 @@ impl Client {
     /// appended first: whoever caches their bytes has to drop them.
     pub fn appends_moved(&self) -> broadcast::Receiver<InodeId> {
         self.inner.moved.subscribe()
+    }
+}
+
+/// Whoever waits for the end of a client finds in the log for what.
+async fn mentioned<T>(what: &str, step: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let mut step = std::pin::pin!(step);
+    loop {
+        match tokio::time::timeout(LONG, &mut step).await {
+            Ok(done) => return done,
+            Err(_) => tracing::warn!("{what} has taken {} s so far", begun.elapsed().as_secs()),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "takeover/faults.rs"]
 mod faults;
+#[path = "takeover/restore.rs"]
+mod restore;
 
 use std::{
     collections::BTreeSet,
