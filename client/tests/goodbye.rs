@@ -14,7 +14,7 @@ use std::{
 
 use fjordfs_client::{Client, Network, Options, Wire};
 use fjordfs_proto::{
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSION, Policy,
     pb::{
         common::ClusterMap,
         meta::{
@@ -93,10 +93,17 @@ impl Meta for Fake {
             return Err(Status::not_found("it is over"));
         }
         let (out, answers) = mpsc::channel(16);
+        let policy: Policy = "replica:1".parse().unwrap();
+        let map = ClusterMap {
+            cluster_id: "fake".into(),
+            epoch: 1,
+            default_policy: policy.code().into(),
+            ..ClusterMap::default()
+        };
         let welcome = Welcome {
             session: 7,
             cluster_id: "fake".into(),
-            map: Some(ClusterMap { cluster_id: "fake".into(), epoch: 1, ..ClusterMap::default() }),
+            map: Some(map),
             root: 1,
             session_timeout_ms: 10_000,
             slots: 8,

@@ -3,6 +3,8 @@
 
 #[path = "takeover/faults.rs"]
 mod faults;
+#[path = "takeover/leaving.rs"]
+mod leaving;
 #[path = "takeover/restore.rs"]
 mod restore;
 

@@ -39,7 +39,7 @@ const STANDBYS: usize = 2;
 const CLIENTS: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Fault {
+pub(super) enum Fault {
     /// kill -9, and started again.
     KillOwner,
     /// SIGSTOP until another serves.
@@ -67,7 +67,7 @@ enum Fault {
 }
 
 /// Those after which another owns the store.
-const OF_OWNERS: [Fault; 5] =
+pub(super) const OF_OWNERS: [Fault; 5] =
     [Fault::KillOwner, Fault::PauseOwner, Fault::CutOwner, Fault::CutOwnerFromStore, Fault::HandOver];
 /// Those of the store.
 const OF_ETCD: [Fault; 5] =
@@ -96,7 +96,7 @@ impl Hosts for Members {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Engine {
+pub(super) enum Engine {
     Etcd,
     Postgres,
 }
@@ -151,7 +151,7 @@ impl Store {
     }
 }
 
-struct Stage {
+pub(super) struct Stage {
     cluster: Cluster,
     store: Store,
     network: Arc<Network>,
@@ -166,7 +166,7 @@ fn serves(log: &str) -> bool {
 }
 
 impl Stage {
-    fn new(engine: Engine, seed: u64) -> Stage {
+    pub(super) fn new(engine: Engine, seed: u64) -> Stage {
         let mut setup = Setup { servers: 2, standbys: STANDBYS, ..Setup::default() };
         let first_member = setup.hosts(CLIENTS);
         let network = Arc::new(Network::new(first_member + 3, seed));
@@ -189,7 +189,7 @@ impl Stage {
         Stage { cluster, store, network, first_member, take_overs: Vec::new() }
     }
 
-    fn mount(&self, client: usize) -> MountPoint {
+    pub(super) fn mount(&self, client: usize) -> MountPoint {
         let dir = self.cluster.dir(&format!("client{client}"));
         MountPoint::of(self.cluster.mount_command(client, &dir, ""), &dir, self.cluster.folder())
     }
@@ -199,7 +199,7 @@ impl Stage {
     }
 
     /// Waits until one serves and the others stand by.
-    fn wait_settled(&mut self) -> usize {
+    pub(super) fn wait_settled(&mut self) -> usize {
         wait_for("one owner, and standbys", TAKE_OVER_MAX, || {
             let logs: Vec<String> = (0..=STANDBYS).map(|n| self.log(n)).collect();
             let serving: Vec<usize> = (0..=STANDBYS).filter(|n| serves(&logs[*n])).collect();
@@ -237,7 +237,7 @@ impl Stage {
     }
 
     /// One fault from its beginning to its end.
-    fn suffer(&mut self, fault: Fault, owner: usize, lasts: Duration) {
+    pub(super) fn suffer(&mut self, fault: Fault, owner: usize, lasts: Duration) {
         let begun = Instant::now();
         let host = self.cluster.setup().metaserver_host(owner);
         let members = self.first_member..self.first_member + self.store.servers();
