@@ -1,7 +1,10 @@
 //! Mounts that come and go while owners do: an unmount ends whatever happens to the owner meanwhile, and what was written is there.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -13,7 +16,8 @@ use super::{
     found, work,
 };
 
-/// Each fault of owners so often, each time with a mount that leaves before it, during it or after it; `until` ends it early.
+/// Each fault of owners so often, each time with a mount that leaves within the seconds that it takes, with things that it has decided and
+/// not told; `until` ends it early.
 fn run(engine: Engine, seed: u64, times: usize, until: Option<Instant>) {
     let mut rng = rng::stream(seed, 0x1ea7e);
     let mut faults = OF_OWNERS.repeat(times);
@@ -29,7 +33,9 @@ fn run(engine: Engine, seed: u64, times: usize, until: Option<Instant>) {
         let leaves = stage.mount(1);
         let folder = format!("round{round}");
         let (works, lasts) = (rng.random_range(100..1500), rng.random_range(1000..3000));
+        let (begins, pause) = (rng.random_range(0..100), rng.random_range(0..3000));
         let stop = AtomicBool::new(false);
+        let (done, has_worked) = mpsc::channel();
         let there = std::thread::scope(|scope| {
             let leaver = scope.spawn(|| {
                 own_descriptors();
@@ -39,11 +45,14 @@ fn run(engine: Engine, seed: u64, times: usize, until: Option<Instant>) {
                     stop.store(true, Ordering::Relaxed);
                     worker.join().unwrap()
                 });
+                done.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(pause));
                 let begun = Instant::now();
                 leaves.unmount();
                 (there, begun.elapsed())
             });
-            std::thread::sleep(Duration::from_millis(rng.random_range(100..1500)));
+            has_worked.recv().unwrap();
+            std::thread::sleep(Duration::from_millis(begins));
             stage.suffer(fault, owner, Duration::from_millis(lasts));
             let (there, took) = leaver.join().unwrap();
             eprintln!("round {round}: {fault:?}, left within {took:?}");
