@@ -78,7 +78,7 @@ fn mounts_leave_while_owners_on_postgres_come_and_go() {
 }
 
 #[test]
-#[ignore = "takes as long as FJORD_SOAK_MINUTES says"]
+#[ignore = "takes as long as FJORD_SOAK_MINUTES says: tests/run soak MINUTES leaving"]
 fn soak() {
     let minutes: u64 = std::env::var("FJORD_SOAK_MINUTES").unwrap().parse().unwrap();
     let until = Instant::now() + Duration::from_secs(60 * minutes);
