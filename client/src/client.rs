@@ -8,7 +8,10 @@ use std::{
 
 use fjordfs_proto::{ClusterMap, FsError, FsResult, InodeId, SessionId, error::Errno};
 use parking_lot::Mutex;
-use tokio::sync::{broadcast, mpsc};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::Instant,
+};
 
 use crate::{
     Options, batch,
@@ -30,6 +33,9 @@ use crate::{
 /// How long the end of a session waits for servers that have all that is to be kept: as long as a metaserver may take to start
 /// again. A session that is not ended ends by itself.
 const END_PATIENCE: Duration = Duration::from_secs(20);
+
+/// A step of the end that takes longer is mentioned in the log, each time again.
+const LONG: Duration = Duration::from_secs(10);
 
 /// A session with a FjordFS cluster. Clones share it.
 ///
@@ -134,15 +140,16 @@ impl Client {
     /// The first failure; the session is ended nevertheless, or ends by itself.
     pub async fn shutdown(&self) -> FsResult<()> {
         let patience = END_PATIENCE.min(self.inner.options.operation_timeout);
+        let syncing = mentioned("writing back and syncing", self.sync_all());
         let synced = match self.has_unsent() {
-            true => self.sync_all().await,
-            false => tokio::time::timeout(patience, self.sync_all()).await.unwrap_or_else(|_| {
+            true => syncing.await,
+            false => tokio::time::timeout(patience, syncing).await.unwrap_or_else(|_| {
                 let why =
                     "the servers do not answer; what they had answered last may not survive a power failure";
                 Err(FsError::new(Errno::ETIMEDOUT, why))
             }),
         };
-        let ended = self.inner.meta.goodbye(patience).await;
+        let ended = mentioned("ending the session", self.inner.meta.goodbye(patience)).await;
         synced.and(ended)
     }
 
@@ -170,6 +177,18 @@ impl Client {
     /// appended first: whoever caches their bytes has to drop them.
     pub fn appends_moved(&self) -> broadcast::Receiver<InodeId> {
         self.inner.moved.subscribe()
+    }
+}
+
+/// Whoever waits for the end of a client finds in the log for what.
+async fn mentioned<T>(what: &str, step: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let mut step = std::pin::pin!(step);
+    loop {
+        match tokio::time::timeout(LONG, &mut step).await {
+            Ok(done) => return done,
+            Err(_) => tracing::warn!("{what} has taken {} s so far", begun.elapsed().as_secs()),
+        }
     }
 }
 

@@ -17,12 +17,13 @@
 //!
 //! # What a restored store is
 //! The metadata as it was at the backup, while the data servers have gone on since. So no id of before is used again: block, inode,
-//! session and map numbers go on far behind those of the backup. Blocks written since are garbage (`fjord gc`), and files
+//! session and map numbers go on far behind those of the backup, and of an earlier restore of it. Blocks written since are garbage (`fjord gc`), and files
 //! whose blocks have been deleted since cannot be read any more (`fjord fsck` names the blocks).
 
 use std::{
     io::{self, BufReader, Read, Write},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use bytes::Bytes;
@@ -40,6 +41,7 @@ use crate::{
     store::{
         Batch, FjallOptions, FjallStore, Late, MetaStore, Order, Pair, Place, Reading, RemoteStore,
         StoreError,
+        bulk::{self, Bulk},
     },
     store_label::Closed,
 };
@@ -58,12 +60,14 @@ const FRAME: usize = 1 << 20;
 const FRAME_MAX: usize = 64 << 20;
 /// Records read at a time.
 const PAGE: usize = 4096;
-/// Records of one batch of a restore.
-const BATCH: usize = 10_000;
 
 /// More than could be given out between a backup and its restore.
 const IDS_SKIPPED: u64 = 1 << 40;
 const EPOCHS_SKIPPED: u64 = 1 << 32;
+/// And for each second between them, so that a second restore of the same backup uses none that were given out since the first: more
+/// than a cluster gives out in a second. A century of these is far below what a number holds.
+const IDS_PER_SECOND: u64 = 1 << 24;
+const EPOCHS_PER_SECOND: u64 = 1 << 16;
 
 /// What a backup is of.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -103,6 +107,9 @@ pub enum BackupError {
     /// There is metadata where it should go.
     #[error("{0} holds metadata already: a backup is restored into an empty place")]
     NotEmpty(String),
+    /// A metaserver runs.
+    #[error("a metaserver runs on {0}: stop all of them first, and name an empty place")]
+    Owned(String),
     /// The folder cannot be used.
     #[error(transparent)]
     Folder(#[from] FolderError),
@@ -182,7 +189,7 @@ fn frame(kind: u8, number: u32, bytes: &[u8]) -> Vec<u8> {
 fn read(
     file: &Path,
     source: &mut impl Read,
-    mut each: impl FnMut(Pair) -> Result<(), BackupError>,
+    mut each: impl FnMut(&About, Pair) -> Result<(), BackupError>,
 ) -> Result<(About, u64), BackupError> {
     let damaged = |what: String| BackupError::Damaged { file: file.to_owned(), what };
     let mut magic = [0; MAGIC.len()];
@@ -214,7 +221,7 @@ fn read(
                 }
                 about = Some(found);
             }
-            (RECORDS, Some(_)) => {
+            (RECORDS, Some(about)) => {
                 let mut rest = &bytes[..];
                 while !rest.is_empty() {
                     let (Some(key), Some(value)) = (part(&mut rest), part(&mut rest)) else {
@@ -225,7 +232,7 @@ fn read(
                     }
                     last = key.to_vec();
                     records += 1;
-                    each((key.to_vec(), Bytes::copy_from_slice(value)))?;
+                    each(about, (key.to_vec(), Bytes::copy_from_slice(value)))?;
                 }
             }
             (END, Some(about)) => {
@@ -272,7 +279,7 @@ fn part<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
 /// # Errors
 /// When it is damaged, torn, or of a newer release.
 pub fn verify(file: &Path) -> Result<(About, u64), BackupError> {
-    read(file, &mut open(file)?, |_| Ok(()))
+    read(file, &mut open(file)?, |_, _| Ok(()))
 }
 
 fn open(file: &Path) -> Result<BufReader<std::fs::File>, BackupError> {
@@ -301,7 +308,9 @@ pub fn restore(file: &Path, data: &Path, store: Option<&Place>) -> Result<(About
         }
         Some(place) => {
             let store = RemoteStore::open(place, FjallOptions::default().cache_bytes)?;
-            store.await_silence(Default::default(), None)?;
+            if !store.is_free()? {
+                return Err(BackupError::Owned(place.to_string()));
+            }
             let loaded = load(file, &store, &place.to_string())?;
             store.release()?;
             Ok(loaded)
@@ -317,39 +326,38 @@ fn load(file: &Path, store: &dyn MetaStore, name: &str) -> Result<(About, u64), 
     let fence = store.take_over()?;
     let marker = keys::CLOSED.to_vec();
     store.commit(Batch { writes: vec![(marker.clone(), Some(Closed::restoring().encode()))] }, fence)?;
-    store.sync()?;
-    let mut writes = Vec::new();
+    bulk::settle(store)?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut bulk = Bulk::new(store, fence);
     let mut source = open(file)?;
-    let loaded = read(file, &mut source, |(key, value)| {
-        let value =
-            onwards(&key, value).map_err(|what| BackupError::Damaged { file: file.to_owned(), what })?;
-        writes.push((key, Some(value)));
-        if writes.len() == BATCH {
-            store.commit(Batch { writes: std::mem::take(&mut writes) }, fence)?;
-        }
-        Ok(())
+    let loaded = read(file, &mut source, |about, (key, value)| {
+        let value = onwards(&key, value, now.saturating_sub(about.created));
+        let value = value.map_err(|what| BackupError::Damaged { file: file.to_owned(), what })?;
+        Ok(bulk.write(key, Some(value))?)
     })?;
-    store.commit(Batch { writes }, fence)?;
-    store.sync()?;
+    bulk.finish()?;
     store.commit(Batch { writes: vec![(marker, None)] }, fence)?;
-    store.sync()?;
+    bulk::settle(store)?;
     Ok(loaded)
 }
 
-/// Numbers given out since the backup are not given out again.
-fn onwards(key: &[u8], value: Bytes) -> Result<Bytes, String> {
+/// Numbers given out since the backup, which is so many seconds old, are not given out again.
+fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
+    let behind = |next: u64, skipped: u64, per_second: u64| {
+        next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
+    };
     match key {
         [keys::COUNTERS] => {
             let mut counters = Counters::decode(value).map_err(|e| format!("its counters: {e}"))?;
             for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
-                *next = next.saturating_add(IDS_SKIPPED);
+                *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
             }
             Ok(counters.encode_to_vec().into())
         }
         [keys::MAP] => {
             let mut map =
                 pb::common::ClusterMap::decode(value).map_err(|e| format!("its cluster map: {e}"))?;
-            map.epoch = map.epoch.saturating_add(EPOCHS_SKIPPED);
+            map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
             Ok(map.encode_to_vec().into())
         }
         _ => Ok(value),

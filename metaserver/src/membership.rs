@@ -57,6 +57,10 @@ use crate::{
 const RESERVE_MIN: u64 = 32 << 20;
 const RESERVE_MAX: u64 = 16 << 30;
 
+/// How much longer than otherwise a data server may be silent after a take-over. It may hang on the owner before, which takes what it
+/// says and cannot answer, and has to notice and to look for the next; those that write meanwhile must not find it down.
+const FINDING_OWNER: Duration = Duration::from_secs(5);
+
 /// What is known of a target besides its place in the map.
 #[derive(Clone, Debug)]
 struct TargetInfo {
@@ -122,8 +126,10 @@ impl Membership {
             };
             targets.insert(TargetId(id), TargetInfo { record, report });
         }
+        // Nobody takes over from the embedded engine.
+        let finding = if config.store.is_some() { FINDING_OWNER } else { Duration::ZERO };
         let mut membership = Membership {
-            heard: map.servers.keys().map(|id| (*id, now)).collect(),
+            heard: map.servers.keys().map(|id| (*id, now + finding)).collect(),
             unusable_since: HashMap::new(),
             dropping: targets.iter().filter(|(_, info)| info.record.removed).map(|(id, _)| *id).collect(),
             map: Arc::new(map),

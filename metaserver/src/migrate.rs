@@ -8,8 +8,6 @@
 //!
 //! Both stores are owned meanwhile, so a metaserver that still runs on either is fenced and ends.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use fjordfs_proto::FsError;
 
@@ -19,17 +17,11 @@ use crate::{
     label::{Folder, FolderError},
     store::{
         Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Order, Pair, Place, RemoteStore, StoreError,
+        bulk::{self, Bulk},
         each_page,
     },
     store_label::{self, Closed},
 };
-
-/// Bytes written at a time.
-const BATCH_BYTES: usize = 256 << 10;
-/// Writes that the new store has not acknowledged are awaited after so many batches.
-const BATCHES_UNSAFE_MAX: u32 = 64;
-/// An engine across a network must take a batch within this time.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How far it is.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -124,11 +116,7 @@ impl Open {
     }
 
     fn settle(&self) -> Result<(), MigrateError> {
-        match self.store.late() {
-            Some(late) => late.settle(PATIENCE)?,
-            None => self.store.sync()?,
-        };
-        Ok(())
+        Ok(bulk::settle(&*self.store)?)
     }
 
     fn release(&self) -> Result<(), MigrateError> {
@@ -183,16 +171,17 @@ pub fn migrate(from: &Place, to: &Place, mut tell: impl FnMut(Progress)) -> Resu
 /// Removes what a migration has left; anything else is somebody's.
 fn clear(new: &Open) -> Result<(), MigrateError> {
     let unfinished = matches!(store_label::closed(&*new.store)?, Some(Closed::Unfinished(_)));
-    let mut batches = 0;
+    let mut bulk = Bulk::new(&*new.store, new.fence);
     new.pages(|page| {
         if !unfinished {
             return Err(MigrateError::NotEmpty(new.place.clone()));
         }
-        batches += 1;
-        let rest = page.into_iter().filter(|(key, _)| key != keys::CLOSED);
-        new.commit(rest.map(|(key, _)| (key, None)).collect())?;
-        if batches % BATCHES_UNSAFE_MAX == 0 { new.settle() } else { Ok(()) }
-    })
+        for (key, _) in page.into_iter().filter(|(key, _)| key != keys::CLOSED) {
+            bulk.write(key, None)?;
+        }
+        Ok(())
+    })?;
+    Ok(bulk.finish()?)
 }
 
 fn copy(
@@ -201,34 +190,17 @@ fn copy(
     progress: &mut Progress,
     tell: &mut impl FnMut(Progress),
 ) -> Result<(), MigrateError> {
-    let writes_max = new.store.late().map_or(usize::MAX, Late::batch_writes);
-    let mut batches = 0;
-    let mut writes = Vec::new();
-    let mut bytes = 0;
-    let mut send = |writes: &mut Vec<_>| {
-        batches += 1;
-        new.commit(std::mem::take(writes))?;
-        if batches % BATCHES_UNSAFE_MAX == 0 { new.settle() } else { Ok(()) }
-    };
+    let mut bulk = Bulk::new(&*new.store, new.fence);
     old.pages(|page| {
         for (key, value) in page {
-            let cost = key.len() + value.len();
-            if !writes.is_empty() && (writes.len() >= writes_max || bytes + cost > BATCH_BYTES) {
-                send(&mut writes)?;
-                bytes = 0;
-            }
-            bytes += cost;
             progress.copied += 1;
-            progress.bytes += cost as u64;
-            writes.push((key, Some(value)));
+            progress.bytes += (key.len() + value.len()) as u64;
+            bulk.write(key, Some(value))?;
         }
         tell(*progress);
         Ok(())
     })?;
-    if !writes.is_empty() {
-        send(&mut writes)?;
-    }
-    new.settle()?;
+    bulk.finish()?;
     new.release()
 }
 

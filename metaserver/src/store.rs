@@ -13,6 +13,7 @@
 //! After a failed `commit` or `sync` nobody can know what the device holds. An engine answers every later `commit`
 //! with an error; reads go on and show what was committed before.
 
+pub(crate) mod bulk;
 mod fjall;
 mod memory;
 mod remote;

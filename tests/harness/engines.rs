@@ -7,7 +7,6 @@ mod ports;
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -228,6 +227,13 @@ impl Etcd {
     }
 }
 
+/// One that is gone already needs none.
+fn signal_process(pid: u32, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
 impl Drop for Etcd {
     fn drop(&mut self) {
         (0..3).for_each(|n| self.kill_member(n));
@@ -340,7 +346,7 @@ impl Postgres {
         let mut command = self.command(n, "postgres");
         command.arg("-D").arg(self.data(n)).args(["-p", &port, "-c", &format!("listen_addresses={address}")]);
         command.args(["-c", "unix_socket_directories=", "-c", standbys]).stdout(Stdio::null()).stderr(log);
-        self.servers[n] = Some(command.process_group(0).spawn().expect("cannot start setpriv"));
+        self.servers[n] = Some(command.spawn().expect("cannot start setpriv"));
         wait_until("postgres", || {
             let ready = self.command(n, "pg_isready").args(["-h", &address, "-p", &port]).output();
             ready.is_ok_and(|out| out.status.success())
@@ -386,21 +392,28 @@ impl Postgres {
         self.run(n, "psql", &["-h", &host, "-p", &port, "-U", "fjord", "-d", "postgres", "-c", sql]);
     }
 
-    /// Sends a signal to a server and all of its processes.
+    /// Stops, continues or kills a server with all of its processes. Each of those is a session of its own: what is sent to the group of
+    /// the first reaches none of the others.
     pub fn signal_server(&self, n: usize, signal: rustix::process::Signal) {
-        let group =
-            self.servers[n].as_ref().and_then(|s| rustix::process::Pid::from_raw(s.id().cast_signed()));
-        rustix::process::kill_process_group(group.expect("it runs"), signal).expect("it runs");
+        let first = self.servers[n].as_ref().expect("it runs").id();
+        // So that it starts no more.
+        signal_process(first, rustix::process::Signal::STOP);
+        let children = format!("/proc/{first}/task/{first}/children");
+        let children = std::fs::read_to_string(children).expect("a kernel that lists children");
+        for child in children.split_whitespace() {
+            signal_process(child.parse().expect("a number"), signal);
+        }
+        signal_process(first, signal);
     }
 
     /// Ends a server at once, without a checkpoint or goodbyes.
     pub fn kill_server(&mut self, n: usize) {
-        let Some(mut server) = self.servers[n].take() else { return };
-        // `setpriv` became the server. Its processes share a group, and must all be gone before another may start here.
-        if let Some(group) = rustix::process::Pid::from_raw(server.id().cast_signed()) {
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        if self.servers[n].is_some() {
+            self.signal_server(n, rustix::process::Signal::KILL);
         }
-        let _ = server.wait();
+        if let Some(mut server) = self.servers[n].take() {
+            let _ = server.wait();
+        }
     }
 
     /// Makes the standby the primary.

@@ -107,7 +107,8 @@ impl MountPoint {
     pub fn unmount(mut self) {
         let mut command = fjord(["umount"]);
         command.arg(&self.dir);
-        run_within(command, 3 * SOON).ok();
+        let run = run_within(command, 3 * SOON);
+        assert!(run.status.success(), "{run}\nits threads:\n{}", self.process.threads());
         assert!(!is_mounted(&self.dir), "{} is still mounted after `fjord umount`", self.dir.display());
         let status = self.process.wait();
         assert!(status.success(), "mount process ended with {status}:\n{}", self.process.log());

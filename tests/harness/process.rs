@@ -276,6 +276,17 @@ impl Process {
         String::from_utf8_lossy(raw.get(self.log_before..).unwrap_or_default()).into_owned()
     }
 
+    /// What each of its threads waits for, as far as the kernel tells.
+    pub fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let about = |task: PathBuf| {
+            let read = |what: &str| fs::read_to_string(task.join(what)).unwrap_or_default();
+            let stack: Vec<String> = read("stack").lines().take(8).map(str::to_owned).collect();
+            format!("{} (call {}): {}\n", read("comm").trim(), read("syscall").trim(), stack.join(" < "))
+        };
+        tasks.map(|task| about(task.path())).collect()
+    }
+
     /// Whether it still runs.
     pub fn running(&mut self) -> bool {
         self.ended.is_none() && {

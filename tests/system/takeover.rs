@@ -3,6 +3,10 @@
 
 #[path = "takeover/faults.rs"]
 mod faults;
+#[path = "takeover/leaving.rs"]
+mod leaving;
+#[path = "takeover/restore.rs"]
+mod restore;
 
 use std::{
     collections::BTreeSet,
@@ -181,7 +185,9 @@ fn works_through(cluster: &Cluster, trouble: impl FnOnce()) {
         std::thread::sleep(Duration::from_secs(1));
         trouble();
         // Something that needs the store: it ends only when that is of use again.
+        let begun = Instant::now();
         fs::create_dir(b.path().join("after")).unwrap();
+        eprintln!("operations went on {:?} after the trouble", begun.elapsed());
         stop.store(true, Ordering::Relaxed);
         worker.join().unwrap()
     });
@@ -226,6 +232,10 @@ fn the_store_is_silent_for_more_than_a_minute() {
     let cluster = cluster("takeover-silent", url);
     works_through(&cluster, || {
         (0..2).for_each(|n| postgres.signal_server(n, Signal::STOP));
+        // What nobody has asked for before cannot be answered.
+        let asked = fjordfs_tests::fjord(["meta", "status", "--meta", &cluster.meta_address()]).output();
+        let said = String::from_utf8(asked.unwrap().stdout).unwrap();
+        assert!(said.contains("no answer"), "the store is not silent: {said}");
         std::thread::sleep(Duration::from_secs(70));
         (0..2).for_each(|n| postgres.signal_server(n, Signal::CONT));
     });

@@ -213,7 +213,7 @@ fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
 }
 
 fn restore(file: &Path, data: Option<&Path>, store: Option<&str>) -> anyhow::Result<ExitCode> {
-    let place: Option<Place> = store.map(str::parse).transpose()?;
+    let place = store.map(place).transpose()?;
     let (data, place) = match (data, place) {
         (_, Some(Place::Fjall(data))) => (data, None),
         (data, place) => (data.map(Path::to_owned).unwrap_or_default(), place),

@@ -1,6 +1,6 @@
 //! The admin calls to the metaserver.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use fjordfs_proto::pb::meta::{
@@ -15,6 +15,9 @@ use tonic::{
 
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a store may be changing hands, and the wait between two looks.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(15);
+const CHANGE_PAUSE: Duration = Duration::from_millis(300);
 
 /// A map of thousands of targets with tables of thousands of groups is some MiB.
 const STATUS_SIZE_MAX: usize = 256 << 20;
@@ -114,16 +117,31 @@ async fn next<T>(replies: &mut Streaming<T>, what: &str) -> anyhow::Result<Optio
     replies.message().await.map_err(|e| anyhow::anyhow!("{what} was broken off: {}", e.message()))
 }
 
-/// Has the metaserver let go of its store.
+/// Has the metaserver let go of its store. One that is losing it at this moment says that it is stopping; then the next one is asked.
 ///
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
-    let mut client = connect(meta).await?;
-    match client.hand_over(HandOverRequest {}).await {
-        Ok(_) => Ok(()),
-        Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
-        Err(e) => Err(unlike(meta, &e)),
+    let begun = Instant::now();
+    let mut was_stopping = false;
+    loop {
+        let why = match connect(meta).await {
+            Ok(mut client) => match client.hand_over(HandOverRequest {}).await {
+                Ok(_) => return Ok(()),
+                Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
+                Err(e) if is_refusal_for_now(&e) => {
+                    was_stopping = true;
+                    unlike(meta, &e)
+                }
+                Err(e) => return Err(unlike(meta, &e)),
+            },
+            Err(e) if was_stopping => e,
+            Err(e) => return Err(e),
+        };
+        if begun.elapsed() >= CHANGE_PATIENCE {
+            return Err(why);
+        }
+        tokio::time::sleep(CHANGE_PAUSE).await;
     }
 }
 
@@ -136,7 +154,15 @@ pub(crate) async fn meta_status(meta: &str) -> anyhow::Result<MetaStatusReply> {
     client.meta_status(MetaStatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
 }
 
+/// The metaserver itself said so, and not the way to it.
+fn is_refusal_for_now(e: &Status) -> bool {
+    e.code() == Code::Unavailable && std::error::Error::source(e).is_none()
+}
+
 fn unlike(meta: &str, e: &Status) -> anyhow::Error {
+    if is_refusal_for_now(e) {
+        return anyhow::anyhow!("the metaserver at {meta} cannot answer now: {}", e.message());
+    }
     anyhow::anyhow!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
 }
 

@@ -17,11 +17,16 @@ use fjordfs_proto::{
     pb::data::{Range, ReadShardRequest, SyncRequest},
 };
 use futures_util::future::join_all;
+use tokio::time::Instant;
+use tracing::warn;
 
 use super::{DataClient, connection::Connection};
 
 /// Wait before a failed sync is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// A sync that fails for so long is mentioned in the log, and again each time as much later.
+const COMPLAIN: Duration = Duration::from_secs(10);
 
 /// A shard that was acknowledged and may not be power-safe yet.
 #[derive(Clone, Debug)]
@@ -122,9 +127,16 @@ impl DataClient {
     /// Syncs one target, trying again while the metaserver takes it for up.
     async fn sync_target(&self, target: TargetId, shards: &[&Unsynced]) -> FsResult<()> {
         let sync = async {
+            let mut complained = Instant::now();
             loop {
                 match self.sync_once(target, shards).await {
-                    Err(e) if e.errno != Errno::ENOENT => tokio::time::sleep(RETRY_PAUSE).await,
+                    Err(e) if e.errno != Errno::ENOENT => {
+                        if complained.elapsed() >= COMPLAIN {
+                            complained = Instant::now();
+                            warn!(%target, "cannot sync, trying again: {e}");
+                        }
+                        tokio::time::sleep(RETRY_PAUSE).await;
+                    }
                     outcome => return outcome,
                 }
             }

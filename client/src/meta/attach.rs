@@ -202,8 +202,11 @@ fn root_cause(e: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-/// Attaches a new session; fails at once when the server is not there, so that a wrong address is told at once. With the session
-/// of a former process, whose address was right, it goes on trying: the mount stands still without it, and nobody is helped by
+/// How long a new session waits for one of several metaservers to serve: longer than one takes over from another.
+const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Attaches a new session; fails at once when the only server is not there, so that a wrong address is told at once. Of several,
+/// one may be about to take over. With the session of a former process, whose address was right, it goes on trying: the mount stands still without it, and nobody is helped by
 /// its end.
 pub(super) async fn attach_first(
     address: &str,
@@ -224,7 +227,7 @@ pub(super) async fn attach_first(
     if let Some(legacy) = legacy {
         return resume(&peer, legacy).await;
     }
-    match peer.attach(0, "", &[]).await {
+    match attach_new(&peer).await {
         Ok(attached) => Ok(attached),
         Err(AttachError::Unreachable(why)) => Err(FsError::new(
             Errno::ETIMEDOUT,
@@ -234,6 +237,21 @@ pub(super) async fn attach_first(
         )),
         Err(AttachError::Refused(why) | AttachError::SessionLost(why)) => {
             Err(FsError::new(Errno::EPROTO, format!("metaserver {address} refused this client: {why}")))
+        }
+    }
+}
+
+async fn attach_new(peer: &Arc<Peer>) -> Result<Attached, AttachError> {
+    let begun = Instant::now();
+    let is_alone = !peer.address.contains(',');
+    let mut pause = BACKOFF.0;
+    loop {
+        match peer.attach(0, "", &[]).await {
+            Err(AttachError::Unreachable(_)) if !is_alone && begun.elapsed() < TAKE_OVER_PATIENCE => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(BACKOFF.1);
+            }
+            ended => return ended,
         }
     }
 }

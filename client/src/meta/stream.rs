@@ -35,6 +35,10 @@ const CALLS_MAX: usize = 256;
 /// A request that is not answered for so long is mentioned in the log, and again each time as much later.
 const LATE: Duration = Duration::from_secs(20);
 
+/// How long the metaserver may take to end the session, over as many streams as it takes. When it is told, nothing is left to be sent;
+/// a session whose end it does not hear of ends by its silence.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Characters of an operation in the log: it may carry bytes of files.
 const OPERATION_SHOWN: usize = 160;
 
@@ -70,6 +74,7 @@ pub(super) fn spawn(
         map: map_tx,
         state: state_tx,
         ending: false,
+        goodbye_until: None,
         handover,
         _alive: alive,
     };
@@ -130,6 +135,8 @@ struct Driver {
     queue: Queue,
     /// Nothing more will be asked: by a goodbye, or because the client was dropped. What is under way comes to its end.
     ending: bool,
+    /// Until when a goodbye is said again on the next stream.
+    goodbye_until: Option<Instant>,
     handover: Option<Arc<Handover>>,
     _alive: Alive,
 }
@@ -203,7 +210,7 @@ impl Driver {
                 }
             }
             if self.ending && self.queue.is_idle() {
-                return say_goodbye(&outgoing, &mut incoming).await;
+                return self.say_goodbye(&outgoing, &mut incoming).await;
             }
             tokio::select! {
                 n = self.calls.recv_many(&mut batch, CALLS_MAX), if !self.ending => {
@@ -315,10 +322,47 @@ impl Driver {
         }
     }
 
-    /// Tries until the server is back; `None` when it will never take this session's client again.
+    /// The server ends the stream when it has closed the session. A stream that breaks instead may be that of an owner that has been
+    /// overtaken: the next would wait for this session until it times out, and so would all who use the namespace.
+    async fn say_goodbye(
+        &mut self,
+        outgoing: &mpsc::Sender<ClientMessage>,
+        incoming: &mut Streaming<ServerMessage>,
+    ) -> End {
+        let until = *self.goodbye_until.get_or_insert_with(|| Instant::now() + GOODBYE_PATIENCE);
+        let message = ClientMessage { goodbye: true, ..ClientMessage::default() };
+        if outgoing.send(message).await.is_err() {
+            return End::Broken("closed before the goodbye".into());
+        }
+        loop {
+            match tokio::time::timeout_at(until, incoming.message()).await {
+                Ok(Ok(Some(_))) => {}
+                Ok(Ok(None)) => return End::Finished,
+                Ok(Err(status)) => return End::Broken(status.message().to_owned()),
+                Err(_) => {
+                    self.leave_unheard();
+                    return End::Finished;
+                }
+            }
+        }
+    }
+
+    fn leave_unheard(&self) {
+        warn!(
+            metaserver = self.peer.address,
+            session = self.session,
+            "the end of the session was not acknowledged; everything is committed, and the session will time out"
+        );
+    }
+
+    /// Tries until the server is back; `None` when there is no use in it any more, or will never be.
     async fn reattach(&mut self) -> Option<Attached> {
         let mut pause = BACKOFF.0;
         loop {
+            if self.goodbye_until.is_some_and(|until| until <= Instant::now()) {
+                self.leave_unheard();
+                return None;
+            }
             if self.calls.is_closed() && self.queue.is_idle() && self.leases.deferred_due().is_none() {
                 return None;
             }
@@ -344,6 +388,8 @@ impl Driver {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(BACKOFF.1);
                 }
+                // It has heard the goodbye.
+                Err(AttachError::SessionLost(_)) if self.goodbye_until.is_some() => return None,
                 Err(AttachError::SessionLost(why)) if self.session != 0 => {
                     warn!(
                         metaserver = self.peer.address,
@@ -390,14 +436,4 @@ async fn sleep_until(due: Option<std::time::Instant>) {
         Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
-}
-
-async fn say_goodbye(outgoing: &mpsc::Sender<ClientMessage>, incoming: &mut Streaming<ServerMessage>) -> End {
-    let message = ClientMessage { goodbye: true, ..ClientMessage::default() };
-    if outgoing.send(message).await.is_err() {
-        return End::Broken("closed before the goodbye".into());
-    }
-    // The server ends the stream when it has closed the session.
-    while let Ok(Some(_)) = incoming.message().await {}
-    End::Finished
 }

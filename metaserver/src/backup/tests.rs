@@ -66,7 +66,7 @@ fn whatever_is_damaged_or_missing_is_noticed() {
     let w = world();
     let good = backup_of(&*w.store);
     let path = Path::new("b");
-    let check = |bytes: &[u8]| read(path, &mut &bytes[..], |_| Ok(()));
+    let check = |bytes: &[u8]| read(path, &mut &bytes[..], |_, _| Ok(()));
     check(&good).unwrap();
     for at in 0..good.len() {
         let mut bad = good.clone();
@@ -117,4 +117,28 @@ fn a_file_appears_when_it_is_whole() {
     assert!(about.cluster_id == "cluster" && records > 200);
     assert!(restore(&file, &data, None).is_err(), "there is metadata now");
     assert!(fsck::check_folder(&data).unwrap().is_clean());
+}
+
+#[test]
+fn a_later_restore_uses_no_ids_of_an_earlier_one() {
+    let counters = Counters { next_block: 1, next_inode: 1, next_session: 1, ..Counters::default() };
+    let restored = |age| {
+        let value = onwards(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
+        Counters::decode(value).unwrap()
+    };
+    let (earlier, later) = (restored(10), restored(11));
+    for (earlier, later) in [
+        (earlier.next_block, later.next_block),
+        (earlier.next_inode, later.next_inode),
+        (earlier.next_session, later.next_session),
+    ] {
+        assert_eq!(later, earlier + IDS_PER_SECOND);
+    }
+    let map = pb::common::ClusterMap { epoch: 5, ..Default::default() };
+    let epoch = |age| {
+        let value = onwards(&[keys::MAP], map.encode_to_vec().into(), age).unwrap();
+        pb::common::ClusterMap::decode(value).unwrap().epoch
+    };
+    assert_eq!(epoch(11), epoch(10) + EPOCHS_PER_SECOND);
+    assert!(epoch(0) > EPOCHS_SKIPPED);
 }

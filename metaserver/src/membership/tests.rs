@@ -113,6 +113,24 @@ fn a_server_goes_down_and_comes_back() {
 }
 
 #[test]
+fn after_a_take_over_servers_have_time_to_find_the_owner() {
+    let mut w = World::new();
+    let is_up = |w: &World| map(w).servers.values().all(|server| server.state == ServerState::Up);
+    w.config.store = Some("etcd://a:2379/fjord".parse().unwrap());
+    w.restart();
+    w.idle(w.config.down_after + Duration::from_secs(2));
+    assert!(is_up(&w), "they may not have noticed yet");
+    w.idle(super::FINDING_OWNER);
+    assert!(!is_up(&w));
+    // Whoever restarts with the embedded engine is where it was.
+    w.config.store = None;
+    let mut w = World { config: w.config, ..World::new() };
+    w.restart();
+    w.idle(w.config.down_after + Duration::from_secs(2));
+    assert!(!is_up(&w));
+}
+
+#[test]
 fn a_target_that_its_server_does_without_is_down() {
     let mut w = bare();
     register(&mut w, &registration("a", &["x", "y"]));

@@ -1,8 +1,8 @@
 //! Metaservers, the servers of their store, data servers and clients on hosts of their own; everything that can go wrong with the metadata goes
 //! wrong, in an order that follows from a seed.
 //!
-//! Meanwhile clients make, append, rename and remove ([`super::work`]), look at what others have just published, and count under a
-//! lock. No operation may fail, be lost or be done twice, nobody may see what is older than what was published before, and no lock may
+//! Meanwhile clients make, append, rename and remove ([`super::work`]), look at what others have just published, count under a
+//! lock, and import trees, each by a client that comes and goes. No operation may fail, be lost or be done twice, nobody may see what is older than what was published before, and no lock may
 //! be held by two.
 
 use std::{
@@ -22,10 +22,12 @@ use std::{
 use fjordfs_tests::{
     Cluster, MountPoint, Network, Setup,
     engines::{Etcd, Hosts, Postgres},
+    fjord,
     locks::{self, Kind},
     network::HostNo,
-    process::own_descriptors,
+    process::{own_descriptors, run_within},
     rng,
+    tree::{ALL, Tree, assert_same},
     wait::wait_for,
 };
 use rand::{Rng, seq::SliceRandom};
@@ -37,7 +39,7 @@ const STANDBYS: usize = 2;
 const CLIENTS: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Fault {
+pub(super) enum Fault {
     /// kill -9, and started again.
     KillOwner,
     /// SIGSTOP until another serves.
@@ -65,7 +67,7 @@ enum Fault {
 }
 
 /// Those after which another owns the store.
-const OF_OWNERS: [Fault; 5] =
+pub(super) const OF_OWNERS: [Fault; 5] =
     [Fault::KillOwner, Fault::PauseOwner, Fault::CutOwner, Fault::CutOwnerFromStore, Fault::HandOver];
 /// Those of the store.
 const OF_ETCD: [Fault; 5] =
@@ -93,8 +95,8 @@ impl Hosts for Members {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Engine {
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Engine {
     Etcd,
     Postgres,
 }
@@ -149,7 +151,7 @@ impl Store {
     }
 }
 
-struct Stage {
+pub(super) struct Stage {
     cluster: Cluster,
     store: Store,
     network: Arc<Network>,
@@ -164,7 +166,7 @@ fn serves(log: &str) -> bool {
 }
 
 impl Stage {
-    fn new(engine: Engine, seed: u64) -> Stage {
+    pub(super) fn new(engine: Engine, seed: u64) -> Stage {
         let mut setup = Setup { servers: 2, standbys: STANDBYS, ..Setup::default() };
         let first_member = setup.hosts(CLIENTS);
         let network = Arc::new(Network::new(first_member + 3, seed));
@@ -187,7 +189,7 @@ impl Stage {
         Stage { cluster, store, network, first_member, take_overs: Vec::new() }
     }
 
-    fn mount(&self, client: usize) -> MountPoint {
+    pub(super) fn mount(&self, client: usize) -> MountPoint {
         let dir = self.cluster.dir(&format!("client{client}"));
         MountPoint::of(self.cluster.mount_command(client, &dir, ""), &dir, self.cluster.folder())
     }
@@ -197,7 +199,7 @@ impl Stage {
     }
 
     /// Waits until one serves and the others stand by.
-    fn wait_settled(&mut self) -> usize {
+    pub(super) fn wait_settled(&mut self) -> usize {
         wait_for("one owner, and standbys", TAKE_OVER_MAX, || {
             let logs: Vec<String> = (0..=STANDBYS).map(|n| self.log(n)).collect();
             let serving: Vec<usize> = (0..=STANDBYS).filter(|n| serves(&logs[*n])).collect();
@@ -235,7 +237,7 @@ impl Stage {
     }
 
     /// One fault from its beginning to its end.
-    fn suffer(&mut self, fault: Fault, owner: usize, lasts: Duration) {
+    pub(super) fn suffer(&mut self, fault: Fault, owner: usize, lasts: Duration) {
         let begun = Instant::now();
         let host = self.cluster.setup().metaserver_host(owner);
         let members = self.first_member..self.first_member + self.store.servers();
@@ -356,6 +358,39 @@ fn count(file: &Path, stop: &AtomicBool) -> u64 {
     times
 }
 
+/// Copied in again and again while faults happen: small enough that it is begun, and ends, at many moments.
+const IMPORTED: Tree = Tree {
+    directories: 6,
+    small: 60,
+    small_max: 40_000,
+    large: 1,
+    large_size: 3 << 20,
+    sparse: 1,
+    symlinks: 6,
+    hard_links: 4,
+};
+
+/// Longer than an import waits for what does not answer.
+const IMPORT_MAX: Duration = Duration::from_secs(180);
+
+/// Where the import with this number goes.
+fn imported(number: u64) -> String {
+    format!("import{number}")
+}
+
+/// Imports `source` again and again, each time with a client of its own; returns how often.
+fn import(source: &Path, meta: &str, network: &Network, stop: &AtomicBool) -> u64 {
+    let mut times = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let mut command = fjord(["import", "--quiet", "--meta", meta]);
+        command.arg(source).arg(format!("/{}", imported(times)));
+        network.enter(&mut command, Setup::ADMIN_HOST);
+        run_within(command, IMPORT_MAX).ok();
+        times += 1;
+    }
+    times
+}
+
 /// Lets everybody end when the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
@@ -380,6 +415,9 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
     let mounts = [stage.mount(0), stage.mount(1)];
     let [a, b] = [mounts[0].path(), mounts[1].path()];
     fs::write(a.join("count"), "0").unwrap();
+    let source = stage.cluster.dir("source");
+    IMPORTED.generate(&source, seed);
+    let (meta, network) = (stage.cluster.meta_address(), Arc::clone(&stage.network));
     let (stop, published) = (&AtomicBool::new(false), &AtomicU64::new(0));
     std::thread::scope(|scope| {
         let stopping = Stop(stop);
@@ -397,6 +435,7 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
                 count(&mount.join("count"), stop)
             })
         });
+        let importer = scope.spawn(|| import(&source, &meta, &network, stop));
         for fault in faults {
             let owner = stage.wait_settled();
             std::thread::sleep(Duration::from_millis(rng.random_range(200..1200)));
@@ -412,7 +451,15 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
             assert_eq!(fs::read_to_string(mount.join("count")).unwrap(), counted.to_string());
         }
         let looks = looker.join().unwrap();
-        assert!(looks > 0 && counted > 0, "{looks} looks, {counted} counted");
+        let imports = importer.join().unwrap();
+        assert!(
+            looks > 0 && counted > 0 && imports > 0,
+            "{looks} looks, {counted} counted, {imports} imports"
+        );
+        for n in 0..imports {
+            let there = [a, b][n as usize % CLIENTS].join(imported(n));
+            assert_same(&source, &there, ALL);
+        }
         for worker in workers {
             let (there, folder) = worker.join().unwrap();
             assert!(there.len() > 2, "hardly anything was done in {}", folder.display());
@@ -420,7 +467,7 @@ fn run(engine: Engine, seed: u64, of_owners: usize) -> Vec<Duration> {
                 assert_eq!(found(&mount.join(folder.file_name().unwrap())), there);
             }
         }
-        eprintln!("seed {seed} held: {looks} looks, {counted} counted");
+        eprintln!("seed {seed} held: {looks} looks, {counted} counted, {imports} imports");
     });
     mounts.into_iter().for_each(MountPoint::unmount);
     stage.cluster.assert_running();
@@ -446,18 +493,20 @@ fn soak() {
     let minutes: u64 = std::env::var("FJORD_SOAK_MINUTES").unwrap().parse().unwrap();
     let until = Instant::now() + Duration::from_secs(60 * minutes);
     let first = rng::seed("soak");
-    let mut seconds: BTreeMap<u64, u64> = BTreeMap::new();
-    for seed in first.. {
+    // By engine, and the seconds that they took.
+    let mut take_overs: BTreeMap<Engine, BTreeMap<u64, u64>> = BTreeMap::new();
+    for (seed, engine) in (first..).zip([Engine::Etcd, Engine::Postgres].into_iter().cycle()) {
         if Instant::now() >= until {
             break;
         }
-        let engine = if seed % 2 == 0 { Engine::Etcd } else { Engine::Postgres };
         for took in run(engine, seed, 4) {
-            *seconds.entry(took.as_secs()).or_default() += 1;
+            *take_overs.entry(engine).or_default().entry(took.as_secs()).or_default() += 1;
         }
-        let all: u64 = seconds.values().sum();
-        eprintln!(
-            "soak: seeds {first} to {seed} held; {all} take-overs, by seconds that they took: {seconds:?}"
-        );
+        for (engine, seconds) in &take_overs {
+            let all: u64 = seconds.values().sum();
+            eprintln!(
+                "soak: seeds {first} to {seed} held; {all} take-overs on {engine:?}, by seconds that they took: {seconds:?}"
+            );
+        }
     }
 }
