@@ -119,18 +119,24 @@ pub(crate) enum Job {
 pub(crate) struct Jobs {
     sender: mpsc::UnboundedSender<Job>,
     upkeep: Arc<Upkeep>,
+    threads: bool,
 }
 
 impl Jobs {
-    /// Unbounded here: each stream bounds what it has under way.
-    pub(crate) fn channel() -> (Jobs, mpsc::UnboundedReceiver<Job>) {
+    /// Unbounded here: each stream bounds what it has under way. `threads`: see [`Jobs::threads`].
+    pub(crate) fn channel(threads: bool) -> (Jobs, mpsc::UnboundedReceiver<Job>) {
         let (sender, receiver) = mpsc::unbounded_channel();
-        (Jobs { sender, upkeep: Arc::default() }, receiver)
+        (Jobs { sender, upkeep: Arc::default(), threads }, receiver)
     }
 
     /// A job for a stopped executor is dropped, and with it the way to its caller.
     pub(crate) fn submit(&self, job: Job) {
         let _ = self.sender.send(job);
+    }
+
+    /// Whether what takes long may have a thread. An engine that waits in the runtime is of a program in which all happens there.
+    pub(crate) fn threads(&self) -> bool {
+        self.threads
     }
 
     /// What is neither a job nor takes one.
@@ -218,7 +224,7 @@ impl Executor {
         folder: Option<PathBuf>,
         place: String,
     ) -> (Jobs, Executor) {
-        let (submit, jobs) = Jobs::channel();
+        let (submit, jobs) = Jobs::channel(store.sync_waiting().is_none());
         if let Some(late) = store.late() {
             let jobs = submit.clone();
             late.watch(Box::new(move || jobs.submit(Job::Progress)));

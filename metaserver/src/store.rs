@@ -195,7 +195,8 @@ pub trait MetaStore: Send + Sync + 'static {
         Ok(None)
     }
 
-    /// A sync that holds up no thread while it waits; then this is used instead of [`MetaStore::sync`] while the metaserver runs.
+    /// A sync that holds up no thread while it waits; then this is used instead of [`MetaStore::sync`] while the metaserver runs, and
+    /// the whole store is read in its runtime, too: such an engine answers at once.
     fn sync_waiting(&self) -> Option<BoxFuture<'static, StoreResult<Ticket>>> {
         None
     }

@@ -191,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_from() {
-        let (jobs, mut arrived) = Jobs::channel();
+        let (jobs, mut arrived) = Jobs::channel(true);
         let room = Arc::new(Semaphore::new(UNITS as usize));
         let reader = Reader { session: SessionId(1), jobs, outbox: Arc::default(), room: room.clone() };
         let outbox = reader.outbox.clone();

@@ -34,7 +34,7 @@ impl ClusterService {
 }
 
 impl ClusterService {
-    /// Something that reads the whole store, on a thread of its own.
+    /// Something that reads the whole store, on a thread of its own where that may be.
     async fn whole<T: Send + 'static>(
         &self,
         work: impl FnOnce(Whole, &Out<T>) -> Result<(), Status> + Send + 'static,

@@ -32,13 +32,13 @@ const TELL: u64 = 100_000;
 /// An answer in pieces.
 pub(super) type Pieces<T> = BoxStream<'static, Result<T, Status>>;
 
-/// Where pieces go; waits while the reader is behind.
-pub(super) struct Out<T>(mpsc::Sender<Result<T, Status>>);
+/// Where pieces go; may wait while the reader is behind. Fails when the caller has gone.
+pub(super) struct Out<T>(Box<dyn Fn(Result<T, Status>) -> Result<(), ()> + Send>);
 
 impl<T> Out<T> {
     /// An error when the caller has gone.
     fn send(&self, piece: T) -> Result<(), Status> {
-        self.0.blocking_send(Ok(piece)).map_err(|_| Status::cancelled("nobody waits for it any more"))
+        self.0(Ok(piece)).map_err(|()| Status::cancelled("nobody waits for it any more"))
     }
 }
 
@@ -72,31 +72,39 @@ impl Whole {
         Ok(Whole { jobs, snapshot, status })
     }
 
-    /// Runs `work` on a thread; the answer is what it sends.
+    /// Runs `work`, on a thread where that may be; the answer is what it sends.
     pub(super) fn run<T: Send + 'static>(
         self,
         work: impl FnOnce(Whole, &Out<T>) -> Result<(), Status> + Send + 'static,
     ) -> Result<Pieces<T>, Status> {
-        let (sender, receiver) = mpsc::channel(AHEAD);
+        if !self.jobs.threads() {
+            let (sender, mut receiver) = mpsc::unbounded_channel();
+            self.deliver(work, &Out(Box::new(move |piece| sender.send(piece).map_err(drop))));
+            return Ok(stream::poll_fn(move |context| receiver.poll_recv(context)).boxed());
+        }
+        let (sender, mut receiver) = mpsc::channel(AHEAD);
+        let out = Out(Box::new(move |piece| sender.blocking_send(piece).map_err(drop)));
         std::thread::Builder::new()
             .name("meta-whole".into())
-            .spawn(move || {
-                let out = Out(sender);
-                if let Err(e) = work(self, &out) {
-                    // When the caller has gone there is nobody to tell.
-                    let _ = out.0.blocking_send(Err(e));
-                }
-            })
+            .spawn(move || self.deliver(work, &out))
             .map_err(|e| Status::internal(format!("cannot start a thread: {e}")))?;
-        let pieces = stream::unfold(receiver, |mut receiver| async move {
-            let piece = receiver.recv().await?;
-            Some((piece, receiver))
-        });
-        Ok(pieces.boxed())
+        Ok(stream::poll_fn(move |context| receiver.poll_recv(context)).boxed())
+    }
+
+    fn deliver<T>(self, work: impl FnOnce(Whole, &Out<T>) -> Result<(), Status>, out: &Out<T>) {
+        if let Err(e) = work(self, out) {
+            // When the caller has gone there is nobody to tell.
+            let _ = out.0(Err(e));
+        }
     }
 
     /// The records against each other.
     pub(super) fn fsck(self, repair: bool, out: &Out<FsckReply>) -> Result<(), Status> {
+        if repair && !self.jobs.threads() {
+            return Err(Status::failed_precondition(
+                "a repair waits for others: this metaserver has no thread for it",
+            ));
+        }
         let found = check(&self.snapshot, out)?;
         let mut report = FsckReport {
             repairable: found.repairable(),
