@@ -32,13 +32,16 @@ const TELL: u64 = 100_000;
 /// An answer in pieces.
 pub(super) type Pieces<T> = BoxStream<'static, Result<T, Status>>;
 
-/// Where pieces go; may wait while the reader is behind. Fails when the caller has gone.
-pub(super) struct Out<T>(Box<dyn Fn(Result<T, Status>) -> Result<(), ()> + Send>);
+/// Where pieces go; may wait while the reader is behind.
+pub(super) struct Out<T>(Box<dyn Fn(Result<T, Status>) -> bool + Send>);
 
 impl<T> Out<T> {
     /// An error when the caller has gone.
     fn send(&self, piece: T) -> Result<(), Status> {
-        self.0(Ok(piece)).map_err(|()| Status::cancelled("nobody waits for it any more"))
+        match self.0(Ok(piece)) {
+            true => Ok(()),
+            false => Err(Status::cancelled("nobody waits for it any more")),
+        }
     }
 }
 
@@ -79,11 +82,11 @@ impl Whole {
     ) -> Result<Pieces<T>, Status> {
         if !self.jobs.threads() {
             let (sender, mut receiver) = mpsc::unbounded_channel();
-            self.deliver(work, &Out(Box::new(move |piece| sender.send(piece).map_err(drop))));
+            self.deliver(work, &Out(Box::new(move |piece| sender.send(piece).is_ok())));
             return Ok(stream::poll_fn(move |context| receiver.poll_recv(context)).boxed());
         }
         let (sender, mut receiver) = mpsc::channel(AHEAD);
-        let out = Out(Box::new(move |piece| sender.blocking_send(piece).map_err(drop)));
+        let out = Out(Box::new(move |piece| sender.blocking_send(piece).is_ok()));
         std::thread::Builder::new()
             .name("meta-whole".into())
             .spawn(move || self.deliver(work, &out))
@@ -94,7 +97,7 @@ impl Whole {
     fn deliver<T>(self, work: impl FnOnce(Whole, &Out<T>) -> Result<(), Status>, out: &Out<T>) {
         if let Err(e) = work(self, out) {
             // When the caller has gone there is nobody to tell.
-            let _ = out.0(Err(e));
+            out.0(Err(e));
         }
     }
 
