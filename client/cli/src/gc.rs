@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use fjordfs_client::upkeep::{self, Collected, Compacted, Compaction};
+use fjordfs_client::{
+    Client, FsResult,
+    upkeep::{self, Collected, Compacted, Compaction, Tell},
+};
 use fjordfs_proto::pb::meta::{GcReport, StatusReply};
 use serde::Serialize;
 
@@ -226,18 +229,24 @@ impl Background {
     }
 }
 
-fn collect(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let meta = locate::cluster(&args.meta, None)?;
-    let done: Collected = daemon::control_runtime()?.block_on(async {
-        let client = transfer::connect(&meta, "gc").await?;
+/// Has `work` done with a session of its own, and shows how far it is. What was done before a failure stays done.
+fn with_client<T>(meta: &str, work: impl AsyncFnOnce(&Client, Tell<'_>) -> FsResult<T>) -> anyhow::Result<T> {
+    daemon::control_runtime()?.block_on(async {
+        let client = transfer::connect(meta, "gc").await?;
         let bar = progress();
-        let done = upkeep::collect(&client, args.dry_run, 0, &|what| bar.set_message(what)).await;
+        let done = work(&client, &|what| bar.set_message(what)).await;
         bar.finish_and_clear();
         let ended = client.shutdown().await;
         let done = done?;
         ended?;
-        anyhow::Ok(done)
-    })?;
+        Ok(done)
+    })
+}
+
+fn collect(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let meta = locate::cluster(&args.meta, None)?;
+    let done: Collected =
+        with_client(&meta, async |client, tell| upkeep::collect(client, args.dry_run, 0, tell).await)?;
     let unseen: Vec<u64> = done.unseen.iter().map(|target| target.0).collect();
     let complete = unseen.is_empty();
     if args.json {
@@ -267,17 +276,7 @@ fn collect(args: &RunArgs) -> anyhow::Result<ExitCode> {
 fn compact(args: &CompactArgs) -> anyhow::Result<ExitCode> {
     let meta = locate::cluster(&args.meta, None)?;
     let wanted = Compaction { below: args.below, rate: args.rate.0, dry_run: args.dry_run };
-    let done = daemon::control_runtime()?.block_on(async {
-        let client = transfer::connect(&meta, "gc").await?;
-        let bar = progress();
-        let done = upkeep::compact(&client, wanted, &|what| bar.set_message(what)).await;
-        bar.finish_and_clear();
-        // What has been moved stays moved.
-        let ended = client.shutdown().await;
-        let done = done?;
-        ended?;
-        anyhow::Ok(done)
-    })?;
+    let done = with_client(&meta, async |client, tell| upkeep::compact(client, wanted, tell).await)?;
     if args.json {
         report::print_json(&CompactedJson {
             sparse_blocks: done.sparse_blocks,

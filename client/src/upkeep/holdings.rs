@@ -61,11 +61,6 @@ impl Findings {
         self.garbage.values().map(Vec::len).sum()
     }
 
-    /// Shards that members of groups do not have.
-    pub fn missing_shards(&self) -> usize {
-        self.missing.iter().map(|missing| missing.targets.len()).sum()
-    }
-
     /// For the metaserver.
     pub fn missing_to_pb(&self) -> Vec<MissingShards> {
         let shards =
