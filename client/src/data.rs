@@ -4,6 +4,11 @@
 //! Page CRCs are computed before a block leaves this process and checked when its pages come back. A page that does
 //! not match is a miss: the next copy is asked, or the range decoded from other shards, each of them verified. Bytes
 //! that did not verify are never handed out.
+//!
+//! # Servers that cannot be reached
+//! `EHOSTUNREACH` says that a server could not be reached and may be there again soon: it was killed, is being upgraded, or the
+//! network is cut. Whoever can wait does so, as long as an operation may take; programs get `EIO` then. From a target that is
+//! out or has failed nothing is expected any more, and the error is `EIO` at once.
 
 mod connection;
 mod gather;
@@ -70,12 +75,18 @@ impl DataClient {
     }
 
     /// A connection of this thread's lane to the server of `target`.
+    ///
+    /// # Errors
+    /// `EHOSTUNREACH` when there is none now, `EIO` when none is expected.
     async fn connection(&self, target: TargetId) -> FsResult<Arc<Connection>> {
         let map = self.map();
         let (id, server) = map
             .server_of(target)
             .ok_or_else(|| FsError::new(Errno::EIO, format!("target {target} is not in the cluster map")))?;
-        self.pool.get(id, &server.address).await
+        self.pool.get(id, &server.address).await.map_err(|e| {
+            let may_return = map.targets.get(&target).is_some_and(|target| target.may_return());
+            if may_return { e } else { e.to_users() }
+        })
     }
 
     /// Runs `work` with a target, giving up when the metaserver no longer takes the target for reachable, or after

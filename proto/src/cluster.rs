@@ -54,6 +54,11 @@ impl Target {
     pub fn readable(&self) -> bool {
         matches!(self.state, TargetState::Up | TargetState::Draining)
     }
+
+    /// Whether it is worth waiting for while it cannot be reached.
+    pub fn may_return(&self) -> bool {
+        self.readable() || self.state == TargetState::Down
+    }
 }
 
 /// Placement groups of one width.

@@ -43,12 +43,13 @@ pub enum Errno {
     EOVERFLOW = 75,
     EOPNOTSUPP = 95,
     ETIMEDOUT = 110,
+    EHOSTUNREACH = 113,
     ESTALE = 116,
     EDQUOT = 122,
 }
 
 impl Errno {
-    const ALL: [Errno; 36] = {
+    const ALL: [Errno; 37] = {
         use Errno::*;
         [
             EPERM,
@@ -85,6 +86,7 @@ impl Errno {
             EOVERFLOW,
             EOPNOTSUPP,
             ETIMEDOUT,
+            EHOSTUNREACH,
             ESTALE,
             EDQUOT,
         ]
@@ -117,6 +119,14 @@ impl FsError {
     /// An error with its message.
     pub fn new(errno: Errno, message: impl Into<String>) -> FsError {
         FsError { errno, message: message.into() }
+    }
+
+    /// As programs get it when there is nothing left to wait for: that a server cannot be reached is an I/O error to them.
+    pub fn to_users(self) -> FsError {
+        match self.errno {
+            Errno::EHOSTUNREACH => FsError { errno: Errno::EIO, ..self },
+            _ => self,
+        }
     }
 }
 

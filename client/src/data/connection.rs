@@ -7,8 +7,8 @@
 //! does not: nobody depends on a future that happens not to be polled. So no reference to a caller's memory ever outlives
 //! a poll of that caller, and dropping a request at any time leaves the stream in order: the rest of its answer is skipped.
 //!
-//! **Failure.** When the socket or what comes from it fails, everyone who waits gets `EIO`, and the connection is replaced
-//! by its next user.
+//! **Failure.** When the socket or what comes from it fails, everyone who waits gets `EHOSTUNREACH`, and the connection is
+//! replaced by its next user.
 
 mod receiver;
 mod sender;
@@ -138,7 +138,8 @@ impl Connection {
             socket.map_err(|e| e.to_string())
         };
         Connection::make(engine, peer, memory, Way::Tcp(why), connecting).await.map_err(|why| {
-            FsError::new(Errno::EIO, format!("data server {} at {}: {why}", peer.server, peer.address))
+            let what = format!("data server {} at {}: {why}", peer.server, peer.address);
+            FsError::new(Errno::EHOSTUNREACH, what)
         })
     }
 
@@ -199,7 +200,7 @@ impl Connection {
     /// Sends a request and waits for its answer. Dropping the future forgets the answer.
     ///
     /// # Errors
-    /// What the server answered, or `EIO` when the connection fails.
+    /// What the server answered, or `EHOSTUNREACH` when the connection fails.
     pub(super) async fn request(
         &self,
         opcode: Opcode,
@@ -322,7 +323,8 @@ impl Shared {
     /// Fails everyone who waits, once.
     fn fail(&self, why: &str) {
         self.broken.store(true, Ordering::Release);
-        if self.waiters.fail(&FsError::new(Errno::EIO, format!("data server {}: {why}", self.address))) {
+        let error = FsError::new(Errno::EHOSTUNREACH, format!("data server {}: {why}", self.address));
+        if self.waiters.fail(&error) {
             debug!(server = self.address, why, "data connection ended");
             self.pump.wake();
         }

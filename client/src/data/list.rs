@@ -1,7 +1,7 @@
 //! What a target holds.
 
 use fjordfs_proto::{
-    FsResult, TargetId,
+    FsError, FsResult, TargetId,
     frame::{self, Opcode},
     pb::data::{ListShardsReply, ListShardsRequest},
 };
@@ -21,7 +21,7 @@ impl DataClient {
             let connection = self.connection(target).await?;
             connection.request(Opcode::ListShards, &request, Vec::new()).await
         };
-        let answer = self.while_up(target, work).await?;
+        let answer = self.while_up(target, work).await.map_err(FsError::to_users)?;
         Ok(frame::decode_body(Opcode::ListShards, &answer.body)?)
     }
 }

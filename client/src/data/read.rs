@@ -39,8 +39,8 @@ impl DataClient {
     /// Reads a range; shorter only at the end of the block, or of the zeros that its last shard is filled up with.
     ///
     /// # Errors
-    /// `ENOENT` when a shard is not where it should be (the caller's extents may be stale), else `EIO` naming
-    /// what each of them said.
+    /// `EHOSTUNREACH` when somebody who may have it cannot be reached now, `ENOENT` when a shard is not where it should be (the
+    /// caller's extents may be stale), else `EIO`; naming what each of them said.
     pub(crate) async fn read(self: &Arc<Self>, range: BlockRange) -> FsResult<Bytes> {
         let mut pieces = range.pieces();
         match (pieces.next(), pieces.next()) {
@@ -281,8 +281,9 @@ impl BlockRange {
 
 fn all_failed(range: BlockRange, failures: &[FsError]) -> FsError {
     let told: Vec<&str> = failures.iter().map(|e| e.message.as_str()).collect();
-    let gone = failures.iter().any(|e| e.errno == Errno::ENOENT);
-    let errno = if gone { Errno::ENOENT } else { Errno::EIO };
+    let any = |errno| failures.iter().any(|e| e.errno == errno);
+    let errno =
+        [Errno::EHOSTUNREACH, Errno::ENOENT].into_iter().find(|errno| any(*errno)).unwrap_or(Errno::EIO);
     let what = match range.layout {
         Layout::Copies(_) => "no copy could be read".to_owned(),
         Layout::Ec { .. } => format!("fewer than {} shards could be read", range.layout.needed()),

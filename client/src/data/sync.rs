@@ -87,11 +87,50 @@ impl DataClient {
     /// Returns when every block of `shards` survives a power failure. `shards` holds all shards of each block that were stored.
     ///
     /// A shard on a target that the metaserver has declared down counts as one of the losses that the policy survives;
-    /// a block needs as many synced shards as restore it: one copy, or K.
+    /// a block needs as many synced shards as restore it: one copy, or K. While it has fewer, targets that are down are waited
+    /// for, as long as an operation may take.
     ///
     /// # Errors
     /// `EIO` when too few shards of some block could be synced.
     pub(crate) async fn sync(self: &Arc<Self>, shards: &[Unsynced]) -> FsResult<()> {
+        let deadline = Instant::now() + self.timeout;
+        let mut safe: HashMap<BlockId, HashSet<u32>> = HashMap::new();
+        let mut rest: Vec<&Unsynced> = shards.iter().collect();
+        loop {
+            let mut failed = self.sync_targets(&rest, &mut safe).await;
+            let synced = |s: &Unsynced| safe.get(&s.block).map_or(0, HashSet::len);
+            failed.retain(|(shard, _)| synced(shard) < shard.needed);
+            let mut hopes: HashMap<BlockId, usize> = HashMap::new();
+            for (shard, _) in failed.iter().filter(|(shard, e)| self.may_be_synced_yet(shard, e)) {
+                *hopes.entry(shard.block).or_default() += 1;
+            }
+            let hopeless = |s: &Unsynced| synced(s) + hopes.get(&s.block).copied().unwrap_or(0) < s.needed;
+            let late = Instant::now() >= deadline;
+            if let Some((shard, e)) = failed.iter().find(|(shard, _)| late || hopeless(shard)) {
+                let what =
+                    format!("{}: fewer than {} shards are on stable storage: {e}", shard.block, shard.needed);
+                return Err(FsError::new(Errno::EIO, what));
+            }
+            if failed.is_empty() {
+                return Ok(());
+            }
+            rest = failed.into_iter().map(|(shard, _)| shard).collect();
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// Whether a shard that could not be synced may be there all the same, when its target is reached again.
+    fn may_be_synced_yet(&self, shard: &Unsynced, e: &FsError) -> bool {
+        let map = self.map();
+        e.errno != Errno::ENOENT && map.targets.get(&shard.target).is_some_and(|target| target.may_return())
+    }
+
+    /// Syncs every target once, adds to `safe` what is power-safe then, and returns what is not.
+    async fn sync_targets<'a>(
+        &self,
+        shards: &[&'a Unsynced],
+        safe: &mut HashMap<BlockId, HashSet<u32>>,
+    ) -> Vec<(&'a Unsynced, FsError)> {
         let mut by_target: BTreeMap<TargetId, Vec<&Unsynced>> = BTreeMap::new();
         for shard in shards {
             by_target.entry(shard.target).or_default().push(shard);
@@ -101,8 +140,7 @@ impl DataClient {
             (shards, outcome)
         }))
         .await;
-        let mut safe: HashMap<BlockId, HashSet<u32>> = HashMap::new();
-        let mut lost: Vec<(&Unsynced, FsError)> = Vec::new();
+        let mut failed = Vec::new();
         for (shards, outcome) in outcomes {
             match outcome {
                 Ok(()) => {
@@ -110,18 +148,10 @@ impl DataClient {
                         safe.entry(shard.block).or_default().insert(shard.shard);
                     }
                 }
-                Err(e) => lost.extend(shards.into_iter().map(|s| (s, e.clone()))),
+                Err(e) => failed.extend(shards.into_iter().map(|s| (s, e.clone()))),
             }
         }
-        let enough = |s: &Unsynced| safe.get(&s.block).is_some_and(|shards| shards.len() >= s.needed);
-        match lost.into_iter().find(|(shard, _)| !enough(shard)) {
-            Some((shard, e)) => {
-                let what =
-                    format!("{}: fewer than {} shards are on stable storage: {e}", shard.block, shard.needed);
-                Err(FsError::new(Errno::EIO, what))
-            }
-            None => Ok(()),
-        }
+        failed
     }
 
     /// Syncs one target, trying again while the metaserver takes it for up.

@@ -81,7 +81,7 @@ impl DataClient {
         }
         match missing.first() {
             Some((_, error)) if unsynced.len() < layout.needed() => {
-                Err(PutFailed { error: error.clone(), missing })
+                Err(PutFailed { error: error.clone().to_users(), missing })
             }
             _ => Ok(Placed { block, unsynced, missing }),
         }

@@ -1,7 +1,7 @@
 //! Reading: plan under the lock, fetch what is not in memory, read ahead of sequential readers. Hot path: the lock is
 //! never held while waiting, and bytes are handed on, not copied.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -13,6 +13,7 @@ use fjordfs_proto::{
 };
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
+use tracing::warn;
 
 use super::{
     FileState, Handle,
@@ -39,6 +40,12 @@ const REORDERED_MAX: u64 = 4 * CHUNK as u64;
 
 /// How often a read starts over because the file changed under it.
 const ATTEMPTS: usize = 16;
+
+/// Pause before servers that could not be reached are asked again.
+const UNREACHED_PAUSE: Duration = Duration::from_millis(100);
+
+/// A read that fails for so long is mentioned in the log.
+const COMPLAIN: Duration = Duration::from_secs(10);
 
 /// Holes are handed out as slices of this.
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
@@ -77,29 +84,51 @@ impl Cursor {
     }
 }
 
-/// Since when blocks have not been found, and what was said of the last one.
-type Gone = (Instant, FsError);
+/// Attempts at a read that have not succeeded.
+#[derive(Default)]
+struct Attempts {
+    /// Those that went by extents that were not there, or told of blocks that were not.
+    stale: usize,
+    /// Since when it fails, and what was said last.
+    failure: Option<(Instant, FsError)>,
+    complained: bool,
+}
+
+impl Attempts {
+    /// Notes that extents have to be looked up.
+    fn look_up(&mut self, ino: InodeId) -> FsResult<()> {
+        self.stale += 1;
+        if self.stale > ATTEMPTS { Err(self.give_up(ino)) } else { Ok(()) }
+    }
+
+    fn give_up(&mut self, ino: InodeId) -> FsError {
+        let why =
+            self.failure.take().map_or_else(|| "it changed all the while".to_owned(), |(_, e)| e.message);
+        FsError::new(Errno::EIO, format!("{ino} was looked up again and again and not read: {why}"))
+    }
+}
 
 impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
-        let mut gone = None;
-        for _ in 0..ATTEMPTS {
+        let mut attempts = Attempts::default();
+        loop {
             let (plan, size) = self.plan(offset, len);
             let missing = match plan {
-                ReadPlan::Extents(from) => from,
+                ReadPlan::Extents(from) => {
+                    attempts.look_up(self.state.ino)?;
+                    from
+                }
                 ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
                 ReadPlan::Parts(parts) => match self.fetch(offset, parts, size).await {
-                    // Perhaps the extents were stale and the block is gone: look again.
-                    Err(e) if e.errno == Errno::ENOENT => {
-                        gone = Some(self.perhaps_stale(gone, e)?);
+                    Ok(bytes) => return Ok(bytes),
+                    Err(e) => {
+                        Box::pin(self.failed(&mut attempts, e)).await?;
                         0
                     }
-                    result => return result,
                 },
             };
             self.client.fetch_extents(&self.state, missing).await?;
         }
-        Err(self.never_found(gone))
     }
 
     /// What a read needs, and how large the file is.
@@ -128,40 +157,48 @@ impl Handle {
     }
 
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
-        let mut gone = None;
-        for _ in 0..ATTEMPTS {
+        let mut attempts = Attempts::default();
+        loop {
             let (plan, size) = self.plan(offset, memory.len());
             let missing = match plan {
-                ReadPlan::Extents(from) => from,
+                ReadPlan::Extents(from) => {
+                    attempts.look_up(self.state.ino)?;
+                    from
+                }
                 ReadPlan::Parts(parts) => match self.fill(offset, &parts, size, memory).await {
-                    Err(e) if e.errno == Errno::ENOENT => {
-                        gone = Some(self.perhaps_stale(gone, e)?);
+                    Ok(filled) => return Ok(filled),
+                    Err(e) => {
+                        Box::pin(self.failed(&mut attempts, e)).await?;
                         0
                     }
-                    result => return result,
                 },
             };
             self.client.fetch_extents(&self.state, missing).await?;
         }
-        Err(self.never_found(gone))
     }
 
-    /// Another attempt, unless they have taken as long as an operation may.
-    fn perhaps_stale(&self, gone: Option<Gone>, e: FsError) -> FsResult<Gone> {
-        let since = gone.map_or_else(Instant::now, |(since, _)| since);
-        match since.elapsed() < self.client.options.operation_timeout {
-            true => Ok((since, e)),
-            false => Err(self.never_found(Some((since, e)))),
+    /// Returns when a read that has failed may do better, with extents of now: when its blocks were not found, since its extents may
+    /// have been stale, and when servers could not be reached, a moment later. For as long as an operation may take.
+    async fn failed(&self, attempts: &mut Attempts, e: FsError) -> FsResult<()> {
+        let unreached = match e.errno {
+            Errno::ENOENT => false,
+            Errno::EHOSTUNREACH => true,
+            _ => return Err(e),
+        };
+        let ino = self.state.ino;
+        let since = attempts.failure.take().map_or_else(Instant::now, |(since, _)| since);
+        if since.elapsed() >= COMPLAIN && !std::mem::replace(&mut attempts.complained, true) {
+            warn!(%ino, "cannot be read, trying again: {e}");
         }
-    }
-
-    /// `gone`: why the last attempt failed.
-    fn never_found(&self, gone: Option<Gone>) -> FsError {
-        let why = gone.map_or_else(|| "it changed all the while".to_owned(), |(_, e)| e.message);
-        FsError::new(
-            Errno::EIO,
-            format!("{} was looked up again and again and not read: {why}", self.state.ino),
-        )
+        attempts.failure = Some((since, e));
+        if since.elapsed() >= self.client.options.operation_timeout {
+            return Err(attempts.give_up(ino));
+        }
+        if unreached {
+            tokio::time::sleep(UNREACHED_PAUSE).await;
+            return Ok(());
+        }
+        attempts.look_up(ino)
     }
 
     /// Puts parts into memory, one after the other, and says how many bytes they are.

@@ -285,7 +285,9 @@ fn look(mount: &Path, ledger: &Ledger, worker: WorkerNo, item: Item, when: &str)
         (_, Err(e)) => Err(e),
         (Item::Whole(_), Ok(file)) => look_at_whole(&file, ledger, worker, item, before, when),
         (Item::Page(page), Ok(file)) => look_at_page(&file, ledger, worker, page, before, when),
-        (Item::Log, Ok(file)) => look_at_log(&file, ledger, worker, before, when),
+        (Item::Log, Ok(file)) => {
+            look_at_log(&file, ledger, worker, before, &format!("{when} on {}", mount.display()))
+        }
     }
 }
 
@@ -390,11 +392,16 @@ fn look_at_log(
         ));
     }
     if let Some(wrong) = data.iter().zip(&right).position(|(a, b)| a != b) {
-        let page = wrong / PAGE * PAGE;
+        let zeros = data[wrong..].iter().take_while(|b| **b == 0).count();
+        let size = file.metadata()?.len();
+        let again = read_to_end(file)?;
+        let right = ledger.id(worker, Item::Log).bytes(0, 0, again.len());
         ledger.broke(format_args!(
-            "{when}: log of writer {worker} of {} bytes ({allowed:?}) is wrong from byte {wrong} on: {}",
+            "{when}: log of writer {worker} of {} bytes ({allowed:?}) is wrong from byte {wrong} on, {zeros} of them zeros; looked at again \
+             it has {size} bytes and is {} from {:?} on",
             data.len(),
-            content::describe(&data[page..data.len().min(page + PAGE)])
+            if again == right { "right" } else { "wrong" },
+            again.iter().zip(&right).position(|(a, b)| a != b)
         ));
     }
     Ok(())
