@@ -6,8 +6,8 @@ mod support;
 
 use bytes::Bytes;
 use fjordfs_client::{Client, Errno};
-use fjordfs_proto::{Layout, Policy, Source, cluster::TargetState};
-use support::{Cluster, pattern, read_all, wait_until};
+use fjordfs_proto::{Layout, Policy, Source};
+use support::{Cluster, pattern, read_all, wait_down};
 
 const FILES: [(&str, usize); 5] = [
     ("/inline", 100),
@@ -59,13 +59,6 @@ async fn layouts(client: &Client, path: &str) -> Vec<Layout> {
             Source::Inline(_) => None,
         })
         .collect()
-}
-
-async fn wait_down(client: &Client, down: usize) {
-    wait_until("the servers are down", || {
-        client.map().targets.values().filter(|t| t.state == TargetState::Down).count() == down
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -87,6 +87,13 @@ impl Cluster {
     pub fn stop_data(&mut self, i: usize) {
         self.data[i].take().unwrap().stop().unwrap();
     }
+
+    /// Starts one again that was stopped, on its data; it may have another address.
+    pub async fn start_data(&mut self, i: usize) {
+        let (root, address) = (self.dir.path().to_owned(), self.address.clone());
+        let start = move || data_server(&root, &address, i);
+        self.data[i] = Some(tokio::task::spawn_blocking(start).await.unwrap());
+    }
 }
 
 impl Drop for Cluster {
@@ -111,6 +118,14 @@ pub async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Bytes that differ from page to page and from seed to seed.
+/// Returns when the client has heard that so many targets are down.
+pub async fn wait_down(client: &Client, down: usize) {
+    wait_until("the servers are down", || {
+        client.map().targets.values().filter(|t| t.state == TargetState::Down).count() == down
+    })
+    .await;
+}
+
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64)
         .map(|i| (i.wrapping_mul(31) ^ (i >> 12).wrapping_mul(seed * 7 + 1) ^ seed) as u8)

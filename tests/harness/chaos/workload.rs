@@ -284,7 +284,7 @@ fn look(mount: &Path, ledger: &Ledger, worker: WorkerNo, item: Item, when: &str)
         }
         (_, Err(e)) => Err(e),
         (Item::Whole(_), Ok(file)) => look_at_whole(&file, ledger, worker, item, before, when),
-        (Item::Page(page), Ok(file)) => look_at_page(&file, ledger, worker, page, before, when),
+        (Item::Page(page), Ok(file)) => look_at_page(&file, ledger, worker, page, before, when, mount),
         (Item::Log, Ok(file)) => {
             look_at_log(&file, ledger, worker, before, &format!("{when} on {}", mount.display()))
         }
@@ -353,6 +353,7 @@ fn look_at_page(
     page: usize,
     before: Progress,
     when: &str,
+    mount: &Path,
 ) -> io::Result<()> {
     let offset = (page * PAGE) as u64;
     let mut data = vec![0; PAGE];
@@ -363,9 +364,14 @@ fn look_at_page(
     let quiet = before.acked == *allowed.end() || before.tried == *allowed.end() && when != "meanwhile";
     match ledger.id(worker, item).version_of(&data, offset) {
         Some(version) if allowed.contains(&version) => {}
-        Some(version) => ledger.broke(format_args!(
-            "{when}: page {page} of writer {worker} is version {version}, allowed are {allowed:?}"
-        )),
+        Some(version) => {
+            file.read_exact_at(&mut data, offset)?;
+            let again = ledger.id(worker, item).version_of(&data, offset);
+            ledger.broke(format_args!(
+                "{when} on {}: page {page} of writer {worker} is version {version}, allowed are {allowed:?}; looked at again it is {again:?}",
+                mount.display()
+            ));
+        }
         None if quiet => ledger.broke(format_args!(
             "{when}: page {page} of writer {worker} is none of {allowed:?}: {}",
             content::describe(&data)

@@ -1,0 +1,88 @@
+//! Servers that are away for a while are waited for, where nobody else has what they have.
+
+mod support;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use fjordfs_client::{Errno, Options};
+use support::{Cluster, pattern, wait_down, write_file};
+
+/// Long enough for a wait that should not be there to show, and for each of the attempts before the server is back to fail.
+const AWAY: Duration = Duration::from_secs(1);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_go_on_when_the_only_server_is_back() {
+    for policy in ["replica:1", "ec:2+1"] {
+        let mut cluster = Cluster::start(if policy == "replica:1" { 1 } else { 3 }, policy).await;
+        let data = pattern(1, 20 << 20);
+        let writer = cluster.client().await;
+        write_file(&writer, "/f", &data).await;
+        writer.sync_all().await.unwrap();
+        let gone = if policy == "replica:1" { 0..1 } else { 1..3 };
+        for declared in [false, true] {
+            let reader = cluster.client().await;
+            let file = reader.open_path("/f").await.unwrap();
+            gone.clone().for_each(|i| cluster.stop_data(i));
+            if declared {
+                wait_down(&reader, gone.len()).await;
+            }
+            let read = tokio::spawn(async move {
+                let (mut parts, mut into) = (Vec::new(), vec![0; 1 << 20]);
+                for at in (0..20 << 20).step_by(2 << 20) {
+                    parts.push(file.read_at(at, 1 << 20).await?.concat());
+                    let filled = file.read_into(at + (1 << 20), &mut into).await?;
+                    parts.push(into[..filled].to_vec());
+                }
+                Ok::<_, fjordfs_client::FsError>(parts.concat())
+            });
+            tokio::time::sleep(AWAY).await;
+            assert!(!read.is_finished(), "{policy}: nobody has all of it");
+            for i in gone.clone() {
+                cluster.start_data(i).await;
+            }
+            assert!(read.await.unwrap().unwrap() == data, "{policy}, declared down: {declared}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fsync_ends_when_enough_servers_are_back() {
+    let mut cluster = Cluster::start(3, "ec:2+1").await;
+    let client = cluster.client().await;
+    let data = pattern(2, 20 << 20);
+    let file = client.create_path("/f").await.unwrap();
+    file.write_at(0, Bytes::from(data.clone())).await.unwrap();
+    file.flush().await.unwrap();
+    // Somebody looks at it, so it is committed.
+    let reader = cluster.client().await;
+    reader.open_path("/f").await.unwrap();
+    (0..2).for_each(|i| cluster.stop_data(i));
+    wait_down(&client, 2).await;
+    let fsync = tokio::spawn(async move { file.fsync().await });
+    tokio::time::sleep(AWAY).await;
+    assert!(!fsync.is_finished(), "one of three shards is not enough");
+    // Two are.
+    cluster.start_data(1).await;
+    fsync.await.unwrap().unwrap();
+    assert!(support::read_all(&reader.open_path("/f").await.unwrap()).await == data);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_longer_than_an_operation_may_take() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(2), ..Options::default() })
+        .await;
+    let file = client.create_path("/f").await.unwrap();
+    file.write_at(0, Bytes::from(pattern(3, 5 << 20))).await.unwrap();
+    file.flush().await.unwrap();
+    let other = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(2), ..Options::default() })
+        .await;
+    let read = other.open_path("/f").await.unwrap();
+    cluster.stop_data(0);
+    let error = read.read_at(0, 4096).await.unwrap_err();
+    assert!(error.errno == Errno::EIO && error.message.contains("data server"), "{error}");
+    assert_eq!(file.fsync().await.unwrap_err().errno, Errno::EIO);
+}
