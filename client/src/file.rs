@@ -16,6 +16,7 @@ mod write;
 use std::{
     ops::{Range, RangeInclusive},
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -57,13 +58,44 @@ pub(crate) struct FileInner {
     pub(crate) dirty_since: Option<Instant>,
     /// Appends among it whose callers have no answer yet.
     pub(crate) unanswered: Vec<UnitDone>,
+    /// Until when bytes that were lost at the end of the file are not taken for its end.
+    lost_until: Option<Instant>,
 }
+
+/// How long somebody may go by a size from before bytes at the end were lost: a kernel that shows zeros there, when what it asks for
+/// ends before.
+const OLD_SIZE_USED: Duration = Duration::from_secs(1);
 
 impl FileInner {
     /// Drops what was written and not committed. Returns the memory freed.
     pub(crate) fn forget_written(&mut self) -> u64 {
         self.dirty_since = None;
         self.view.forget_local()
+    }
+
+    /// The unit will never be committed: its bytes are lost. Returns the memory freed.
+    pub(crate) fn unit_failed(&mut self, unit: UnitId) -> u64 {
+        self.lost_until = Some(Instant::now() + OLD_SIZE_USED);
+        self.view.unit_failed(unit)
+    }
+
+    /// As [`File::size_told`].
+    fn size_told(&mut self) -> u64 {
+        if self.lost_until.is_none_or(|until| Instant::now() >= until) {
+            self.lost_until = None;
+            self.view.lost_end_is_known();
+        }
+        self.view.size().max(self.view.lost_end())
+    }
+
+    /// An error while bytes of `range` that were lost a moment ago may be taken for bytes of the file.
+    fn check_lost(&mut self, range: Range<u64>) -> FsResult<()> {
+        let size = self.view.size();
+        if range.start >= self.size_told() || range.end <= size {
+            return Ok(());
+        }
+        let what = format!("{}: what was written from byte {size} on could not be stored", self.view.ino());
+        Err(FsError::new(Errno::EIO, what))
     }
 }
 
@@ -78,6 +110,7 @@ impl FileState {
                 error: None,
                 dirty_since: None,
                 unanswered: Vec::new(),
+                lost_until: None,
             }),
         }
     }
@@ -232,6 +265,12 @@ impl File {
     /// Bytes in the file, as [`File::attr`] has it.
     pub fn size(&self) -> u64 {
         self.handle.state.lock().view.size()
+    }
+
+    /// As [`File::size`], bytes included that were lost at the end of the file a moment ago: who has been told of them may take the file to
+    /// be so long still.
+    pub fn size_told(&self) -> u64 {
+        self.handle.state.lock().size_told()
     }
 
     /// Data versions between which nobody but this client changed the file: who cached its bytes as of the first, and

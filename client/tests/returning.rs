@@ -1,12 +1,14 @@
 //! Servers that are away for a while are waited for, where nobody else has what they have.
 
+#![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
+
 mod support;
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_client::{Errno, Options};
-use support::{Cluster, pattern, wait_down, write_file};
+use support::{Cluster, pattern, wait_down, wait_until, write_file};
 
 /// Long enough for a wait that should not be there to show, and for each of the attempts before the server is back to fail.
 const AWAY: Duration = Duration::from_secs(1);
@@ -85,4 +87,30 @@ async fn nobody_waits_longer_than_an_operation_may_take() {
     let error = read.read_at(0, 4096).await.unwrap_err();
     assert!(error.errno == Errno::EIO && error.message.contains("data server"), "{error}");
     assert_eq!(file.fsync().await.unwrap_err().errno, Errno::EIO);
+}
+
+/// A kernel may have heard of the size with the bytes that are lost, and would show zeros there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lost_at_the_end_is_an_error_and_no_end_of_file() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
+        .await;
+    let file = client.create_path("/f").await.unwrap();
+    let kept = pattern(4, 100_000);
+    file.write_at(0, Bytes::from(kept.clone())).await.unwrap();
+    file.fsync().await.unwrap();
+    cluster.stop_data(0);
+    file.append(Bytes::from(pattern(5, 100_000))).await.unwrap();
+    assert_eq!(file.size(), 200_000);
+    assert_eq!(file.fsync().await.unwrap_err().errno, Errno::EIO);
+    assert_eq!((file.size(), file.size_told()), (100_000, 200_000));
+    assert_eq!(file.read_at(150_000, 4096).await.unwrap_err().errno, Errno::EIO);
+    assert_eq!(file.read_at(98_304, 4096).await.unwrap_err().errno, Errno::EIO);
+    // What was committed stays.
+    cluster.start_data(0).await;
+    assert!(file.read_at(0, 98_304).await.unwrap().concat() == kept[..98_304]);
+    // Nobody goes by the old size for long.
+    wait_until("the file ends where it does", || file.size_told() == 100_000).await;
+    assert!(support::read_all(&file).await == kept);
 }

@@ -184,7 +184,7 @@ impl Filesystem for Adapter {
     }
 
     fn size(&self, file: &File) -> u64 {
-        file.size()
+        file.size_told()
     }
 
     fn drop_suid(&self, file: &File) -> bool {

@@ -112,7 +112,7 @@ impl Handle {
     pub(super) async fn read_at(&self, offset: u64, len: usize) -> FsResult<Vec<Bytes>> {
         let mut attempts = Attempts::default();
         loop {
-            let (plan, size) = self.plan(offset, len);
+            let (plan, size) = self.plan(offset, len)?;
             let missing = match plan {
                 ReadPlan::Extents(from) => {
                     attempts.look_up(self.state.ino)?;
@@ -132,8 +132,14 @@ impl Handle {
     }
 
     /// What a read needs, and how large the file is.
-    fn plan(&self, offset: u64, len: usize) -> (ReadPlan, u64) {
-        self.look(|view| (view.plan_read(offset, len as u64), view.size()))
+    fn plan(&self, offset: u64, len: usize) -> FsResult<(ReadPlan, u64)> {
+        let range = offset..offset.saturating_add(len as u64);
+        let (plan, size, lost_end) =
+            self.look(|view| (view.plan_read(offset, len as u64), view.size(), view.lost_end()));
+        if lost_end > size && range.end > size {
+            self.state.lock().check_lost(range)?;
+        }
+        Ok((plan, size))
     }
 
     async fn fetch(&self, offset: u64, parts: Vec<Part>, size: u64) -> FsResult<Vec<Bytes>> {
@@ -159,7 +165,7 @@ impl Handle {
     pub(super) async fn read_into(&self, offset: u64, memory: &mut [u8]) -> FsResult<usize> {
         let mut attempts = Attempts::default();
         loop {
-            let (plan, size) = self.plan(offset, memory.len());
+            let (plan, size) = self.plan(offset, memory.len())?;
             let missing = match plan {
                 ReadPlan::Extents(from) => {
                     attempts.look_up(self.state.ino)?;

@@ -68,6 +68,8 @@ pub(crate) struct View {
     append_base: Option<u64>,
     /// Truncates on their way: sizes in other answers may be from before.
     truncating: u32,
+    /// Where the file ended before bytes at its end were lost; 0 when none were.
+    lost_end: u64,
 }
 
 impl View {
@@ -85,6 +87,7 @@ impl View {
             clear_suid: false,
             append_base: None,
             truncating: 0,
+            lost_end: 0,
         }
     }
 
@@ -529,9 +532,23 @@ impl View {
 
     /// The unit will never be committed: its bytes are lost. Returns the memory freed.
     pub(crate) fn unit_failed(&mut self, unit: UnitId) -> u64 {
+        let end = self.size();
         let freed = self.drop_unit(unit);
         self.settle();
+        if self.size() < end {
+            self.lost_end = end.max(self.lost_end);
+        }
         freed
+    }
+
+    /// Where the file ended before bytes at its end were lost, if that was further on.
+    pub(crate) fn lost_end(&self) -> u64 {
+        self.lost_end
+    }
+
+    /// Nobody takes the file to be longer than it is any more.
+    pub(crate) fn lost_end_is_known(&mut self) {
+        self.lost_end = 0;
     }
 
     /// Once nothing is local, the attributes are the server's.

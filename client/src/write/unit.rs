@@ -278,12 +278,12 @@ impl Running {
         for (file, sent) in self.unit.files.iter().zip(sent) {
             let mut inner = file.lock();
             let Some((sent, reply)) = sent.and_then(|sent| Some((sent, replies.next()?))) else {
-                freed += inner.view.unit_failed(self.unit.id);
+                freed += inner.unit_failed(self.unit.id);
                 continue;
             };
             match reply.errno {
                 0 if !inner.view.can_shift(&sent, reply.appended_shift) => {
-                    freed += inner.view.unit_failed(self.unit.id);
+                    freed += inner.unit_failed(self.unit.id);
                     inner.error.get_or_insert_with(|| unexpected("an append"));
                 }
                 0 => {
@@ -292,9 +292,9 @@ impl Running {
                     moved.extend(shifted.then_some(file.ino));
                 }
                 // The file was removed by everyone: nobody will miss the bytes.
-                errno if errno == Errno::ESTALE.code() => freed += inner.view.unit_failed(self.unit.id),
+                errno if errno == Errno::ESTALE.code() => freed += inner.unit_failed(self.unit.id),
                 errno => {
-                    freed += inner.view.unit_failed(self.unit.id);
+                    freed += inner.unit_failed(self.unit.id);
                     let error =
                         FsError::new(Errno::from_code(errno), format!("{}: commit refused", file.ino));
                     inner.error.get_or_insert(error);
@@ -313,7 +313,7 @@ impl Running {
         let mut freed = 0;
         for file in &self.unit.files {
             let mut inner = file.lock();
-            freed += inner.view.unit_failed(self.unit.id);
+            freed += inner.unit_failed(self.unit.id);
             inner.error.get_or_insert_with(|| error.clone());
         }
         client.budget.release(freed);
