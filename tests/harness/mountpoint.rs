@@ -84,7 +84,7 @@ impl MountPoint {
         &mut self.process
     }
 
-    /// `fjord umount` of a client that may have lost what it had not synced: then its process says so.
+    /// `fjord umount` of a client that may have lost what it had not synced: then its process says so, and the command fails, too.
     ///
     /// # Panics
     /// When it does not end, or ends otherwise.
@@ -92,8 +92,12 @@ impl MountPoint {
     pub fn unmount_after_trouble(mut self) {
         let mut command = fjord(["umount"]);
         command.arg(&self.dir);
-        run_within(command, 3 * SOON);
+        let run = run_within(command, 3 * SOON);
         let status = self.process.wait();
+        assert!(
+            status.success() || !run.status.success(),
+            "the mount process ended with {status}, but {run}"
+        );
         assert!(!is_mounted(&self.dir), "{} is still mounted after `fjord umount`", self.dir.display());
         let honest = status.code() == Some(1) && self.process.log().contains("not everything written below");
         assert!(status.success() || honest, "mount process ended with {status}:\n{}", self.process.log());

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use fjordfs_tests::{Cluster, Setup, mountpoint, rng, wait::SOON, wait_for};
+use fjordfs_tests::{Cluster, MountPoint, Process, Run, Setup, mountpoint, rng, wait::SOON, wait_for};
 use rustix::{
     fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat},
     io::Errno,
@@ -97,6 +97,48 @@ fn a_detached_mount_ends_although_nobody_answers() {
         status.code() == Some(1) && log.contains("told to stop while they did not answer"),
         "{status}: {log}"
     );
+}
+
+fn unmount(cluster: &Cluster, mount: &MountPoint) -> Run {
+    cluster.fjord(["umount".as_ref(), mount.path().as_os_str()])
+}
+
+/// Whether the one process of the mount says so, or a supervised one.
+#[test]
+fn unmounting_tells_what_could_not_be_written() {
+    let mut cluster = Cluster::start("umount", Setup::default());
+    let mounts = ["supervise=off", "transport=dev_fuse,supervise=on"]
+        .map(|options| cluster.mount_with(&format!("timeout=15s,{options}")));
+    let fine = cluster.mount();
+    fs::write(fine.join("f"), rng::bytes(1, SIZE)).unwrap();
+    unmount(&cluster, &fine).ok();
+    (0..Setup::default().servers).for_each(|server| cluster.kill_data(server));
+    for mut mount in mounts {
+        fs::write(mount.join("lost"), rng::bytes(2, SIZE)).unwrap();
+        let dir = mount.path().to_str().unwrap();
+        unmount(&cluster, &mount).fails_saying(&["not everything written below", dir]);
+        assert_eq!(mount.process().wait().code(), Some(1));
+    }
+}
+
+/// What it could not write by then is lost, and who unmounts hears that nobody knows of it.
+#[test]
+fn unmounting_tells_of_a_process_that_dies_meanwhile() {
+    let mut cluster = Cluster::start("umount-dies", Setup::default());
+    let mut mount = cluster.mount_with("timeout=1h,dirty_age=1h");
+    fs::write(mount.join("unsent"), rng::bytes(1, SIZE)).unwrap();
+    (0..Setup::default().servers).for_each(|server| cluster.kill_data(server));
+    let command = cluster.command(["umount".as_ref(), mount.path().as_os_str()]);
+    let mut unmounting = Process::start("fjord umount", command, &cluster.folder().join("umount.log"));
+    wait_for("the mount to say what it waits for", SOON, || {
+        let log = mount.process().log();
+        if log.contains("A signal gives it up") { Ok(()) } else { Err(log) }
+    });
+    unmounting.assert_running();
+    mount.process().kill9();
+    let status = unmounting.wait();
+    let log = unmounting.log();
+    assert!(status.code() == Some(1) && log.contains("died before it could say"), "{status}: {log}");
 }
 
 #[test]

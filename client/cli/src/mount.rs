@@ -18,11 +18,13 @@ use crate::{
     umount::{self, Refused},
 };
 
+use outcome::Note;
 use supervisor::Worker;
 
 pub(crate) mod background;
 pub(crate) mod helper;
 pub(crate) mod options;
+pub(crate) mod outcome;
 mod supervisor;
 
 /// Mount a FjordFS.
@@ -205,6 +207,7 @@ async fn serve(
     });
     let (mut mount, mut worker) =
         mounting.await?.with_context(|| format!("cannot mount on {}", dir.display()))?;
+    let mut note = Note::new().context("no memory for a note to `fjord umount`")?;
     match &worker {
         // The supervisor says so.
         Some(worker) => worker.serving()?,
@@ -233,8 +236,9 @@ async fn serve(
         }
     }
     tracing::info!("{} is unmounted, handing the last data to the servers", dir.display());
-    finish(&client, dir, &mut signals).await?;
-    Ok(ExitCode::SUCCESS)
+    let ended = finish(&client, dir, &mut signals).await;
+    note.write(&ended);
+    ended.map(|()| ExitCode::SUCCESS)
 }
 
 /// Ends the session. When servers do not answer it says so, and from then on a signal gives up what they do not have.

@@ -6,12 +6,16 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use fjordfs_fuse::MountError;
 
-use crate::{holders, mounts};
+use crate::{
+    holders,
+    mount::outcome::{Note, Outcome},
+    mounts,
+};
 
-/// Unmount a FjordFS mount. Waits until everything written is with the servers.
+/// Unmount a FjordFS mount. Waits until everything written is with the servers, and fails when that cannot be.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -42,6 +46,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Some(mount) => mount,
     };
     let servers = holders::servers_of(&dir);
+    let note = Note::of(&servers);
     match detach(&dir, args.lazy) {
         Ok(()) => {}
         Err(Refused::Busy) => bail!(
@@ -54,20 +59,36 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // A bind mount of it keeps the process, and so do the users of a lazily detached one: that is no failure.
     let left = mounts::read().context("cannot read /proc/self/mountinfo")?;
     let shown_elsewhere = left.iter().any(|m| m.device == mount.device);
-    if args.lazy || shown_elsewhere || holders::wait_gone(&servers, QUIET) {
+    if args.lazy || shown_elsewhere {
         return Ok(ExitCode::SUCCESS);
+    }
+    wait_for_the_last_data(&dir, &servers)?;
+    match note.map(Note::read) {
+        None | Some(Outcome::Clean) => Ok(ExitCode::SUCCESS),
+        Some(Outcome::Failed(why)) => bail!("{why} ({} is unmounted)", dir.display()),
+        Some(Outcome::Died) => bail!(
+            "{} is unmounted, but its process {servers:?} died before it could say that everything written there had reached \
+             the servers: see its log",
+            dir.display()
+        ),
+    }
+}
+
+/// Until the processes that served the mount are gone.
+fn wait_for_the_last_data(dir: &Path, servers: &[u32]) -> anyhow::Result<()> {
+    if holders::wait_gone(servers, QUIET) {
+        return Ok(());
     }
     eprintln!(
         "waiting for process {servers:?}, which has data for the servers: at most {FLUSH_PATIENCE:?}; its log says more"
     );
-    if !holders::wait_gone(&servers, FLUSH_PATIENCE) {
-        bail!(
-            "{} is unmounted, but its process {servers:?} still has data for the servers after {FLUSH_PATIENCE:?}: \
-             see its log and `fjord status`",
-            dir.display()
-        );
-    }
-    Ok(ExitCode::SUCCESS)
+    ensure!(
+        holders::wait_gone(servers, FLUSH_PATIENCE),
+        "{} is unmounted, but its process {servers:?} still has data for the servers after {FLUSH_PATIENCE:?}: see its log and \
+         `fjord status`",
+        dir.display()
+    );
+    Ok(())
 }
 
 /// What umount2(2) says about a path that is no mount point.
