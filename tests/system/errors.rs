@@ -5,11 +5,16 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     os::{fd::IntoRawFd, unix::fs::FileExt},
+    process::Command,
     thread,
     time::Duration,
 };
 
-use fjordfs_tests::{Cluster, MountPoint, Process, Run, Setup, mountpoint, rng, wait::SOON, wait_for};
+use fjordfs_tests::{
+    Cluster, MountPoint, Process, Run, Setup, mountpoint, rng,
+    wait::{SOON, wait_until},
+    wait_for,
+};
 use rustix::{
     fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat},
     io::Errno,
@@ -139,6 +144,28 @@ fn unmounting_tells_of_a_process_that_dies_meanwhile() {
     let status = unmounting.wait();
     let log = unmounting.log();
     assert!(status.code() == Some(1) && log.contains("died before it could say"), "{status}: {log}");
+}
+
+/// A container that was started meanwhile has mounts of its own, this one among them.
+#[test]
+fn unmounting_tells_who_else_has_it_mounted() {
+    let cluster = Cluster::start("umount-elsewhere", Setup::default());
+    let mut mount = cluster.mount();
+    fs::write(mount.join("f"), rng::bytes(1, SIZE)).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sleep", "600"]);
+    let mut container = Process::start("container", command, &cluster.folder().join("container.log"));
+    let name = format!("/proc/{}/comm", container.pid());
+    wait_until("the container to have mounts of its own", SOON, || {
+        fs::read_to_string(&name).is_ok_and(|name| name == "sleep\n")
+    });
+    let holder = format!("still mounted for sleep (process {}, {})", container.pid(), mount.path().display());
+    let told = unmount(&cluster, &mount).ok().stderr;
+    assert!(told.contains(&holder), "{told}");
+    assert!(!mountpoint::is_mounted(mount.path()));
+    mount.process().assert_running();
+    container.kill9();
+    assert!(mount.process().wait().success());
 }
 
 #[test]

@@ -1,12 +1,15 @@
 //! Which processes keep a mount busy, and which one serves it. Reads `/proc` only, never the mount itself.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     fs,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+
+use crate::mounts;
 
 /// A process that uses something below a mount point.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -26,6 +29,22 @@ pub(crate) fn of(mountpoint: &Path) -> Vec<Holder> {
         .filter(|pid| *pid != std::process::id())
         .filter_map(|pid| {
             let path = held_below(&PathBuf::from(format!("/proc/{pid}")), mountpoint)?;
+            Some(Holder { pid, program: program(pid), path })
+        })
+        .collect()
+}
+
+/// A process of each other mount namespace in which the filesystem with this device number is mounted, and where.
+///
+/// Without root, those of other users cannot be seen.
+pub(crate) fn in_other_namespaces(device: &str) -> Vec<Holder> {
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let mut seen: HashSet<PathBuf> = namespace("self").into_iter().collect();
+    pids()
+        .filter(|pid| namespace(&pid.to_string()).is_some_and(|namespace| seen.insert(namespace)))
+        .filter_map(|pid| {
+            let mounts = mounts::read_of(&pid.to_string()).ok()?;
+            let path = mounts.into_iter().find(|mount| mount.device == device)?.mountpoint;
             Some(Holder { pid, program: program(pid), path })
         })
         .collect()

@@ -33,7 +33,12 @@ impl MountEntry {
 
 /// Every mount of this mount namespace, in the order they were made.
 pub(crate) fn read() -> io::Result<Vec<MountEntry>> {
-    Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
+    read_of("self")
+}
+
+/// Every mount of the mount namespace of a process.
+pub(crate) fn read_of(process: &str) -> io::Result<Vec<MountEntry>> {
+    Ok(parse(&std::fs::read(format!("/proc/{process}/mountinfo"))?))
 }
 
 /// The mount that `path` (absolute, without symbolic links) lies in, and the path below its mount point.

@@ -62,7 +62,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.lazy || shown_elsewhere {
         return Ok(ExitCode::SUCCESS);
     }
-    wait_for_the_last_data(&dir, &servers)?;
+    if !holders::wait_gone(&servers, QUIET) {
+        // As a container does that was started while it was mounted, and has mounts of its own.
+        let elsewhere = holders::in_other_namespaces(&mount.device);
+        if !elsewhere.is_empty() {
+            eprintln!(
+                "{} is unmounted here, and still mounted for {}, with a mount namespace of its own: its process {servers:?} goes on \
+                 until that is unmounted or ends",
+                dir.display(),
+                holders::describe(&elsewhere)
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
+        wait_for_the_last_data(&dir, &servers)?;
+    }
     match note.map(Note::read) {
         None | Some(Outcome::Clean) => Ok(ExitCode::SUCCESS),
         Some(Outcome::Failed(why)) => bail!("{why} ({} is unmounted)", dir.display()),
@@ -76,9 +89,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Until the processes that served the mount are gone.
 fn wait_for_the_last_data(dir: &Path, servers: &[u32]) -> anyhow::Result<()> {
-    if holders::wait_gone(servers, QUIET) {
-        return Ok(());
-    }
     eprintln!(
         "waiting for process {servers:?}, which has data for the servers: at most {FLUSH_PATIENCE:?}; its log says more"
     );
