@@ -6,6 +6,7 @@ mod access;
 mod allocate;
 mod chunks;
 mod copy;
+mod failures;
 mod lock;
 mod read;
 mod seek;
@@ -31,6 +32,8 @@ use tokio::{sync::watch, time::Instant};
 pub use allocate::Allocation;
 pub(crate) use chunks::BlockChunk;
 pub use copy::CopiedRange;
+pub(crate) use failures::Failures;
+use failures::Seen;
 pub use lock::{Lock, LockOwner};
 pub(crate) use segment::UnitId;
 pub(crate) use view::View;
@@ -52,8 +55,8 @@ pub(crate) struct FileInner {
     pub(crate) view: View,
     /// Units on their way, oldest first.
     pub(crate) units: Vec<(UnitId, UnitDone)>,
-    /// The first write-back failure that nobody has been told of.
-    pub(crate) error: Option<FsError>,
+    /// Write-backs that failed.
+    pub(crate) failures: Failures,
     /// Since when there has been dirty data.
     pub(crate) dirty_since: Option<Instant>,
     /// Appends among it whose callers have no answer yet.
@@ -107,7 +110,7 @@ impl FileState {
             inner: Mutex::new(FileInner {
                 view,
                 units: Vec::new(),
-                error: None,
+                failures: Failures::default(),
                 dirty_since: None,
                 unanswered: Vec::new(),
                 lost_until: None,
@@ -117,14 +120,6 @@ impl FileState {
 
     pub(crate) fn lock(&self) -> parking_lot::MutexGuard<'_, FileInner> {
         self.inner.lock()
-    }
-
-    /// Reports a write-back failure once.
-    fn take_error(&self) -> FsResult<()> {
-        match self.lock().error.take() {
-            Some(e) => Err(e),
-            None => Ok(()),
-        }
     }
 
     /// Waits until every unit that is on its way now has been committed or has failed.
@@ -158,12 +153,14 @@ struct Handle {
     /// Where a sequential reader would go on, and how far it has been read ahead.
     cursor: Mutex<read::Cursor>,
     accesses: access::Accesses,
+    /// Failures of the file that were told here. Locked after the file's state.
+    seen: Mutex<Seen>,
 }
 
 impl Handle {
     /// Reports a write-back failure once, also one of a former process.
     fn take_error(&self) -> FsResult<()> {
-        let told = self.state.take_error();
+        let told = self.state.lock().failures.tell(&mut self.seen.lock());
         if told.is_err() {
             self.client.loss_is_told(self.state.ino);
         }
@@ -226,6 +223,7 @@ impl File {
     pub(crate) fn of_handle(client: &Arc<Inner>, id: HandleId, attr: Attr) -> File {
         let state = client.file_state(attr);
         let accesses = access::Accesses::new(client.options.access_times);
+        let seen = Mutex::new(state.lock().failures.seen_at_open());
         File {
             handle: Arc::new(Handle {
                 client: client.clone(),
@@ -233,6 +231,7 @@ impl File {
                 id,
                 cursor: Mutex::default(),
                 accesses,
+                seen,
             }),
         }
     }
@@ -243,7 +242,7 @@ impl File {
         if lost {
             let why =
                 format!("{}: what was written last is lost with the mount's former process", file.ino());
-            file.handle.state.lock().error.get_or_insert_with(|| FsError::new(Errno::EIO, why));
+            file.handle.state.lock().failures.note(|| FsError::new(Errno::EIO, why));
         }
         file
     }
@@ -403,6 +402,18 @@ impl File {
                 format!("{}: lost in a power failure of the metaserver", self.ino()),
             )),
         }
+    }
+
+    /// As [`File::close`] where nobody is there to be told: the failure that it returns is still reported to whoever has the file open.
+    ///
+    /// # Errors
+    /// As [`File::flush`].
+    pub async fn leave(self) -> FsResult<()> {
+        let Handle { client, state, .. } = &*self.handle;
+        if !client.meta.leases().is_delegated(self.ino()) {
+            client.flush(state).await?;
+        }
+        state.lock().failures.unseen(&self.handle.seen.lock())
     }
 
     /// Flushes and closes this handle.

@@ -43,12 +43,12 @@ pub(crate) async fn run(client: Weak<Inner>, mut orders: Keeper) {
             Keep::Lost(error) => {
                 let files: Vec<_> = client.files.lock().values().filter_map(Weak::upgrade).collect();
                 for file in files {
-                    file.lock().error.get_or_insert_with(|| error.clone());
+                    file.lock().failures.note(|| error.clone());
                 }
             }
             Keep::Refused(inodes, error) => {
                 for file in inodes.iter().filter_map(|ino| client.known_file(*ino)) {
-                    file.lock().error.get_or_insert_with(|| error.clone());
+                    file.lock().failures.note(|| error.clone());
                 }
             }
         }

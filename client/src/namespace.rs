@@ -351,7 +351,7 @@ impl Client {
         let files: Vec<_> = self.inner.dirty.lock().values().cloned().collect();
         write::flush_files(&self.inner, files.clone()).await;
         // An error is told here and kept for the file's own user.
-        let failed = files.iter().find_map(|f| f.lock().error.clone());
+        let failed = files.iter().find_map(|f| f.lock().failures.untold().cloned());
         let (data, log) = tokio::join!(self.inner.sync_stored(), self.inner.sync_log());
         failed.map_or(Ok(()), Err).and(data).and(log)
     }

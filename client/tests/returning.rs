@@ -114,3 +114,30 @@ async fn what_was_lost_at_the_end_is_an_error_and_no_end_of_file() {
     wait_until("the file ends where it does", || file.size_told() == 100_000).await;
     assert!(support::read_all(&file).await == kept);
 }
+
+/// Whoever else closes the file, or is closed for, takes no report from who wrote: an fsync that succeeds means that it is all there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_write_back_is_told_to_every_handle() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
+        .await;
+    let writer = client.create_path("/f").await.unwrap();
+    writer.fsync().await.unwrap();
+    // Other opens of it, from before.
+    let [released, closed, writes] = [(); 3].map(|()| client.open_path("/f"));
+    let (released, closed, writes) = (released.await.unwrap(), closed.await.unwrap(), writes.await.unwrap());
+    cluster.stop_data(0);
+    writer.write_at(0, Bytes::from(pattern(6, 100_000))).await.unwrap();
+    assert_eq!(closed.fsync().await.unwrap_err().errno, Errno::EIO);
+    closed.close().await.unwrap();
+    // What the kernel does when a descriptor is gone, which may be long after.
+    released.leave().await.unwrap_err();
+    assert_eq!(writer.fsync().await.unwrap_err().errno, Errno::EIO);
+    writes.write_at(0, Bytes::from_static(b"more")).await.unwrap_err();
+    // Once each, and who comes later has nothing to do with it.
+    cluster.start_data(0).await;
+    writer.fsync().await.unwrap();
+    writes.fsync().await.unwrap();
+    client.open_path("/f").await.unwrap().fsync().await.unwrap();
+}

@@ -73,6 +73,31 @@ fn a_failed_write_back_is_told_once_and_what_was_committed_stays() {
     mount.unmount();
 }
 
+/// As on a local filesystem: that somebody else has asked, or has closed the file, takes no report from who wrote.
+#[test]
+fn a_failed_write_back_is_told_through_every_descriptor() {
+    let mut cluster = Cluster::start("write-back-each", Setup::default());
+    let mount = cluster.mount_with("timeout=3s");
+    let path = mount.join("f");
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+    let [writer, asks, closes] = [open(), open(), open()];
+    writer.write_all_at(&rng::bytes(1, SIZE), 0).unwrap();
+    writer.sync_all().unwrap();
+    (0..Setup::default().servers).for_each(|server| cluster.kill_data(server));
+    writer.write_all_at(&rng::bytes(2, SIZE), 0).unwrap();
+    asks.sync_all().unwrap_err();
+    asks.sync_all().expect("it was told");
+    drop(asks);
+    close(closes).unwrap_err();
+    writer.sync_all().unwrap_err();
+    (0..Setup::default().servers).for_each(|server| cluster.start_data(server));
+    cluster.wait_healthy();
+    writer.sync_all().unwrap();
+    assert!(fs::read(&path).unwrap() == rng::bytes(1, SIZE));
+    drop(writer);
+    mount.unmount();
+}
+
 /// With a bound of an hour for each operation: what is detached has nothing to wait for, and what has says so and can be told to give up.
 #[test]
 fn a_detached_mount_ends_although_nobody_answers() {

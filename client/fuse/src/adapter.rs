@@ -284,7 +284,7 @@ impl Filesystem for Adapter {
     }
 
     async fn release(&self, file: &File) -> FsResult<()> {
-        file.clone().close().await
+        file.clone().leave().await
     }
 
     fn own_versions(&self, file: &File) -> RangeInclusive<u64> {
