@@ -110,6 +110,23 @@ fn whatever_dies_is_started_again() {
     up.stop();
 }
 
+/// The folder of the second mount is not there yet.
+#[test]
+fn the_commands_that_it_shows_work_as_they_are() {
+    let scratch = Scratch::new("up-shows");
+    let up = Up::start(&scratch, &address(), &["--servers", "1"]);
+    let second = scratch.path().join("new/second");
+    let shown = up.process.log();
+    let command = shown.lines().find_map(|line| line.trim().strip_prefix("fjord mount ")).unwrap();
+    let words = command.split("  ").next().unwrap().replace("/mnt/second", second.to_str().unwrap());
+    let log = format!("log={}", scratch.path().join("second.log").display());
+    run(fjord(["mount", "-o", &log].into_iter().chain(words.split(' ')))).ok();
+    fs::write(up.dir.join("f"), b"seen by both").unwrap();
+    assert_eq!(fs::read(second.join("f")).unwrap(), b"seen by both");
+    run(fjord([Path::new("umount"), &second])).ok();
+    up.stop();
+}
+
 #[test]
 fn it_grows_and_outlives_its_own_kill() {
     let scratch = Scratch::new("up-grows");
