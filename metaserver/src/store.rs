@@ -117,6 +117,11 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// The engine in a folder does not do without.
+    #[error(
+        "the working directory of this process has been removed: cd to one that exists, and start it again"
+    )]
+    NoWorkingDirectory,
     /// Another process has it open.
     #[error("metadata store in {} is open in another process", folder.display())]
     Locked {

@@ -128,6 +128,24 @@ fn the_commands_that_it_shows_work_as_they_are() {
 }
 
 #[test]
+fn a_working_directory_that_is_gone_is_named() {
+    let scratch = Scratch::new("up-gone");
+    let gone = scratch.dir("gone");
+    let mut command = fjord(["up"]);
+    command.arg(scratch.path().join("mnt")).args(["--meta-listen", &address(), "--data"]);
+    command.arg(scratch.path().join("data"));
+    let program = command.get_program().to_owned();
+    let mut shell = std::process::Command::new("sh");
+    shell
+        .args(["-c", "cd \"$0\" && rmdir \"$0\" && exec \"$@\""])
+        .arg(&gone)
+        .arg(program)
+        .args(command.get_args());
+    let said = run(shell).fails_saying(&["working directory", "cd"]);
+    assert!(!said.stderr.contains("damaged"), "{said}");
+}
+
+#[test]
 fn it_grows_and_outlives_its_own_kill() {
     let scratch = Scratch::new("up-grows");
     let meta = address();
