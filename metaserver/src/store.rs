@@ -212,6 +212,12 @@ pub trait MetaStore: Send + Sync + 'static {
     }
 }
 
+/// Whether it has no records but the engine's own.
+pub(crate) fn is_empty(store: &dyn MetaStore) -> StoreResult<bool> {
+    let all = crate::keys::everything();
+    Ok(store.scan(&all.start..&all.end, Order::Ascending, 1)?.is_empty())
+}
+
 /// Pairs of one page of [`each_page`].
 const PAGE: usize = 1024;
 
