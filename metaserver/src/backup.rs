@@ -311,13 +311,17 @@ pub fn restore(
     let (about, _) = verify(file)?;
     match store {
         None => {
-            let folder = Folder::claim_unlabelled(data, &about.cluster_id)?;
-            let store = FjallStore::open(&folder.store, FjallOptions::default()).map_err(|e| match e {
-                // That it wants a backup is known, and there may still be something to be saved from it.
-                StoreError::Damaged { .. } => BackupError::NotEmpty(data.display().to_string()),
+            let name = data.display().to_string();
+            let folder = Folder::claim_unlabelled(data, &about.cluster_id).map_err(|e| match e {
+                FolderError::Locked(_) => BackupError::NotEmpty(name.clone()),
                 other => other.into(),
             })?;
-            let fence = close(&store, &data.display().to_string(), again)?;
+            let store = FjallStore::open(&folder.store, FjallOptions::default()).map_err(|e| match e {
+                // That it wants a backup is known, and there may still be something to be saved from it.
+                StoreError::Damaged { .. } => BackupError::NotEmpty(name.clone()),
+                other => other.into(),
+            })?;
+            let fence = close(&store, &name, again)?;
             folder.label()?;
             load(file, &store, fence)
         }
