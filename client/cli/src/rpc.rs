@@ -29,10 +29,7 @@ pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
 /// # Errors
 /// What the metaserver says against it.
 pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> anyhow::Result<String> {
-    let changed = ask(meta, |mut owner| {
-        let request = request.clone();
-        async move { owner.change_target(request).await }
-    });
+    let changed = ask(meta, |mut owner| async move { owner.change_target(request).await });
     Ok(changed.await?.message)
 }
 
