@@ -24,7 +24,7 @@ use crate::{
     inode_ids::InodeIds,
     keeper,
     memory::DirtyBudget,
-    meta::MetaClient,
+    meta::{MetaClient, owner::Metaservers},
     streams::Streams,
     successor::Successor,
     write::{packer, spawn_flusher},
@@ -48,8 +48,8 @@ pub struct Client {
 
 /// The parts.
 pub(crate) struct Inner {
-    /// Of the metaservers.
-    pub(crate) address: String,
+    /// For calls beside the session.
+    pub(crate) metaservers: Metaservers,
     pub(crate) options: Options,
     pub(crate) meta: Arc<MetaClient>,
     pub(crate) data: Arc<DataClient>,
@@ -89,8 +89,8 @@ impl Client {
             None => Engine::start(options.threads)?,
         };
         let engine = Arc::new(engine);
-        let address = meta.to_owned();
-        let (to, session_options, alive) = (address.clone(), options.clone(), engine.alive());
+        let metaservers = Metaservers::over(options.network.clone(), meta, options.operation_timeout);
+        let (to, session_options, alive) = (meta.to_owned(), options.clone(), engine.alive());
         let session =
             engine.spawn_session(async move { MetaClient::connect(&to, &session_options, alive).await });
         let (meta, _) = session
@@ -100,7 +100,7 @@ impl Client {
         let data = Arc::new(DataClient::new(engine.clone(), meta.map_changes(), &options));
         let (packer, queue) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
-            address,
+            metaservers,
             cache: BlockCache::new(data.clone(), options.cache_max(), options.prefetch_max()),
             blocks: BlockIds::new(meta.clone(), options.operation_timeout),
             inodes: InodeIds::new(meta.clone(), engine.clone()),

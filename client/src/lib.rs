@@ -74,6 +74,7 @@ pub use fjordfs_proto::{
 };
 pub use handover::{Handover, LockUser};
 pub use leases::Recalled;
+pub use meta::owner::{CallError, Metaservers};
 pub use namespace::{AttrChange, NewFile, NewNode, SetTime, StatFs};
 pub use network::{Network, Wire};
 pub use options::Options;

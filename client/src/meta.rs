@@ -15,6 +15,7 @@
 
 mod attach;
 mod letting_go;
+pub(crate) mod owner;
 mod queue;
 mod slots;
 mod stream;

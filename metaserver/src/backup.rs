@@ -39,11 +39,12 @@ use crate::{
     label::{FORMAT_VERSION, Folder, FolderError},
     records::Counters,
     store::{
-        Batch, FjallOptions, FjallStore, Late, MetaStore, Order, Pair, Place, Reading, RemoteStore,
+        Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Pair, Place, Reading, RemoteStore,
         StoreError,
         bulk::{self, Bulk},
+        is_empty,
     },
-    store_label::Closed,
+    store_label::{self, Closed},
 };
 
 const MAGIC: &[u8; 8] = b"fjordbak";
@@ -107,6 +108,11 @@ pub enum BackupError {
     /// There is metadata where it should go.
     #[error("{0} holds metadata already: a backup is restored into an empty place")]
     NotEmpty(String),
+    /// There is what a restore has left where it should go.
+    #[error(
+        "a restore into {0} was interrupted, and what it has left there is of no use: give --force to begin it again"
+    )]
+    Interrupted(String),
     /// A metaserver runs.
     #[error("a metaserver runs on {0}: stop all of them first, and name an empty place")]
     Owned(String),
@@ -290,43 +296,67 @@ fn open(file: &Path) -> Result<BufReader<std::fs::File>, BackupError> {
 
 // ---- restoring ----
 
-/// Makes a store from a backup, in an empty folder or on an empty store; what it was of, and how many records it has.
+/// Makes a store from a backup, in an empty folder or on an empty store; what it was of, and how many records it has. With `again` also
+/// where a restore was interrupted.
 ///
 /// # Errors
 /// See [`BackupError`]. A backup that is not whole is refused before anything is written. When a restore is interrupted, no metaserver
 /// opens what is there.
-pub fn restore(file: &Path, data: &Path, store: Option<&Place>) -> Result<(About, u64), BackupError> {
+pub fn restore(
+    file: &Path,
+    data: &Path,
+    store: Option<&Place>,
+    again: bool,
+) -> Result<(About, u64), BackupError> {
     let (about, _) = verify(file)?;
     match store {
         None => {
-            let folder = Folder::claim_new(data, &about.cluster_id)?;
-            if folder.store.exists() {
-                return Err(BackupError::NotEmpty(data.display().to_string()));
-            }
-            let store = FjallStore::open(&folder.store, FjallOptions::default())?;
-            load(file, &store, &data.display().to_string())
+            let name = data.display().to_string();
+            let folder = Folder::claim_unlabelled(data, &about.cluster_id).map_err(|e| match e {
+                FolderError::Locked(_) => BackupError::NotEmpty(name.clone()),
+                other => other.into(),
+            })?;
+            let store = FjallStore::open(&folder.store, FjallOptions::default()).map_err(|e| match e {
+                // That it wants a backup is known, and there may still be something to be saved from it.
+                StoreError::Damaged { .. } => BackupError::NotEmpty(name.clone()),
+                other => other.into(),
+            })?;
+            let fence = close(&store, &name, again)?;
+            folder.label()?;
+            load(file, &store, fence)
         }
         Some(place) => {
             let store = RemoteStore::open(place, FjallOptions::default().cache_bytes)?;
             if !store.is_free()? {
                 return Err(BackupError::Owned(place.to_string()));
             }
-            let loaded = load(file, &store, &place.to_string())?;
+            let fence = close(&store, &place.to_string(), again)?;
+            let loaded = load(file, &store, fence)?;
             store.release()?;
             Ok(loaded)
         }
     }
 }
 
-/// Loads a backup that has been verified into a store that must be empty.
-fn load(file: &Path, store: &dyn MetaStore, name: &str) -> Result<(About, u64), BackupError> {
-    if !store.scan(&[1u8; 1]..&[0xff; 1], Order::Ascending, 1)?.is_empty() {
-        return Err(BackupError::NotEmpty(name.to_owned()));
+/// Takes a store that is empty, or that a restore has left, and sees to it that nobody opens it before everything is there.
+fn close(store: &dyn MetaStore, name: &str, again: bool) -> Result<Fence, BackupError> {
+    let was_interrupted = matches!(store_label::closed(store)?, Some(Closed::Restoring(_)));
+    match (was_interrupted, again) {
+        (true, true) => {}
+        (true, false) => return Err(BackupError::Interrupted(name.to_owned())),
+        (false, _) if is_empty(store)? => {}
+        (false, _) => return Err(BackupError::NotEmpty(name.to_owned())),
     }
     let fence = store.take_over()?;
-    let marker = keys::CLOSED.to_vec();
-    store.commit(Batch { writes: vec![(marker.clone(), Some(Closed::restoring().encode()))] }, fence)?;
+    let marker = (keys::CLOSED.to_vec(), Some(Closed::restoring().encode()));
+    store.commit(Batch { writes: vec![marker] }, fence)?;
     bulk::settle(store)?;
+    bulk::clear(store, fence)?;
+    Ok(fence)
+}
+
+/// Loads a backup that has been verified into a store that has been closed, and opens that.
+fn load(file: &Path, store: &dyn MetaStore, fence: Fence) -> Result<(About, u64), BackupError> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut bulk = Bulk::new(store, fence);
     let mut source = open(file)?;
@@ -336,7 +366,7 @@ fn load(file: &Path, store: &dyn MetaStore, name: &str) -> Result<(About, u64), 
         Ok(bulk.write(key, Some(value))?)
     })?;
     bulk.finish()?;
-    store.commit(Batch { writes: vec![(marker, None)] }, fence)?;
+    store.commit(Batch { writes: vec![(keys::CLOSED.to_vec(), None)] }, fence)?;
     bulk::settle(store)?;
     Ok(loaded)
 }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! DATA/
-//!   fjord-meta.json    {"kind": "meta", "format_version": 2, "cluster_id": "..."}   written before anything else,
-//!                      and by the first release that writes newer records
+//!   fjord-meta.json    {"kind": "meta", "format_version": 2, "cluster_id": "..."}   written before anything else (by a restore:
+//!                      when its store is closed), and by the first release that writes newer records
 //!   fjord-meta.lock    locked (flock) by the running metaserver
 //!   store/             the storage engine's
 //! ```
@@ -75,9 +75,6 @@ pub enum FolderError {
     /// There is no metadata in it.
     #[error("{} holds no metadata: name the metaserver's data folder", .0.display())]
     Empty(PathBuf),
-    /// There is metadata in it.
-    #[error("{} holds metadata already: a backup is restored into an empty folder", .0.display())]
-    Taken(PathBuf),
     /// The operating system said no.
     #[error("{}: {source}", path.display())]
     Io {
@@ -113,38 +110,30 @@ impl Folder {
     }
 
     fn claim_or_make(folder: &Path, cluster_id: impl FnOnce() -> String) -> Result<Folder, FolderError> {
-        let at = |path: &Path| {
-            let path = path.to_owned();
-            move |source| FolderError::Io { path, source }
-        };
-        match fs::create_dir_all(folder) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) => {
-                return Err(FolderError::NotAFolder(folder.to_owned()));
-            }
-            other => other.map_err(at(folder))?,
-        }
-        refuse_targets(folder)?;
-        let lock = lock(folder)?;
+        let lock = occupy(folder)?;
         let label = match read(folder)? {
             Some(label) if label.format_version == FORMAT_VERSION => label,
             // From here on an older release would take the records for damaged.
-            Some(older) => write(folder, older.cluster_id).map_err(at(&folder.join(LABEL)))?,
-            None => write(folder, cluster_id()).map_err(at(&folder.join(LABEL)))?,
+            Some(older) => write(folder, older.cluster_id)?,
+            None => write(folder, cluster_id())?,
         };
         Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
     }
 
-    /// Claims a folder that must not hold metadata yet, for a cluster that exists.
-    pub(crate) fn claim_new(folder: &Path, cluster_id: &str) -> Result<Folder, FolderError> {
-        let at = |source| FolderError::Io { path: folder.to_owned(), source };
-        fs::create_dir_all(folder).map_err(at)?;
-        if read(folder)?.is_some() {
-            return Err(FolderError::Taken(folder.to_owned()));
+    /// Claims a folder that is new, or a cluster's already, without a label: that follows when its store cannot be taken for an empty one
+    /// any more ([`Folder::label`]).
+    pub(crate) fn claim_unlabelled(folder: &Path, cluster_id: &str) -> Result<Folder, FolderError> {
+        let lock = occupy(folder)?;
+        if let Some(label) = read(folder)?.filter(|label| label.cluster_id != cluster_id) {
+            return Err(FolderError::OtherCluster { folder: folder.to_owned(), found: label.cluster_id });
         }
-        refuse_targets(folder)?;
-        let lock = lock(folder)?;
-        let label = write(folder, cluster_id.to_owned()).map_err(at)?;
-        Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
+        Ok(Folder { cluster_id: cluster_id.to_owned(), store: folder.join(STORE), _lock: lock })
+    }
+
+    /// Writes the label.
+    pub(crate) fn label(&self) -> Result<(), FolderError> {
+        let folder = self.store.parent().unwrap_or(&self.store);
+        write(folder, self.cluster_id.clone()).map(drop)
     }
 
     /// Claims a folder that must hold metadata already.
@@ -157,6 +146,19 @@ impl Folder {
         }
         Folder::claim(folder)
     }
+}
+
+/// Makes the folder when it is missing, and locks it.
+fn occupy(folder: &Path) -> Result<File, FolderError> {
+    match fs::create_dir_all(folder) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory) => {
+            return Err(FolderError::NotAFolder(folder.to_owned()));
+        }
+        Err(source) => return Err(FolderError::Io { path: folder.to_owned(), source }),
+        Ok(()) => {}
+    }
+    refuse_targets(folder)?;
+    lock(folder)
 }
 
 fn lock(folder: &Path) -> Result<File, FolderError> {
@@ -198,14 +200,17 @@ fn read(folder: &Path) -> Result<Option<Label>, FolderError> {
 }
 
 /// Whole or not at all: a metaserver that starts after a crash must not make a second cluster id.
-fn write(folder: &Path, cluster_id: String) -> io::Result<Label> {
+fn write(folder: &Path, cluster_id: String) -> Result<Label, FolderError> {
     let label = Label { kind: KIND.into(), format_version: FORMAT_VERSION, cluster_id };
-    let temporary = folder.join(format!("{LABEL}.new"));
-    let mut file = File::create(&temporary)?;
-    file.write_all(serde_json::to_string_pretty(&label)?.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&temporary, folder.join(LABEL))?;
-    File::open(folder)?.sync_all()?;
+    let write = || {
+        let temporary = folder.join(format!("{LABEL}.new"));
+        let mut file = File::create(&temporary)?;
+        file.write_all(serde_json::to_string_pretty(&label)?.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, folder.join(LABEL))?;
+        File::open(folder)?.sync_all()
+    };
+    write().map_err(|source| FolderError::Io { path: folder.join(LABEL), source })?;
     Ok(label)
 }
 

@@ -18,7 +18,7 @@ use crate::{
     store::{
         Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Order, Pair, Place, RemoteStore, StoreError,
         bulk::{self, Bulk},
-        each_page,
+        each_page, is_empty,
     },
     store_label::{self, Closed},
 };
@@ -139,8 +139,7 @@ pub fn migrate(from: &Place, to: &Place, mut tell: impl FnMut(Progress)) -> Resu
     };
     let old = Open::new(from, None)?;
     if let Some(closed) = store_label::closed(&*old.store)? {
-        let (Closed::Unfinished(why) | Closed::Moved(why)) = closed;
-        return Err(MigrateError::Closed { place: old.place, why });
+        return Err(MigrateError::Closed { place: old.place, why: closed.text().to_owned() });
     }
     store_label::check(&*old.store).map_err(metadata(from))?;
     let cluster = cluster_of(&*old.store).map_err(metadata(from))?;
@@ -170,18 +169,13 @@ pub fn migrate(from: &Place, to: &Place, mut tell: impl FnMut(Progress)) -> Resu
 
 /// Removes what a migration has left; anything else is somebody's.
 fn clear(new: &Open) -> Result<(), MigrateError> {
-    let unfinished = matches!(store_label::closed(&*new.store)?, Some(Closed::Unfinished(_)));
-    let mut bulk = Bulk::new(&*new.store, new.fence);
-    new.pages(|page| {
-        if !unfinished {
-            return Err(MigrateError::NotEmpty(new.place.clone()));
-        }
-        for (key, _) in page.into_iter().filter(|(key, _)| key != keys::CLOSED) {
-            bulk.write(key, None)?;
-        }
-        Ok(())
-    })?;
-    Ok(bulk.finish()?)
+    if store_label::closed(&*new.store)?.is_some_and(|closed| closed.is_unfinished()) {
+        return Ok(bulk::clear(&*new.store, new.fence)?);
+    }
+    match is_empty(&*new.store)? {
+        true => Ok(()),
+        false => Err(MigrateError::NotEmpty(new.place.clone())),
+    }
 }
 
 fn copy(

@@ -79,7 +79,7 @@ fn number(variable: &str) -> u64 {
 #[ignore = "makes what FJORD_SCALE_FOLDER, FJORD_SCALE_ONE and FJORD_SCALE_MANY say: benches/many-inodes.sh"]
 fn fill() {
     let folder = std::env::var("FJORD_SCALE_FOLDER").unwrap();
-    let claimed = Folder::claim_new(Path::new(&folder), "cluster").unwrap();
+    let claimed = Folder::claim_for(Path::new(&folder), "cluster").unwrap();
     let store = Arc::new(FjallStore::open(&claimed.store, FjallOptions::default()).unwrap());
     let mut filler = Filler { world: World::on(store.clone()), sequence: 0, began: Instant::now() };
     let one = filler.make(ROOT_INODE, "one".into(), FileKind::Directory);

@@ -117,6 +117,11 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// The engine in a folder does not do without.
+    #[error(
+        "the working directory of this process has been removed: cd to one that exists, and start it again"
+    )]
+    NoWorkingDirectory,
     /// Another process has it open.
     #[error("metadata store in {} is open in another process", folder.display())]
     Locked {
@@ -205,6 +210,12 @@ pub trait MetaStore: Send + Sync + 'static {
     fn late(&self) -> Option<&dyn Late> {
         None
     }
+}
+
+/// Whether it has no records but the engine's own.
+pub(crate) fn is_empty(store: &dyn MetaStore) -> StoreResult<bool> {
+    let all = crate::keys::everything();
+    Ok(store.scan(&all.start..&all.end, Order::Ascending, 1)?.is_empty())
 }
 
 /// Pairs of one page of [`each_page`].

@@ -11,13 +11,16 @@ use crate::{
 
 /// First byte of the record at [`keys::CLOSED`]; the rest is a sentence for people.
 const UNFINISHED: u8 = b'u';
+const RESTORING: u8 = b'r';
 const MOVED: u8 = b'm';
 
 /// Why a store is not to be served.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Closed {
-    /// A migration into it, or a restore, did not end.
+    /// A migration into it did not end.
     Unfinished(String),
+    /// A restore into it did not end.
+    Restoring(String),
     /// Its records are elsewhere now.
     Moved(String),
 }
@@ -25,20 +28,27 @@ pub(crate) enum Closed {
 impl Closed {
     /// While a backup is loaded.
     pub(crate) fn restoring() -> Closed {
-        let what = "a backup was being loaded into it and is not all there: empty it and restore again";
-        Closed::Unfinished(what.to_owned())
+        let what = "a backup was being loaded into it and is not all there: restore again, with \
+                    `fjord meta restore --force`";
+        Closed::Restoring(what.to_owned())
+    }
+
+    /// Nothing in it is anybody's only copy.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        matches!(self, Closed::Unfinished(_) | Closed::Restoring(_))
     }
 
     pub(crate) fn encode(&self) -> Bytes {
         let (mark, text) = match self {
             Closed::Unfinished(text) => (UNFINISHED, text),
+            Closed::Restoring(text) => (RESTORING, text),
             Closed::Moved(text) => (MOVED, text),
         };
         [&[mark], text.as_bytes()].concat().into()
     }
 
-    fn text(&self) -> &str {
-        let (Closed::Unfinished(text) | Closed::Moved(text)) = self;
+    pub(crate) fn text(&self) -> &str {
+        let (Closed::Unfinished(text) | Closed::Restoring(text) | Closed::Moved(text)) = self;
         text
     }
 }
@@ -48,8 +58,11 @@ pub(crate) fn closed(store: &dyn MetaStore) -> StoreResult<Option<Closed>> {
     let Some(value) = store.get(keys::CLOSED)? else { return Ok(None) };
     let text = String::from_utf8_lossy(value.get(1..).unwrap_or_default()).into_owned();
     // What this release does not know is at least not open.
-    let unfinished = value.first() == Some(&UNFINISHED);
-    Ok(Some(if unfinished { Closed::Unfinished(text) } else { Closed::Moved(text) }))
+    Ok(Some(match value.first() {
+        Some(&UNFINISHED) => Closed::Unfinished(text),
+        Some(&RESTORING) => Closed::Restoring(text),
+        _ => Closed::Moved(text),
+    }))
 }
 
 /// Refuses a store that is closed, that a newer release has written, or that holds something else.

@@ -48,7 +48,6 @@ fn a_mount_says_what_is_wrong_with_it() {
     // The address of a data server instead of the metaserver's.
     let data = cluster.data_address(0);
     mount(&data, &empty, "").fails_saying(&[&data]);
-    mount(&meta, &empty.join("missing"), "").fails_saying(&["missing", "does not exist", "mkdir"]);
     let full = cluster.dir("full");
     fs::write(full.join("file"), b"x").unwrap();
     mount(&meta, &full, "").fails_saying(&[text(&full), "not empty"]);
@@ -59,6 +58,7 @@ fn a_mount_says_what_is_wrong_with_it() {
     fjord_run(["umount", text(&empty)]).fails_saying(&[text(&empty), "nothing is mounted"]);
     assert!(fs::read_dir(&empty).unwrap().next().is_none(), "a failed mount leaves nothing behind");
     assert!(!fjordfs_tests::mountpoint::is_mounted(&empty));
+    mount(&meta, &full.join("file/below"), "").fails_saying(&["mount point", text(&full), "not a directory"]);
     mounted.unmount();
     cluster.assert_running();
 }

@@ -150,6 +150,11 @@ fn an_owner_that_stands_still_is_fenced_and_stands_by() {
                 others.filter(|n| cluster.metaserver(*n).as_ref().unwrap().log().contains("listening on"));
             serving.next().ok_or("nobody took over".to_owned())
         });
+        // Admin verbs pass it over, too: its address is the first of all.
+        assert_eq!(owner, 0);
+        cluster.fjord(["status"]).ok();
+        cluster.fjord(["scrub", "start"]).ok();
+        cluster.fjord(["meta", "backup", cluster.folder().join("backup").to_str().unwrap()]).ok();
         let old = cluster.metaserver(owner).as_mut().unwrap();
         old.signal(Signal::CONT);
         wait_for("the old owner to notice", TAKE_OVER_MAX, || {

@@ -139,25 +139,33 @@ fn a_backup_made_in_use_is_restored_and_what_came_later_is_garbage() {
     write(mount.path(), 5..9);
     mount.unmount();
     let folder = cluster.meta_folder();
-    let restore = |cluster: &Cluster, file: &Path| {
+    let restore = |cluster: &Cluster, file: &Path, more: Option<&str>| {
         let args = ["meta".into(), "restore".into(), file.to_owned().into_os_string(), "--data".into()];
-        cluster.fjord(args.into_iter().chain([folder.clone().into_os_string()]))
+        let more = more.map(std::ffi::OsString::from);
+        cluster.fjord(args.into_iter().chain([folder.clone().into_os_string()]).chain(more))
     };
-    restore(&cluster, &file).fails_saying(&["holds metadata already"]);
+    let is_refused = |cluster: &Cluster| {
+        for more in [None, Some("--force")] {
+            restore(cluster, &file, more).fails_saying(&["holds metadata already"]);
+        }
+    };
+    is_refused(&cluster);
     cluster.stop();
+    is_refused(&cluster);
     fs::rename(&folder, cluster.dir("old").join("meta")).unwrap();
     // A torn and a damaged one are refused, and leave nothing behind.
     let good = fs::read(&file).unwrap();
     let bad = cluster.dir("backup").join("bad");
     fs::write(&bad, &good[..good.len() - 9]).unwrap();
-    restore(&cluster, &bad).fails_saying(&["not complete"]);
+    restore(&cluster, &bad, None).fails_saying(&["not complete"]);
     let mut flipped = good;
     let middle = flipped.len() / 2;
     flipped[middle] ^= 1;
     fs::write(&bad, flipped).unwrap();
-    restore(&cluster, &bad).fails_saying(&["is damaged"]);
+    restore(&cluster, &bad, None).fails_saying(&["is damaged"]);
     assert!(!folder.exists());
-    restore(&cluster, &file).ok();
+    restore(&cluster, &file, None).ok();
+    is_refused(&cluster);
     cluster.start_all();
     let mount = cluster.mount();
     assert_same(mount.path(), 0..5);

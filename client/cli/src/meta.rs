@@ -124,6 +124,9 @@ enum Verb {
         /// Store for `fjord meta --store`
         #[arg(long, value_name = "URL", conflicts_with = "data")]
         store: Option<String>,
+        /// Begin again where a restore was interrupted; whatever else is there stays as it is
+        #[arg(long)]
+        force: bool,
     },
     Status(status::Args),
     Migrate(migrate::Args),
@@ -143,7 +146,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
         Some(Verb::Backup { file, meta }) => return back_up(file, meta),
-        Some(Verb::Restore { file, data, store }) => return restore(file, data.as_deref(), store.as_deref()),
+        Some(Verb::Restore { file, data, store, force }) => {
+            return restore(file, data.as_deref(), store.as_deref(), *force);
+        }
         Some(Verb::Status(args)) => return status::run(args),
         Some(Verb::Migrate(args)) => return migrate::run(args),
         None => {}
@@ -212,13 +217,13 @@ fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn restore(file: &Path, data: Option<&Path>, store: Option<&str>) -> anyhow::Result<ExitCode> {
+fn restore(file: &Path, data: Option<&Path>, store: Option<&str>, again: bool) -> anyhow::Result<ExitCode> {
     let place = store.map(place).transpose()?;
     let (data, place) = match (data, place) {
         (_, Some(Place::Fjall(data))) => (data, None),
         (data, place) => (data.map(Path::to_owned).unwrap_or_default(), place),
     };
-    let (about, records) = backup::restore(file, &data, place.as_ref())?;
+    let (about, records) = backup::restore(file, &data, place.as_ref(), again)?;
     let created = std::time::UNIX_EPOCH.checked_add(Duration::from_secs(about.created));
     let created = created.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default();
     report::print(&format!(

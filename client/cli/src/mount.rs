@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// Address of the metaserver, and the folder of the filesystem to mount if that is not all of it
     #[arg(value_name = "HOST:PORT[:/FOLDER]", required_unless_present = "upgrade")]
     meta: Option<String>,
-    /// The mount point: an empty folder
+    /// The mount point: an empty folder; made when missing
     #[arg(required_unless_present = "upgrade")]
     dir: Option<PathBuf>,
     /// Mount options, separated by commas
@@ -68,9 +68,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (Some(source), Some(dir)) = (args.meta, args.dir) else {
         bail!("name the metaserver and the mount point: fjord mount HOST:PORT DIR");
     };
-    let dir = mounts::absolute(&dir).with_context(|| format!("cannot mount on {}", dir.display()))?;
     let list = args.options.join(",");
-    if let Some((change, rest)) = Remount::parse(&list) {
+    let change = Remount::parse(&list);
+    // What a worker takes over must not be looked into: nobody answers there yet.
+    if change.is_none() && !args.fake && supervisor::supervisor_pid().is_none() {
+        make_mountpoint(&dir)?;
+    }
+    let dir = mounts::absolute(&dir).with_context(|| format!("cannot mount on {}", dir.display()))?;
+    if let Some((change, rest)) = change {
         return remount(&dir, &change, &rest);
     }
     let (meta, folder) = split_source(&source);
@@ -128,6 +133,15 @@ fn remount(dir: &Path, change: &Remount, rest: &[&str]) -> anyhow::Result<ExitCo
     }
     change.apply(dir).with_context(|| format!("cannot remount {}", dir.display()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the folder when it is missing. What is there is left as it is: it may be a mount whose process is gone.
+pub(crate) fn make_mountpoint(dir: &Path) -> anyhow::Result<()> {
+    match std::fs::metadata(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot make the mount point {}", dir.display())),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses what would surprise: a folder that is missing, hides files, or carries a FjordFS already.

@@ -2,33 +2,26 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
+use fjordfs_client::{CallError, Metaservers};
 use fjordfs_proto::pb::meta::{
     BackupRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest, MetaStatusReply,
     MetaStatusRequest, RebalanceRequest, ScrubRequest, StartGcRequest, StatusReply, StatusRequest,
     cluster_client::ClusterClient,
 };
-use tonic::{
-    Code, Response, Status, Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Response, Status, Streaming, transport::Channel};
 
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a store may be changing hands, and the wait between two looks.
 const CHANGE_PATIENCE: Duration = Duration::from_secs(15);
 const CHANGE_PAUSE: Duration = Duration::from_millis(300);
-
-/// A map of thousands of targets with tables of thousands of groups is some MiB.
-const STATUS_SIZE_MAX: usize = 256 << 20;
 
 /// What the metaserver knows of the cluster.
 ///
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
-    let mut client = connect(meta).await?;
-    client.status(StatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
+    ask(meta, |mut owner| async move { owner.status(StatusRequest {}).await }).await
 }
 
 /// Takes a target out of service, or brings it back; what came of it, as a sentence.
@@ -36,13 +29,8 @@ pub(crate) async fn status(meta: &str) -> anyhow::Result<StatusReply> {
 /// # Errors
 /// What the metaserver says against it.
 pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> anyhow::Result<String> {
-    match connect(meta).await?.change_target(request).await {
-        Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) => match e.code() {
-            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => bail!("{}", e.message()),
-            _ => Err(unlike(meta, &e)),
-        },
-    }
+    let changed = ask(meta, |mut owner| async move { owner.change_target(request).await });
+    Ok(changed.await?.message)
 }
 
 /// Begins or ends moving blocks for balance; what came of it, as a sentence.
@@ -50,10 +38,8 @@ pub(crate) async fn change_target(meta: &str, request: ChangeTargetRequest) -> a
 /// # Errors
 /// When there is no metaserver.
 pub(crate) async fn rebalance(meta: &str, stop: bool) -> anyhow::Result<String> {
-    match connect(meta).await?.rebalance(RebalanceRequest { stop }).await {
-        Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) => Err(unlike(meta, &e)),
-    }
+    let asked = ask(meta, |mut owner| async move { owner.rebalance(RebalanceRequest { stop }).await });
+    Ok(asked.await?.message)
 }
 
 /// Has everything scrubbed; what came of it, as a sentence.
@@ -61,10 +47,7 @@ pub(crate) async fn rebalance(meta: &str, stop: bool) -> anyhow::Result<String> 
 /// # Errors
 /// When there is no metaserver.
 pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
-    match connect(meta).await?.scrub(ScrubRequest {}).await {
-        Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) => Err(unlike(meta, &e)),
-    }
+    Ok(ask(meta, |mut owner| async move { owner.scrub(ScrubRequest {}).await }).await?.message)
 }
 
 /// Has garbage collected in the metaserver's process; what came of it, as a sentence.
@@ -72,11 +55,7 @@ pub(crate) async fn scrub(meta: &str) -> anyhow::Result<String> {
 /// # Errors
 /// When there is no metaserver, or its program does not collect.
 pub(crate) async fn start_gc(meta: &str) -> anyhow::Result<String> {
-    match connect(meta).await?.start_gc(StartGcRequest {}).await {
-        Ok(reply) => Ok(reply.into_inner().message),
-        Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
-        Err(e) => Err(unlike(meta, &e)),
-    }
+    Ok(ask(meta, |mut owner| async move { owner.start_gc(StartGcRequest {}).await }).await?.message)
 }
 
 /// Has the records of the metadata checked against each other, and mended if `repair`. `tell` hears how many have been looked at.
@@ -84,9 +63,8 @@ pub(crate) async fn start_gc(meta: &str) -> anyhow::Result<String> {
 /// # Errors
 /// When there is no metaserver, or its store cannot be read.
 pub(crate) async fn fsck(meta: &str, repair: bool, tell: impl Fn(u64)) -> anyhow::Result<FsckReport> {
-    let mut client = connect(meta).await?;
-    let replies = client.fsck(FsckRequest { repair }).await.map_err(|e| unlike(meta, &e))?;
-    let mut replies = replies.into_inner();
+    let replies = ask(meta, |mut owner| async move { owner.fsck(FsckRequest { repair }).await });
+    let mut replies = replies.await?;
     while let Some(reply) = next(&mut replies, "the check").await? {
         match reply.report {
             Some(report) => return Ok(report),
@@ -104,9 +82,7 @@ pub(crate) async fn backup(
     meta: &str,
     mut each: impl FnMut(&[u8]) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut client = connect(meta).await?;
-    let replies = client.backup(BackupRequest {}).await.map_err(|e| unlike(meta, &e))?;
-    let mut replies = replies.into_inner();
+    let mut replies = ask(meta, |mut owner| async move { owner.backup(BackupRequest {}).await }).await?;
     while let Some(reply) = next(&mut replies, "the backup").await? {
         each(&reply.data)?;
     }
@@ -114,7 +90,7 @@ pub(crate) async fn backup(
 }
 
 async fn next<T>(replies: &mut Streaming<T>, what: &str) -> anyhow::Result<Option<T>> {
-    replies.message().await.map_err(|e| anyhow::anyhow!("{what} was broken off: {}", e.message()))
+    replies.message().await.map_err(|e| anyhow!("{what} was broken off: {}", e.message()))
 }
 
 /// Has the metaserver let go of its store. One that is losing it at this moment says that it is stopping; then the next one is asked.
@@ -122,24 +98,20 @@ async fn next<T>(replies: &mut Streaming<T>, what: &str) -> anyhow::Result<Optio
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
+    check_address(meta)?;
+    let metaservers = Metaservers::new(meta, ANSWER_PATIENCE);
     let begun = Instant::now();
     let mut was_stopping = false;
     loop {
-        let why = match connect(meta).await {
-            Ok(mut client) => match client.hand_over(HandOverRequest {}).await {
-                Ok(_) => return Ok(()),
-                Err(e) if e.code() == Code::FailedPrecondition => bail!("{}", e.message()),
-                Err(e) if is_refusal_for_now(&e) => {
-                    was_stopping = true;
-                    unlike(meta, &e)
-                }
-                Err(e) => return Err(unlike(meta, &e)),
-            },
-            Err(e) if was_stopping => e,
-            Err(e) => return Err(e),
+        let call = metaservers.ask(|mut owner| async move { owner.hand_over(HandOverRequest {}).await });
+        let why = match call.await {
+            Ok(_) => return Ok(()),
+            Err(why) => why,
         };
-        if begun.elapsed() >= CHANGE_PATIENCE {
-            return Err(why);
+        was_stopping |= matches!(why, CallError::NotNow(_));
+        let is_over = matches!(why, CallError::Refused(_)) || !was_stopping;
+        if is_over || begun.elapsed() >= CHANGE_PATIENCE {
+            return Err(explained(meta, why));
         }
         tokio::time::sleep(CHANGE_PAUSE).await;
     }
@@ -150,41 +122,34 @@ pub(crate) async fn hand_over(meta: &str) -> anyhow::Result<()> {
 /// # Errors
 /// Names the address and what to try.
 pub(crate) async fn meta_status(meta: &str) -> anyhow::Result<MetaStatusReply> {
-    let mut client = connect(meta).await?;
-    client.meta_status(MetaStatusRequest {}).await.map(Response::into_inner).map_err(|e| unlike(meta, &e))
+    ask(meta, |mut owner| async move { owner.meta_status(MetaStatusRequest {}).await }).await
 }
 
-/// The metaserver itself said so, and not the way to it.
-fn is_refusal_for_now(e: &Status) -> bool {
-    e.code() == Code::Unavailable && std::error::Error::source(e).is_none()
-}
-
-fn unlike(meta: &str, e: &Status) -> anyhow::Error {
-    if is_refusal_for_now(e) {
-        return anyhow::anyhow!("the metaserver at {meta} cannot answer now: {}", e.message());
-    }
-    anyhow::anyhow!("what listens at {meta} does not answer as a FjordFS metaserver does: {}", e.message())
-}
-
-/// The first of the addresses at which somebody listens: standbys do not.
-async fn connect(meta: &str) -> anyhow::Result<ClusterClient<Channel>> {
+async fn ask<T, F>(meta: &str, call: impl Fn(ClusterClient<Channel>) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = Result<Response<T>, Status>>,
+{
     check_address(meta)?;
-    let mut why = String::new();
-    for address in meta.split(',') {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .with_context(|| format!("'{address}' is not an address: write HOST:PORT"))?
-            .connect_timeout(CONNECT_PATIENCE)
-            .timeout(ANSWER_PATIENCE)
-            .tcp_nodelay(true);
-        match endpoint.connect().await {
-            Ok(channel) => return Ok(ClusterClient::new(channel).max_decoding_message_size(STATUS_SIZE_MAX)),
-            Err(e) => why = innermost(&e),
-        }
+    Metaservers::new(meta, ANSWER_PATIENCE).ask(call).await.map_err(|e| explained(meta, e))
+}
+
+fn explained(meta: &str, e: CallError) -> anyhow::Error {
+    match e {
+        CallError::Unreachable(why) => anyhow!(
+            "no metaserver answers at {meta} ({why}). Is `fjord meta` or `fjord up` running? Another address is given \
+             with --meta HOST:PORT"
+        ),
+        CallError::NotNow(why) => anyhow!("the metaserver at {meta} cannot answer now: {why}"),
+        CallError::Refused(status) => match status.code() {
+            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound => {
+                anyhow!("{}", status.message())
+            }
+            _ => anyhow!(
+                "what listens at {meta} does not answer as a FjordFS metaserver does: {}",
+                status.message()
+            ),
+        },
     }
-    bail!(
-        "no metaserver answers at {meta} ({why}). Is `fjord meta` or `fjord up` running? Another address is given \
-         with --meta HOST:PORT"
-    )
 }
 
 /// `HOST:PORT`, or several with commas between, so that a typing error is not reported as a network failure.
@@ -201,14 +166,6 @@ pub(crate) fn check_address(meta: &str) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }
 
 #[cfg(test)]

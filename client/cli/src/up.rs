@@ -149,7 +149,7 @@ fn prepare_mountpoint(dir: &Path) -> anyhow::Result<PathBuf> {
     if let Ok(known) = mounts::absolute(dir) {
         child::clear_dead_mount(&known);
     }
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the mount point {}", dir.display()))?;
+    mount::make_mountpoint(dir)?;
     mounts::absolute(dir).with_context(|| format!("cannot mount on {}", dir.display()))
 }
 

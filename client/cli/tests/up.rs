@@ -110,6 +110,41 @@ fn whatever_dies_is_started_again() {
     up.stop();
 }
 
+/// The folder of the second mount is not there yet.
+#[test]
+fn the_commands_that_it_shows_work_as_they_are() {
+    let scratch = Scratch::new("up-shows");
+    let up = Up::start(&scratch, &address(), &["--servers", "1"]);
+    let second = scratch.path().join("new/second");
+    let shown = up.process.log();
+    let command = shown.lines().find_map(|line| line.trim().strip_prefix("fjord mount ")).unwrap();
+    let words = command.split("  ").next().unwrap().replace("/mnt/second", second.to_str().unwrap());
+    let log = format!("log={}", scratch.path().join("second.log").display());
+    run(fjord(["mount", "-o", &log].into_iter().chain(words.split(' ')))).ok();
+    fs::write(up.dir.join("f"), b"seen by both").unwrap();
+    assert_eq!(fs::read(second.join("f")).unwrap(), b"seen by both");
+    run(fjord([Path::new("umount"), &second])).ok();
+    up.stop();
+}
+
+#[test]
+fn a_working_directory_that_is_gone_is_named() {
+    let scratch = Scratch::new("up-gone");
+    let gone = scratch.dir("gone");
+    let mut command = fjord(["up"]);
+    command.arg(scratch.path().join("mnt")).args(["--meta-listen", &address(), "--data"]);
+    command.arg(scratch.path().join("data"));
+    let program = command.get_program().to_owned();
+    let mut shell = std::process::Command::new("sh");
+    shell
+        .args(["-c", "cd \"$0\" && rmdir \"$0\" && exec \"$@\""])
+        .arg(&gone)
+        .arg(program)
+        .args(command.get_args());
+    let said = run(shell).fails_saying(&["working directory", "cd"]);
+    assert!(!said.stderr.contains("damaged"), "{said}");
+}
+
 #[test]
 fn it_grows_and_outlives_its_own_kill() {
     let scratch = Scratch::new("up-grows");

@@ -5,14 +5,13 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use fjordfs_proto::error::Errno;
 use fjordfs_proto::pb::meta::{Attr, FileKind};
 use fjordfs_proto::{FsError, FsResult, InodeId};
 use futures_util::FutureExt;
-use parking_lot::Mutex;
 
 use crate::abi::{self, opcode};
 use crate::directory::{Listing, OpenDirectory, Plus};
@@ -28,12 +27,14 @@ use crate::removed::OpenDirectories;
 use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
+mod complaints;
 mod file;
 mod lock;
 mod namespace;
 mod space;
 mod xattr;
 
+use complaints::{Complaints, describe};
 use file::OpenFile;
 
 const RENAME_EXCHANGE: u32 = 2;
@@ -483,21 +484,6 @@ impl<F: Filesystem> Dispatcher<F> {
             self.release(&open).await;
         }
     }
-
-    /// The errno for the program, and, for failures that a person should look at, the sentence in the log.
-    fn failed(&self, what: &'static str, node: InodeId, e: &FsError) -> Reply {
-        use Errno::*;
-        let serious =
-            matches!(e.errno, EIO | EPROTO | EBADMSG | ETIMEDOUT | ENOMEM | ENODEV | ESTALE | EOVERFLOW);
-        if serious {
-            self.complaints.complain(|suppressed| {
-                tracing::warn!(%node, suppressed, "{what} failed: {e}");
-            });
-        } else {
-            tracing::debug!(%node, "{what}: {e}");
-        }
-        Reply::Error(e.errno.code())
-    }
 }
 
 fn unknown_handle(fh: u64) -> FsError {
@@ -510,70 +496,6 @@ fn not_served(code: u32) -> Reply {
         // The kernel passes this one on as it is, and programs expect it of a file that takes no such ioctl.
         opcode::IOCTL => Reply::Error(libc::ENOTTY),
         _ => Reply::Error(libc::ENOSYS),
-    }
-}
-
-fn describe(operation: &Operation) -> &'static str {
-    match operation {
-        Operation::Lookup { .. } => "lookup",
-        Operation::Getattr | Operation::Statx => "stat",
-        Operation::Setattr(_) => "changing attributes",
-        Operation::Readlink => "readlink",
-        Operation::Symlink { .. } => "symlink",
-        Operation::Mknod { .. } => "mknod",
-        Operation::Mkdir { .. } => "mkdir",
-        Operation::Unlink { .. } => "unlink",
-        Operation::Rmdir { .. } => "rmdir",
-        Operation::Rename { .. } => "rename",
-        Operation::Link { .. } => "link",
-        Operation::Open { .. } => "open",
-        Operation::Create { .. } | Operation::Tmpfile { .. } => "create",
-        Operation::Getxattr { .. } => "getxattr",
-        Operation::Setxattr { .. } => "setxattr",
-        Operation::Listxattr { .. } => "listxattr",
-        Operation::Removexattr { .. } => "removexattr",
-        Operation::Read { .. } => "read",
-        Operation::Write { .. } => "write",
-        Operation::Fallocate { .. } => "fallocate",
-        Operation::CopyFileRange { .. } => "copy_file_range",
-        Operation::Lseek { .. } => "lseek",
-        Operation::Getlk { .. } | Operation::Setlk { .. } => "locking",
-        Operation::Flush { .. } | Operation::Release { .. } => "close",
-        Operation::Fsync { .. } => "fsync",
-        Operation::Readdir { .. } => "readdir",
-        Operation::Statfs => "statfs",
-        Operation::Fsyncdir | Operation::Syncfs => "sync",
-        _ => "request",
-    }
-}
-
-/// Keeps a failing cluster from filling the disk with log lines: a few a second, with a count of those left out.
-#[derive(Debug, Default)]
-struct Complaints {
-    window: Mutex<Option<(Instant, u32)>>,
-}
-
-impl Complaints {
-    const PER_SECOND: u32 = 10;
-
-    fn complain(&self, log: impl FnOnce(u32)) {
-        let mut window = self.window.lock();
-        let suppressed = match &mut *window {
-            Some((began, count)) if began.elapsed() < Duration::from_secs(1) => {
-                *count += 1;
-                if *count > Self::PER_SECOND {
-                    return;
-                }
-                0
-            }
-            Some((_, count)) => count.saturating_sub(Self::PER_SECOND),
-            None => 0,
-        };
-        if window.is_none_or(|(began, _)| began.elapsed() >= Duration::from_secs(1)) {
-            *window = Some((Instant::now(), 1));
-        }
-        drop(window);
-        log(suppressed);
     }
 }
 
@@ -592,22 +514,5 @@ impl<F: Filesystem> Dispatcher<F> {
             });
             self.pages_are_stale(open.ino);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn complaints_are_few() {
-        let complaints = Complaints::default();
-        let mut logged = 0;
-        for _ in 0..1000 {
-            complaints.complain(|_| logged += 1);
-        }
-        assert!(logged <= 2 * Complaints::PER_SECOND, "{logged}");
-        *complaints.window.lock() = Some((Instant::now() - Duration::from_secs(2), 1000));
-        complaints.complain(|suppressed| assert_eq!(suppressed, 990));
     }
 }

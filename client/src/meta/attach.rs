@@ -14,14 +14,15 @@ use fjordfs_proto::{
     error::Errno,
     pb::meta::{ClientMessage, Hello, OpenHandle, ServerMessage, SlotAnswered, Welcome, meta_client},
 };
-use futures_util::TryFutureExt;
-use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming, transport::Endpoint};
+use tonic::{Code, Status, Streaming};
 
-use super::BACKOFF;
+use super::{
+    BACKOFF,
+    owner::{ConnectError, Patience, connect},
+};
 use crate::{Network, Options, handover::Legacy, locks::Locks};
 
 /// How to reach the server, and who we are.
@@ -78,20 +79,28 @@ impl From<Status> for AttachError {
     }
 }
 
-/// How long an address may stay silent: to a connection, to a ping, to the greeting. Shorter when there is another one
-/// to try: a standby may have taken over from a server that stands still.
-struct Patience {
-    connect: Duration,
-    ping: Duration,
+impl From<ConnectError> for AttachError {
+    fn from(e: ConnectError) -> Self {
+        match e {
+            ConnectError::NoAddress(why) => AttachError::Refused(why),
+            ConnectError::Unreachable(why) => AttachError::Unreachable(why),
+        }
+    }
+}
+
+/// How long an address may stay silent altogether, and how long it may take to greet.
+struct SessionPatience {
+    silence: Patience,
     greeting: Duration,
 }
 
-impl Patience {
-    fn with(addresses: usize) -> Patience {
+impl SessionPatience {
+    fn with(addresses: usize) -> SessionPatience {
         let secs = Duration::from_secs;
+        let silence = |connect, ping| Patience { connect: secs(connect), ping: secs(ping) };
         match addresses {
-            1 => Patience { connect: secs(5), ping: secs(10), greeting: secs(10) },
-            _ => Patience { connect: secs(1), ping: secs(1), greeting: secs(5) },
+            1 => SessionPatience { silence: silence(5, 10), greeting: secs(10) },
+            _ => SessionPatience { silence: silence(1, 1), greeting: secs(5) },
         }
     }
 }
@@ -110,7 +119,7 @@ impl Peer {
         for at in first..first + addresses.len() {
             let address = addresses[at % addresses.len()];
             match self
-                .attach_at(address, &Patience::with(addresses.len()), session, cluster_id, answered)
+                .attach_at(address, &SessionPatience::with(addresses.len()), session, cluster_id, answered)
                 .await
             {
                 Err(AttachError::Unreachable(e)) if why.is_empty() => why = e,
@@ -127,30 +136,12 @@ impl Peer {
     async fn attach_at(
         self: &Arc<Self>,
         address: &str,
-        patience: &Patience,
+        patience: &SessionPatience,
         session: u64,
         cluster_id: &str,
         answered: &[SlotAnswered],
     ) -> Result<Attached, AttachError> {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|e| {
-                AttachError::Refused(format!("'{address}' is not an address: {e}; write HOST:PORT"))
-            })?
-            .tcp_nodelay(true)
-            .connect_timeout(patience.connect)
-            .initial_stream_window_size(4 << 20)
-            .initial_connection_window_size(8 << 20)
-            .http2_keep_alive_interval(patience.ping)
-            .keep_alive_timeout(patience.ping);
-        let channel = match &self.network {
-            None => endpoint.connect().await,
-            Some(network) => {
-                let (network, address) = (network.clone(), address.to_owned());
-                let connect = move |_| network.connect(&address).map_ok(TokioIo::new);
-                endpoint.connect_with_connector(tower::service_fn(connect)).await
-            }
-        };
-        let channel = channel.map_err(|e| AttachError::Unreachable(root_cause(&e)))?;
+        let channel = connect(address, self.network.as_ref(), &patience.silence).await?;
         let mut client = meta_client::MetaClient::new(channel)
             .max_decoding_message_size(META_MESSAGE_MAX)
             .max_encoding_message_size(META_MESSAGE_MAX);
@@ -191,15 +182,6 @@ impl Peer {
         }
         Ok(Attached { peer: self.clone(), outgoing, incoming, welcome, map: Arc::new(map), greeted })
     }
-}
-
-/// Innermost error of a chain: the one that says "Connection refused".
-fn root_cause(e: &dyn std::error::Error) -> String {
-    let mut cause = e;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    cause.to_string()
 }
 
 /// How long a new session waits for one of several metaservers to serve: longer than one takes over from another.

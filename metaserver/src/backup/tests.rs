@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::{
     fsck,
-    store::{Idle, MemoryStore},
+    store::{Idle, MemoryStore, Order},
     testing::{World, run},
 };
 
@@ -39,8 +39,10 @@ fn a_restored_store_is_the_same_and_goes_on_with_new_ids() {
     let (about, records) = verify(&file).unwrap();
     assert_eq!((about.cluster_id.as_str(), about.created), ("cluster", 7));
     let store = Arc::new(MemoryStore::default());
-    load(&file, &*store, "memory").unwrap();
-    assert!(matches!(load(&file, &*store, "memory"), Err(BackupError::NotEmpty(_))));
+    load(&file, &*store, close(&*store, "memory", false).unwrap()).unwrap();
+    for again in [false, true] {
+        assert!(matches!(close(&*store, "memory", again), Err(BackupError::NotEmpty(_))));
+    }
     let all = |s: &dyn MetaStore| s.scan(&[1u8; 1]..&[0xff; 1], Order::Ascending, usize::MAX).unwrap();
     let (before, after) = (all(&*w.store), all(&*store));
     assert_eq!((before.len() as u64, after.len()), (records, before.len()));
@@ -100,6 +102,44 @@ fn a_restore_that_was_interrupted_is_not_opened() {
     assert!(opened.err().unwrap().message.contains("restore again"));
 }
 
+/// Wherever it was interrupted: before and after the label of its folder, and with records of an older backup.
+#[test]
+fn a_restore_that_was_interrupted_is_begun_again_when_that_is_asked_for() {
+    let w = world();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("backup");
+    std::fs::write(&file, backup_of(&*w.store)).unwrap();
+    for labelled in [false, true] {
+        let data = dir.path().join(format!("meta-{labelled}"));
+        {
+            let folder = Folder::claim_unlabelled(&data, "cluster").unwrap();
+            let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
+            let fence = close(&store, "it", false).unwrap();
+            if labelled {
+                folder.label().unwrap();
+                let older = vec![(b"z-older".to_vec(), Some(Bytes::from_static(b"gone by now")))];
+                store.commit(Batch { writes: older }, fence).unwrap();
+            }
+        }
+        let said = restore(&file, &data, None, false).unwrap_err().to_string();
+        assert!(said.contains("interrupted") && said.contains("--force"), "{said}");
+        let (_, records) = restore(&file, &data, None, true).unwrap();
+        let checked = fsck::check_folder(&data).unwrap();
+        assert!(checked.is_clean() && records > 200);
+        {
+            let folder = Folder::claim_existing(&data).unwrap();
+            let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
+            let all = keys::everything();
+            let there = store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap();
+            assert_eq!(there.len() as u64, records);
+        }
+        for again in [false, true] {
+            let said = restore(&file, &data, None, again).unwrap_err();
+            assert!(matches!(said, BackupError::NotEmpty(_)), "{said}");
+        }
+    }
+}
+
 #[test]
 fn a_file_appears_when_it_is_whole() {
     let w = world();
@@ -113,9 +153,9 @@ fn a_file_appears_when_it_is_whole() {
     writer.write(&good).unwrap();
     writer.finish().unwrap();
     let data = dir.path().join("meta");
-    let (about, records) = restore(&file, &data, None).unwrap();
+    let (about, records) = restore(&file, &data, None, false).unwrap();
     assert!(about.cluster_id == "cluster" && records > 200);
-    assert!(restore(&file, &data, None).is_err(), "there is metadata now");
+    assert!(restore(&file, &data, None, false).is_err(), "there is metadata now");
     assert!(fsck::check_folder(&data).unwrap().is_clean());
 }
 

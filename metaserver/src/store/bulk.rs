@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Batch, Fence, Late, MetaStore, StoreResult};
+use super::{Batch, Fence, Late, MetaStore, StoreResult, each_page};
+use crate::keys;
 
 /// Bytes of one batch.
 const BATCH_BYTES: usize = 256 << 10;
@@ -21,6 +22,15 @@ pub(crate) fn settle(store: &dyn MetaStore) -> StoreResult<()> {
         None => store.sync()?,
     };
     Ok(())
+}
+
+/// Removes all records but that the store is closed.
+pub(crate) fn clear(store: &dyn MetaStore, fence: Fence) -> StoreResult<()> {
+    let mut bulk = Bulk::new(store, fence);
+    each_page(store, keys::everything(), |page| {
+        page.into_iter().filter(|(key, _)| key != keys::CLOSED).try_for_each(|(key, _)| bulk.write(key, None))
+    })?;
+    bulk.finish()
 }
 
 /// See the module.

@@ -86,6 +86,8 @@ impl FjallStore {
     /// When another process has it open, it is damaged, or the folder cannot be used.
     pub fn open(folder: &Path, options: FjallOptions) -> StoreResult<FjallStore> {
         let wrap = |e| wrap(folder, e);
+        // The engine asks for it even when the folder is absolute, and panics without it.
+        std::env::current_dir().map_err(|_| StoreError::NoWorkingDirectory)?;
         let synced = Synced::open(folder)?;
         // What a damaged journal decodes to, the engine asserts here and there; nothing of it is left when it does.
         let db = catch_unwind(AssertUnwindSafe(|| {
