@@ -121,8 +121,10 @@ def bench(stack, work, options):
               "null FUSE": {poll: mount_null(stack, null_program, f"{work}/null-{poll}", poll) for poll in POLLS}}
     rounds = []
     for number in range(1, options.rounds + 1):
-        print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
-        rounds.append({kind: {poll: measure(mount, fsb, options.time, options.files) for poll, mount in of.items()} for kind, of in mounts.items()})
+        rounds.append({kind: {} for kind in KINDS})
+        for kind, poll in ((kind, poll) for kind in KINDS for poll in POLLS):
+            print(f"round {number} of {options.rounds}: {kind}, {poll} µs", file=sys.stderr, flush=True)
+            rounds[-1][kind][poll] = measure(mounts[kind][poll], fsb, options.time, options.files)
     return rounds
 
 
