@@ -95,8 +95,9 @@ stop_fjord() {
 }
 stop_null() {
     [ -n "$null_pid" ] || return 0
-    # The program ends with its mount.
-    umount --lazy "$null_dir" 2>/dev/null || kill -TERM "$null_pid" 2>/dev/null || true
+    umount --lazy "$null_dir" 2>/dev/null || true
+    # It ends with its mount, which may live on in another mount namespace that was made meanwhile.
+    kill -TERM "$null_pid" 2>/dev/null || true
     wait "$null_pid" 2>/dev/null || true
     null_pid=''
 }
