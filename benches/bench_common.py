@@ -137,11 +137,26 @@ def fresh_ext4(stack, image, mountpoint, gib):
     return direct
 
 
+def built(folder):
+    """The folder with the programs to be measured: a given one, or where cargo puts what it builds for release."""
+    if folder:
+        return folder
+    here = os.path.dirname(os.path.abspath(__file__))
+    subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "fjordfs-cli", "-p", "fjordfs-benches"], cwd=here, check=True)
+    return os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(here, "../target")), "release")
+
+
+def is_in_mount_table(directory):
+    """Also where the process that served the mount is gone, which looks like no mount to `os.path.ismount`."""
+    with open("/proc/self/mounts") as f:
+        return any(line.split()[1] == directory for line in f)
+
+
 def null_fuse(stack, program, directory, options, log):
-    """Mounts the filesystem that does nothing."""
+    """Mounts the filesystem in memory."""
     os.makedirs(directory)
     process = stack.start([program, directory, options], log)
-    stack.push(lambda: os.path.ismount(directory) and run("umount", directory))
+    stack.push(lambda: is_in_mount_table(directory) and run("umount", "--lazy", directory))
     wait_for(f"null_fuse with {options}", lambda: os.path.ismount(directory), process, log)
     return process
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""FjordFS beside its floors, in one paired run: what a mount costs (a FUSE filesystem that does nothing, on both transports),
+"""FjordFS beside its floors, in one paired run: what a mount costs (a FUSE filesystem in memory, on both transports),
 what the wire costs (the data protocol's frames over a Unix and a TCP socket, answered from memory), and the device (ext4).
 
 Every round measures every figure on every subject, one after the other, so that whatever else the machine does meets all of
@@ -11,7 +11,7 @@ import argparse, datetime, json, os, shutil, signal, subprocess, sys, tempfile, 
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import plot
-from bench_common import (Stack, Trouble, children, cpu_seconds, drop_caches, fio_random, free_port, fresh_ext4, machine, median,
+from bench_common import (Stack, Trouble, built, children, cpu_seconds, drop_caches, fio_random, free_port, fresh_ext4, machine, median,
                           null_fuse, run, stolen, wait_for)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -268,9 +268,7 @@ def main():
     for tool in ("fio", "mkfs.ext4", "losetup", "fallocate"):
         if not shutil.which(tool):
             raise Trouble(f"{tool} is not installed (Debian: fio e2fsprogs util-linux)")
-    if not options.bin:
-        subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "fjordfs-cli", "-p", "fjordfs-benches"], cwd=HERE, check=True)
-        options.bin = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(HERE, "../target")), "release")
+    options.bin = built(options.bin)
     # As after Ctrl-C, everything is cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     stack = Stack()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The shared workload (measure.sh of a bench folder) on a FjordFS mount and on a local ext4 beside it, in one session.
-# Writes results/<date>-<what>.json (the raw lines), .md (figures, ratios, goals, CPU time) and .svg (bars). Random reads are
-# compared with a FUSE filesystem that does nothing, too, measured before and after FjordFS.
+# Writes results/<date>-<what>.json (the raw lines), .md (figures, ratios, goals, CPU time) and .svg (bars). What any mount can reach at
+# most is measured too, before FjordFS and after it: the same workload on a FUSE filesystem that answers from plain memory at once, over
+# the same transport (null_fuse).
 #
 # Both sides get a fresh ext4 of the same size in a loop device on the same disk: ext4 creates slow down tenfold after
 # mass deletes, and a filesystem shared with anything else would compare histories. The images are preallocated and the
@@ -24,9 +25,9 @@ usage: benches/run-workload.sh --bench-dir DIR [options]
   --results DIR       where the results go                                   [benches/results]
   --note TEXT         a sentence for the result page
 
-Environment: FJORD_BIN is the binary to measure, NULL_FUSE the filesystem that does nothing; without them the release builds of
-this work tree are.
-Needs root, fio, gcc, python3, mkfs.ext4 and loop devices. Takes 7 to 15 minutes; keep the machine quiet meanwhile.
+Environment: FJORD_BIN is the binary to measure, NULL_FUSE the filesystem in memory; without them the release builds of this work
+tree are.
+Needs root, fio, gcc, python3, mkfs.ext4 and loop devices. Takes 12 to 25 minutes; keep the machine quiet meanwhile.
 USAGE
 }
 die() { echo "run-workload: $*" >&2; exit 1; }
@@ -81,6 +82,7 @@ fi
 
 work=$(mktemp -d "$base/fjord-workload.XXXXXX")
 up_pid=''
+null_pid='' null_dir=''
 loops=()
 stop_fjord() {
     [ -n "$up_pid" ] || return 0
@@ -91,14 +93,26 @@ stop_fjord() {
     wait "$up_pid" 2>/dev/null || true
     up_pid=''
 }
+stop_null() {
+    [ -n "$null_pid" ] || return 0
+    umount --lazy "$null_dir" 2>/dev/null || true
+    # It ends with its mount, which may live on in another mount namespace that was made meanwhile.
+    kill -TERM "$null_pid" 2>/dev/null || true
+    wait "$null_pid" 2>/dev/null || true
+    null_pid=''
+}
 cleanup() {
     code=$?
     trap - EXIT INT TERM
     set +e
     stop_fjord
+    stop_null
     for side in backing local; do mountpoint -q "$work/$side" && umount "$work/$side"; done
     for loop in "${loops[@]}"; do losetup -d "$loop"; done
-    [ "$code" = 0 ] || { echo "run-workload: failed; the end of the log of fjord up:" >&2; tail -n 30 "$work/up.log" >&2; }
+    if [ "$code" != 0 ] && [ -f "$work/up.log" ]; then
+        echo "run-workload: failed; the end of the log of fjord up:" >&2
+        tail -n 30 "$work/up.log" >&2
+    fi
     rm -rf --one-file-system "$work"
     exit "$code"
 }
@@ -122,6 +136,32 @@ fresh_ext4() { # fresh_ext4 IMAGE MOUNTPOINT
 fresh_ext4 "$work/backing.img" "$work/backing"
 fresh_ext4 "$work/local.img" "$work/local"
 
+# measure.py looks for NAME.sh beside itself, hence a copy of the bench files, next to which the script for FjordFS is generated.
+mkdir "$work/bench"
+cp "$bench_dir"/{measure.sh,measure.py,fsb.c} "$work/bench/"
+export PEERS_WORK=$work/peers ONLY=$only
+run() { # run NAME DIR
+    echo "run-workload: measuring $1" >&2
+    bash "$work/bench/measure.sh" "$2" "$1" >"$work/$1.json" || die "measuring $1 failed: $(cat "$work/$1.json")"
+}
+nulls=()
+floor() { # floor NAME
+    null_dir=$work/$1
+    mkdir "$null_dir"
+    "$null_fuse" "$null_dir" >"$null_dir.log" 2>&1 &
+    null_pid=$!
+    for _ in $(seq 100); do
+        mountpoint -q "$null_dir" && break
+        kill -0 "$null_pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    mountpoint -q "$null_dir" || die "null_fuse has not mounted: $(cat "$null_dir.log")"
+    PEER_PROCS='^null_fuse' run "$1" "$null_dir"
+    stop_null
+    nulls+=("$work/$1.json")
+}
+floor null-before
+
 meta=127.0.0.1:$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 mount_args=()
 [ -z "$options" ] || mount_args=(-o "$options")
@@ -138,10 +178,8 @@ for _ in $(seq 600); do
 done
 mountpoint -q "$work/fjord" || die "fjord up has not mounted within a minute"
 
-# measure.py looks for NAME.sh beside itself, hence a copy of the bench files next to a generated script. Unmounting ends
-# the client process and with it its caches; the servers run on this machine, so dropping the kernel's caches empties theirs.
-mkdir "$work/bench"
-cp "$bench_dir"/{measure.sh,measure.py,fsb.c} "$work/bench/"
+# Unmounting ends the client process and with it its caches; the servers run on this machine, so dropping the kernel's caches
+# empties theirs.
 {
     echo '#!/usr/bin/env bash'
     echo 'set -euo pipefail'
@@ -154,24 +192,10 @@ cp "$bench_dir"/{measure.sh,measure.py,fsb.c} "$work/bench/"
 chmod +x "$work/bench/fjord.sh"
 "$work/bench/fjord.sh" cold
 
-export PEERS_WORK=$work/peers ONLY=$only
-run() { # run NAME DIR
-    echo "run-workload: measuring $1" >&2
-    bash "$work/bench/measure.sh" "$2" "$1" >"$work/$1.json" || die "measuring $1 failed: $(cat "$work/$1.json")"
-}
-nulls=()
-floor() { # floor NAME
-    [[ -z $only || ,$only, == *,rand,* ]] || return 0
-    echo "run-workload: measuring the filesystem that does nothing" >&2
-    mkdir "$work/$1"
-    python3 "$here/null_reads.py" "$null_fuse" "$work/$1" >"$work/$1.json" || die "measuring the floor failed"
-    nulls+=("$work/$1.json")
-}
-floor floor-before
 PEER_PROCS='^fjord' run fjord "$work/fjord"
-floor floor-after
-# Nothing of FjordFS, not even its heartbeats, runs beside the local figures; what still does counts as foreign.
+# Nothing of FjordFS, not even its heartbeats, runs beside the other figures; what still does counts as foreign.
 stop_fjord
+floor null-after
 run local "$work/local"
 
 mkdir -p "$results"

@@ -1,4 +1,4 @@
-"""workload_report.py FJORD.json LOCAL.json OUT [NULL.json...]: writes OUT.json (the raw lines), OUT.md (figures, ratios, goals, CPU
+"""workload_report.py FJORD.json LOCAL.json OUT NULL.json...: writes OUT.json (the raw lines), OUT.md (figures, ratios, goals, CPU
 time) and OUT.svg (bars of the figures that have a goal).
 
 A ratio above 1 is in FjordFS's favour, whether the figure is a rate or a time."""
@@ -95,12 +95,24 @@ def cpu_cost(run, name):
     return (", ".join(told) or f"< {plot.number(SHARE_MIN * scale)}") + f" {unit}"
 
 
+def medians(runs):
+    """The figures of several runs."""
+    found = [figures(run) for run in runs]
+    return {name: median([one[name] for one in found if name in one]) for name in dict.fromkeys(n for one in found for n in one)}
+
+
+def ratio_cell(name, one, other):
+    r = ratio(name, one.get(name), other.get(name))
+    return "-" if r is None else f"{r:.3f}"
+
+
 def table(run, local, null):
     ours = figures(run)
-    lines = ["| figure | FjordFS | local ext4 | ratio | what counts | issue 3 | issue 4 | CPU |", "|---|---:|---:|---:|---|---|---|---:|"]
+    lines = ["| figure | FjordFS | local ext4 | null FUSE | FjordFS ÷ local | FjordFS ÷ null | null ÷ local | what counts | issue 3 | issue 4 | CPU |",
+             "|---|---:|---:|---:|---:|---:|---:|---|---|---|---:|"]
     for name in ours | local:
-        r = ratio(name, ours.get(name), local.get(name))
-        cells = [name, plot.number(ours.get(name)), plot.number(local.get(name)), "-" if r is None else f"{r:.3f}",
+        cells = [name, *(plot.number(of.get(name)) for of in (ours, local, null)),
+                 *(ratio_cell(name, *pair) for pair in ((ours, local), (ours, null), (null, local))),
                  *goal_cells(name, ours, local, null), cpu_cost(run, name)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -118,18 +130,24 @@ def panels(ours, local, null):
         yield heading, [(who, v, v, v) for who, v in rows if v is not None], value / least if time else value * least
 
 
+def last_line(path):
+    with open(path) as f:
+        return json.loads(f.read().strip().splitlines()[-1])
+
+
 def main():
-    runs = [json.loads(open(p).read().strip().splitlines()[-1]) for p in sys.argv[1:3]]
+    runs = [last_line(p) for p in sys.argv[1:3]]
     out, env = sys.argv[3], os.environ
-    nulls = [json.loads(open(p).read()) for p in sys.argv[4:]]
-    null = {name: median([v for one in nulls for v in one[name]]) for name in (nulls[0] if nulls else {})}
+    nulls = [last_line(p) for p in sys.argv[4:]]
+    null = medians(nulls)
     settings = {k.lower(): env.get(k, "") for k in ("FJORD_VERSION", "COMMIT", "POLICY", "SERVERS", "OPTIONS", "SIZE_GIB", "LOOP_DIRECT", "NOTE")}
     about = machine()
     with open(out + ".json", "w") as f:
         json.dump({"settings": settings, "machine": about, "fjord": runs[0], "local": runs[1], "null_fuse": nulls}, f, indent=1)
         f.write("\n")
     ours, local = map(figures, runs)
-    spoilt = {name: sorted(set(run["dirty"])) for name, run in zip(("FjordFS", "local"), runs) if run.get("dirty")}
+    named = {"FjordFS": runs[:1], "local": runs[1:], "null FUSE": nulls}
+    spoilt = {name: sorted({phase for run in of for phase in run.get("dirty", [])}) for name, of in named.items()}
     what = os.path.basename(out).split("-", 3)[-1]
     with open(out + ".md", "w") as f:
         f.write(f"# Workload of {runs[0].get('date', '?')[:10]}: {what}\n\n")
@@ -139,15 +157,19 @@ def main():
         f.write(f"{about['cores']} cores ({about['cpu']}), {about['memory_gib']} GiB, Linux {about['kernel']}.\n\n")
         if settings["note"]:
             f.write(settings["note"] + "\n\n")
-        f.write("A ratio above 1 is in FjordFS's favour, for rates and for times. CPU: what FjordFS's processes used for a GB, for "
+        f.write("A ratio above 1 is in the favour of the first, for rates and for times. Null FUSE is a filesystem that answers each request "
+                "from plain memory at once, through the same session with the kernel: what a mount reaches at most. It was measured before "
+                "FjordFS and after it; the mean of both. CPU: what FjordFS's processes used for a GB, for "
                 "an operation, or in all (times); from the last repetition of the phase, the figure from the median one. Kinds of processes that "
                 "used less than 3% of a core are left out.\n\n")
         f.write(f"![bars]({os.path.basename(out)}.svg)\n\n" + table(runs[0], local, null) + "\n")
         for name, phases in spoilt.items():
-            f.write(f"\nOther processes ran beside these phases of {name}, so their figures are doubtful: {', '.join(phases)}.\n")
+            if phases:
+                f.write(f"\nOther processes ran beside these phases of {name}, so their figures are doubtful: {', '.join(phases)}.\n")
     with open(out + ".svg", "w") as f:
         subtitle = f"commit {settings['commit']}, {settings['servers']} data servers, {settings['policy']}; the dashed line is the goal"
         f.write(plot.bars(f"Workload: {what}", subtitle, list(panels(ours, local, null)), COLOURS))
 
 
-main()
+if __name__ == "__main__":
+    main()
