@@ -245,7 +245,7 @@ impl Txn {
         if !touched {
             return self.stored(&range.start, &range.end, order, limit);
         }
-        let (mut start, mut end) = (range.start.clone(), range.end.clone());
+        let Range { mut start, mut end } = self.narrowed(range, order, limit);
         let mut out = Vec::new();
         loop {
             let want = (limit - out.len()).saturating_add(SCAN_SLACK);
@@ -266,6 +266,23 @@ impl Txn {
                 (Some(_), Order::Ascending) if out.len() < limit => start = to,
                 (Some(_), Order::Descending) if out.len() < limit => end = from,
                 _ => return Ok(out),
+            }
+        }
+    }
+
+    /// The part of a range that a scan need look at: what lies beyond the pairs of the overlay that would do alone has no say. There an
+    /// engine may have to walk over a great deal that was removed.
+    fn narrowed(&self, range: &Range<Key>, order: Order, limit: usize) -> Range<Key> {
+        let written = self.overlay.range::<[u8], _>(bounds(&range.start, &range.end));
+        let mut there = written.filter(|(_, value)| value.is_some()).map(|(key, _)| key);
+        match order {
+            Order::Ascending => {
+                let end = there.nth(limit - 1).map_or_else(|| range.end.clone(), |last| successor(last));
+                range.start.clone()..end
+            }
+            Order::Descending => {
+                let start = there.nth_back(limit - 1).unwrap_or(&range.start).clone();
+                start..range.end.clone()
             }
         }
     }
@@ -401,6 +418,21 @@ mod tests {
             assert_eq!(out[0].0, keys::extent(InodeId(7), nearest), "{order:?}");
             assert!(steps <= 2, "{order:?}: {steps} steps");
         }
+    }
+
+    #[test]
+    fn the_store_is_not_asked_beyond_what_the_burst_has_written() {
+        let mut txn = Txn::new(Arc::new(MemoryStore::default())).unwrap();
+        [10, 20, 25].map(|n| txn.put(key(n), Bytes::new()));
+        txn.remove(key(25));
+        let range = key(0)..key(30);
+        let ask = |order, limit| txn.narrowed(&range, order, limit);
+        assert_eq!(ask(Order::Descending, 1), key(20)..key(30));
+        assert_eq!(ask(Order::Descending, 2), key(10)..key(30));
+        assert_eq!(ask(Order::Descending, 3), range);
+        assert_eq!(ask(Order::Ascending, 1), key(0)..successor(&key(10)));
+        assert_eq!(ask(Order::Ascending, 2), key(0)..successor(&key(20)));
+        assert_eq!(ask(Order::Ascending, usize::MAX), range);
     }
 
     proptest! {
