@@ -423,7 +423,7 @@ mod tests {
     #[test]
     fn the_store_is_not_asked_beyond_what_the_burst_has_written() {
         let mut txn = Txn::new(Arc::new(MemoryStore::default())).unwrap();
-        [10, 20, 25].map(|n| txn.put(key(n), Bytes::new()));
+        [10, 20, 25].into_iter().for_each(|n| txn.put(key(n), Bytes::new()));
         txn.remove(key(25));
         let range = key(0)..key(30);
         let ask = |order, limit| txn.narrowed(&range, order, limit);
