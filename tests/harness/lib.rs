@@ -27,6 +27,7 @@
 //!
 //! The tests need root (mounts, loop devices) and `/dev/fuse`.
 
+pub mod aio;
 pub mod chaos;
 pub mod cluster;
 pub mod differential;

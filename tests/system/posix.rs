@@ -13,13 +13,17 @@ use std::{
     },
     path::Path,
     process::Command,
-    sync::Barrier,
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use fjordfs_tests::{
     Cluster, Setup,
+    aio::Aio,
     process::{Run, have, sh},
     rng, run,
     wait::{SOON, wait_until},
@@ -435,6 +439,51 @@ fn direct_io_and_buffered_io_agree() {
     buffered.write_all_at(&[9; 8192], 2 << 20).unwrap();
     direct.read_exact_at(&mut map, 2 << 20).unwrap();
     assert!(map[..8192].iter().all(|b| *b == 9) && map[8192..].iter().all(|b| *b == 7));
+    drop((direct, buffered));
+    mount.unmount();
+}
+
+/// xfstests' generic/451. The kernel drops cached pages before a direct write, and after one that is not asynchronous.
+#[test]
+fn what_is_written_directly_and_asynchronously_is_read_also_by_who_was_reading_meanwhile() {
+    const SIZE: usize = 640 << 10;
+    let cluster = Cluster::start("aio", Setup::default());
+    let mount = cluster.mount();
+    let path = mount.join("f");
+    fs::write(&path, vec![0; SIZE]).unwrap();
+    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let direct = File::from(rustix::fs::open(&path, flags, Mode::empty()).unwrap());
+    let buffered = File::open(&path).unwrap();
+    let done = AtomicBool::new(false);
+    let stale = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut into = vec![0; SIZE];
+                while !done.load(Relaxed) {
+                    buffered.read_exact_at(&mut into, 0).unwrap();
+                }
+            });
+        }
+        let rounds = || -> io::Result<Option<u8>> {
+            let aio = Aio::new()?;
+            // Aligned memory, as O_DIRECT wants it.
+            let mut map = memmap2::MmapMut::map_anon(SIZE)?;
+            let mut found = vec![0; SIZE];
+            for byte in (1..=250).chain(1..=150) {
+                map.fill(byte);
+                aio.write_at(&direct, &map, 0)?;
+                buffered.read_exact_at(&mut found, 0)?;
+                if found.iter().any(|b| *b != byte) {
+                    return Ok(Some(byte));
+                }
+            }
+            Ok(None)
+        };
+        let stale = rounds();
+        done.store(true, Relaxed);
+        stale.unwrap()
+    });
+    assert_eq!(stale, None, "bytes that were not all read after they had been written");
     drop((direct, buffered));
     mount.unmount();
 }

@@ -197,6 +197,8 @@ pub(crate) mod fopen {
 
 /// `SetxattrIn::setxattr_flags`: an access control list set by a process outside the group and without CAP_FSETID.
 pub(crate) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
+/// `ReadIn::read_flags`: read by a process, around the page cache; without it pages are filled.
+pub(crate) const READ_LOCKOWNER: u32 = 1 << 1;
 /// `WriteIn::write_flags`: written by a process without CAP_FSETID.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// `WriteIn::write_flags`: written back from the page cache (mmap); the handle is any that was open for writing.

@@ -187,7 +187,7 @@ impl<F: Filesystem> Dispatcher<F> {
     pub(crate) async fn drop_old_ends(&self, early: Vec<Told>) {
         for told in early {
             if let Some(from) = self.ends.zeros_before(told) {
-                self.notifier.drop_pages(told.ino, from).await;
+                self.notifier.drop_pages(told.ino, from..u64::MAX).await;
                 self.ends.dropped(told);
             }
         }
@@ -281,7 +281,9 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
 
-            Operation::Read { fh, offset, size } => return self.read(fh, offset, size, payload).await,
+            Operation::Read { fh, offset, size, fills_pages } => {
+                return self.read(fh, offset, size, fills_pages, payload).await;
+            }
             Operation::Write { fh, offset, write_flags, flags, data } => {
                 return self.write(fh, offset, write_flags, flags, data).await;
             }

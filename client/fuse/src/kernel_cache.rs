@@ -33,6 +33,8 @@ struct Label {
     version: u64,
     /// The handle whose open makes the kernel drop older pages, while they may still be there.
     dropping: Option<u64>,
+    /// Pages were filled since.
+    filled: bool,
 }
 
 impl KernelCache {
@@ -49,7 +51,7 @@ impl KernelCache {
     pub(crate) fn keep_at_open(&self, ino: InodeId, data_version: u64, fh: u64) -> bool {
         let keep = self.is_current(ino, data_version);
         if !keep {
-            self.label(ino, Label { version: data_version, dropping: Some(fh) });
+            self.label(ino, Label { version: data_version, dropping: Some(fh), filled: false });
         }
         keep
     }
@@ -63,9 +65,21 @@ impl KernelCache {
         }
     }
 
+    /// A read is to go into the page cache.
+    pub(crate) fn filled(&self, ino: InodeId) {
+        if let Some(label) = self.shard(ino).lock().get_mut(&ino) {
+            label.filled = true;
+        }
+    }
+
+    /// Whether there may be pages that were not there when the file was opened.
+    pub(crate) fn may_hold_pages(&self, ino: InodeId) -> bool {
+        self.shard(ino).lock().get(&ino).is_none_or(|label| label.filled)
+    }
+
     /// No page is older than this version.
     pub(crate) fn set_current(&self, ino: InodeId, data_version: u64) {
-        self.label(ino, Label { version: data_version, dropping: None });
+        self.label(ino, Label { version: data_version, dropping: None, filled: true });
     }
 
     fn label(&self, ino: InodeId, label: Label) {
@@ -147,6 +161,19 @@ mod tests {
         // Somebody else made version 6.
         cache.changed_here(ino, 6..=8);
         assert!(!open(&cache, ino, 8));
+    }
+
+    #[test]
+    fn where_no_page_was_filled_there_is_none() {
+        let cache = KernelCache::new();
+        let ino = InodeId(7);
+        assert!(cache.may_hold_pages(ino), "nothing is known of it");
+        open(&cache, ino, 1);
+        assert!(!cache.may_hold_pages(ino));
+        cache.filled(ino);
+        assert!(cache.may_hold_pages(ino));
+        assert!(open(&cache, ino, 1) && cache.may_hold_pages(ino), "they were kept");
+        assert!(!open(&cache, ino, 2) && !cache.may_hold_pages(ino), "they were dropped");
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! of what they brought ends when they have been taken in and invalidated then.
 
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -39,8 +40,8 @@ const QUEUE_FULL_WAIT: Duration = Duration::from_millis(1);
 enum Notification {
     Inode(InodeId),
     Entry(InodeId, Box<[u8]>),
-    /// As `Inode`, of pages from this byte on, and somebody waits for it.
-    Pages(InodeId, u64, oneshot::Sender<()>),
+    /// As `Inode`, of pages with these bytes, and somebody waits for it.
+    Pages(InodeId, Range<u64>, oneshot::Sender<()>),
     Stop,
 }
 
@@ -66,11 +67,11 @@ impl Notifier {
         self.send(Notification::Inode(ino));
     }
 
-    /// As [`Notifier::invalidate_inode`], of pages from a byte on only, but returns when the kernel has done it, which can take requests
-    /// of this mount.
-    pub async fn drop_pages(&self, ino: InodeId, from: u64) {
+    /// As [`Notifier::invalidate_inode`], of the pages of some bytes only, but returns when the kernel has done it, which can take
+    /// requests of this mount.
+    pub async fn drop_pages(&self, ino: InodeId, bytes: Range<u64>) {
         let (done, dropped) = oneshot::channel();
-        let mut notification = Notification::Pages(ino, from, done);
+        let mut notification = Notification::Pages(ino, bytes, done);
         while let Err(TrySendError::Full(again)) = self.queue.try_send(notification) {
             notification = again;
             tokio::time::sleep(QUEUE_FULL_WAIT).await;
@@ -131,8 +132,8 @@ pub(crate) fn take_over(fd: &OwnedFd, kernel_minor: u32) -> io::Result<()> {
 fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
     while let Ok(notification) = notifications.recv() {
         let written = match &notification {
-            Notification::Inode(ino) => drop_pages(fd, *ino, 0),
-            Notification::Pages(ino, from, _) => drop_pages(fd, *ino, *from),
+            Notification::Inode(ino) => drop_pages(fd, *ino, 0..u64::MAX),
+            Notification::Pages(ino, bytes, _) => drop_pages(fd, *ino, bytes.clone()),
             Notification::Entry(parent, name) => {
                 let head = NotifyInvalEntry { parent: parent.0, namelen: name.len() as u32, flags: 0 };
                 notify(fd, notify_code::INVAL_ENTRY, &[head.as_bytes(), name, &[0]])
@@ -147,11 +148,11 @@ fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
     }
 }
 
-/// No length: all pages from there on, and the attributes.
-fn drop_pages(fd: &OwnedFd, ino: InodeId, from: u64) -> io::Result<()> {
-    // A negative offset would be of attributes only.
-    let off = from.min(i64::MAX.cast_unsigned()).cast_signed();
-    notify(fd, notify_code::INVAL_INODE, &[NotifyInvalInode { ino: ino.0, off, len: 0 }.as_bytes()])
+/// Pages of these bytes, and the attributes.
+fn drop_pages(fd: &OwnedFd, ino: InodeId, bytes: Range<u64>) -> io::Result<()> {
+    // A negative offset would be of attributes only, and no length is all pages from there on.
+    let [off, end] = [bytes.start, bytes.end].map(|at| at.min(i64::MAX.cast_unsigned()).cast_signed());
+    notify(fd, notify_code::INVAL_INODE, &[NotifyInvalInode { ino: ino.0, off, len: end - off }.as_bytes()])
 }
 
 fn log_refusal(what: impl std::fmt::Debug, written: io::Result<()>) {

@@ -112,6 +112,8 @@ pub(crate) enum Operation {
         fh: u64,
         offset: u64,
         size: u32,
+        /// The answer goes into the page cache.
+        fills_pages: bool,
     },
     Write {
         fh: u64,
@@ -341,7 +343,8 @@ impl Arguments<'_> {
             }
             opcode::READ => {
                 let input: abi::ReadIn = self.fixed()?;
-                Operation::Read { fh: input.fh, offset: input.offset, size: input.size }
+                let fills_pages = input.read_flags & abi::READ_LOCKOWNER == 0;
+                Operation::Read { fh: input.fh, offset: input.offset, size: input.size, fills_pages }
             }
             opcode::WRITE => {
                 let input: abi::WriteIn = self.fixed()?;

@@ -154,8 +154,18 @@ impl<F: Filesystem> Dispatcher<F> {
         }
     }
 
-    pub(super) async fn read(&self, fh: u64, offset: u64, size: u32, payload: &mut [u8]) -> FsResult<Answer> {
+    pub(super) async fn read(
+        &self,
+        fh: u64,
+        offset: u64,
+        size: u32,
+        fills_pages: bool,
+        payload: &mut [u8],
+    ) -> FsResult<Answer> {
         let open = self.file(fh).await?;
+        if fills_pages {
+            self.kernel_cache.filled(open.ino);
+        }
         let size = (size as usize).min(self.size_max);
         if let Some(payload) = payload.get_mut(..size)
             && !payload.is_empty()
@@ -227,8 +237,13 @@ impl<F: Filesystem> Dispatcher<F> {
             }
         } else {
             self.fs.write(&open.file, offset, data).await?;
+            let range = offset..offset + size as u64;
             if !has(flags, libc::O_DIRECT) {
-                self.ends.overwritten(open.ino, offset..offset + size as u64);
+                self.ends.overwritten(open.ino, range);
+            } else if !is_write_back && size > 0 && self.kernel_cache.may_hold_pages(open.ino) {
+                // The kernel drops pages before it sends the WRITE, and for asynchronous I/O not again: what a reader has cached since
+                // then would stay.
+                self.notifier.drop_pages(open.ino, range).await;
             }
         }
         if appends(flags) && has(flags, libc::O_DSYNC) {

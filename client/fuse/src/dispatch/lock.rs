@@ -75,7 +75,7 @@ impl<F: Filesystem> Dispatcher<F> {
         self.kernel_cache.changed_here(open.ino, self.fs.own_versions(&open.file));
         if !self.kernel_cache.is_current(open.ino, version) {
             self.kernel_cache.forget(open.ino);
-            self.notifier.drop_pages(open.ino, 0).await;
+            self.notifier.drop_pages(open.ino, 0..u64::MAX).await;
             self.kernel_cache.set_current(open.ino, version);
         }
     }
