@@ -12,19 +12,24 @@
 //! one needless drop per file.
 
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 use std::ops::RangeInclusive;
 
 use fjordfs_proto::InodeId;
 use parking_lot::Mutex;
 
+use crate::numbers::NumberHasher;
+
 const SHARDS: usize = 32;
 /// 32 × 32 Ki entries of 32 bytes: some 40 MiB when the kernel caches a million open inodes.
 const SHARD_ENTRIES_MAX: usize = 32 << 10;
 
+type Shard = HashMap<InodeId, Label, BuildHasherDefault<NumberHasher>>;
+
 /// Inode → what its cached pages are.
 #[derive(Debug)]
 pub(crate) struct KernelCache {
-    shards: [Mutex<HashMap<InodeId, Label>>; SHARDS],
+    shards: [Mutex<Shard>; SHARDS],
 }
 
 #[derive(Debug)]
@@ -42,7 +47,7 @@ impl KernelCache {
         KernelCache { shards: std::array::from_fn(|_| Mutex::default()) }
     }
 
-    fn shard(&self, ino: InodeId) -> &Mutex<HashMap<InodeId, Label>> {
+    fn shard(&self, ino: InodeId) -> &Mutex<Shard> {
         &self.shards[(ino.0 % SHARDS as u64) as usize]
     }
 
