@@ -3,6 +3,7 @@
 //! No logic of the filesystem lives here: only what the kernel needs to be told, and the state that belongs to the kernel's
 //! view (handles, the page cache's version, callers waiting). Shared by all workers of a mount.
 
+use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use crate::interrupt::Interrupts;
 use crate::kernel_cache::KernelCache;
 use crate::lock_owners::LockOwners;
 use crate::notify::Notifier;
+use crate::overtaken::Overtaken;
 use crate::removed::OpenDirectories;
 use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
@@ -55,6 +57,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     kernel_cache: KernelCache,
     held: Arc<Held>,
     ends: Arc<Ends>,
+    overtaken: Arc<Overtaken>,
     lock_owners: LockOwners,
     pub(crate) interrupts: Interrupts,
     notifier: Notifier,
@@ -80,6 +83,8 @@ pub(crate) struct Answer {
     pub(crate) ends: Option<ShortAnswer>,
     /// To be dropped when the kernel has the answer.
     pub(crate) unanswered: Option<Box<dyn Send>>,
+    /// Written, but perhaps not what the kernel has in its pages: to be told when it has the answer.
+    pub(crate) overtaken: Option<(InodeId, Range<u64>)>,
 }
 
 /// A handle that was given out.
@@ -92,7 +97,7 @@ pub(crate) enum Opened {
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Answer {
         let (opened, brings, tells, ends, unanswered) = Default::default();
-        Answer { reply, opened, brings, lists: Vec::new(), tells, ends, unanswered }
+        Answer { reply, opened, brings, lists: Vec::new(), tells, ends, unanswered, overtaken: None }
     }
 }
 
@@ -129,6 +134,7 @@ impl<F: Filesystem> Dispatcher<F> {
             kernel_cache: KernelCache::new(),
             held,
             ends: Arc::default(),
+            overtaken: Arc::clone(notifier.overtaken()),
             lock_owners: LockOwners::default(),
             interrupts: Interrupts::default(),
             notifier,
@@ -473,6 +479,9 @@ impl<F: Filesystem> Dispatcher<F> {
             Opened::File(fh) => {
                 if let Some(open) = self.files.remove(fh) {
                     self.release(&open).await;
+                    if open.writes {
+                        self.overtaken.closed(open.ino);
+                    }
                 }
                 self.fs.leave_closed(fh);
             }
@@ -506,6 +515,12 @@ impl<F: Filesystem> Dispatcher<F> {
     fn pages_are_stale(&self, ino: InodeId) {
         self.kernel_cache.forget(ino);
         self.notifier.invalidate_inode(ino);
+    }
+
+    /// The kernel may have filled these pages with what was there before a WRITE that it has the answer to.
+    pub(crate) fn drop_overtaken(&self, ino: InodeId, bytes: Range<u64>) {
+        self.kernel_cache.forget(ino);
+        self.notifier.invalidate_pages(ino, bytes);
     }
 
     async fn release(&self, open: &OpenFile<F::File>) {

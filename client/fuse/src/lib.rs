@@ -39,6 +39,7 @@ pub mod mount;
 pub mod notify;
 mod numbers;
 pub mod options;
+mod overtaken;
 mod removed;
 mod reply;
 mod request;

@@ -26,6 +26,7 @@ use tokio::sync::oneshot;
 
 use crate::abi::{NotifyInvalEntry, NotifyInvalInode, OutHeader, Pod, answers_can_be_recalled, notify_code};
 use crate::held::Held;
+use crate::overtaken::Overtaken;
 use crate::transport::dev_fuse::write_all;
 
 mod recaller;
@@ -59,17 +60,32 @@ pub struct Notifier {
     queue: Sender<Notification>,
     /// As long as the leases that can be recalled, which the metaserver bounds.
     recalls: Sender<Option<Recall>>,
+    overtaken: Arc<Overtaken>,
 }
 
 impl Notifier {
+    /// Is told here of pages that are dropped.
+    pub(crate) fn overtaken(&self) -> &Arc<Overtaken> {
+        &self.overtaken
+    }
+
     /// Cached attributes and pages of an inode are stale. Returns at once.
     pub fn invalidate_inode(&self, ino: InodeId) {
+        self.overtaken.dropped(ino);
         self.send(Notification::Inode(ino));
+    }
+
+    /// As [`Notifier::invalidate_inode`], of the pages of some bytes only.
+    pub(crate) fn invalidate_pages(&self, ino: InodeId, bytes: Range<u64>) {
+        self.overtaken.dropped(ino);
+        let (done, _nobody_waits) = oneshot::channel();
+        self.send(Notification::Pages(ino, bytes, done));
     }
 
     /// As [`Notifier::invalidate_inode`], of the pages of some bytes only, but returns when the kernel has done it, which can take
     /// requests of this mount.
     pub async fn drop_pages(&self, ino: InodeId, bytes: Range<u64>) {
+        self.overtaken.dropped(ino);
         let (done, dropped) = oneshot::channel();
         let mut notification = Notification::Pages(ino, bytes, done);
         while let Err(TrySendError::Full(again)) = self.queue.try_send(notification) {
@@ -117,7 +133,7 @@ pub(crate) fn start(fd: OwnedFd, held: Arc<Held>) -> io::Result<(Notifier, [Join
     };
     let mut recaller = Recaller::new(fd, held);
     let recaller = thread("fjord-fuse-recall").spawn(move || recaller.obey(&recalled))?;
-    Ok((Notifier { queue, recalls }, [notifier, recaller]))
+    Ok((Notifier { queue, recalls, overtaken: Arc::default() }, [notifier, recaller]))
 }
 
 /// A process takes over from one that has ended: the kernel sends again what that one has read and not answered, and asks for every

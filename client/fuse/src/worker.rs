@@ -150,6 +150,9 @@ async fn serve<F: Filesystem, S: Slot>(
         dispatcher.filesystem().request_answered(request);
     }
     drop(answer.unanswered.take());
+    if let Some((ino, bytes)) = answer.overtaken.take() {
+        dispatcher.drop_overtaken(ino, bytes);
+    }
     if let Some(short) = answer.ends.take() {
         slot.drop_when_taken_in(short);
     }

@@ -28,6 +28,7 @@ over_each_transport! {
     leased_names_and_attributes_are_not_asked_for_until_they_are_recalled
     a_recall_waits_for_no_request_of_its_directory
     invalidations_reach_the_kernel
+    a_write_is_read_back_although_pages_were_dropped_meanwhile
     truncation_and_permission_bits
     suid_goes_when_another_user_writes_or_truncates
     failures_are_reported_and_a_panic_is_one_failure
@@ -367,6 +368,44 @@ fn invalidations_reach_the_kernel(transport: TransportChoice) {
     while mounted.control.lookups.load(Ordering::SeqCst) == lookups {
         fs::metadata(&path).unwrap();
         assert!(Instant::now() < deadline);
+    }
+    drop(file);
+    mounted.end();
+}
+
+/// Pages that a write has filled are dropped before its WRITE is served, and a read fills them with what was there before.
+fn a_write_is_read_back_although_pages_were_dropped_meanwhile(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    mounted.control.make_file("slow", &[1; 3 * 4096]);
+    let path = mounted.path("slow");
+    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let ino = fjordfs_proto::InodeId(file.metadata().unwrap().ino());
+    let read = || {
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 4096).unwrap();
+        page
+    };
+    assert_eq!(read(), [1; 4096]);
+    let notifier = mounted.control.notifier.lock().clone().unwrap();
+    *mounted.control.slow.lock() = Duration::from_secs(1);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| file.write_all_at(&[2; 4096], 4096).unwrap());
+        std::thread::sleep(Duration::from_millis(200));
+        *mounted.control.slow.lock() = Duration::ZERO;
+        // It returns when the kernel has done it.
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap()
+            .block_on(notifier.drop_pages(ino, 0..u64::MAX));
+        assert!(!writing.is_finished(), "the pages were not dropped meanwhile");
+        read();
+        writing.join().unwrap();
+    });
+    // The kernel hears of it a moment later.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while read() != [2; 4096] {
+        assert!(Instant::now() < deadline, "what was there before stays");
     }
     drop(file);
     mounted.end();

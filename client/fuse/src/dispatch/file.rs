@@ -27,11 +27,13 @@ pub(super) struct OpenFile<T> {
     pub(super) ino: InodeId,
     /// The kernel drops cached pages when it takes in the answer to the open, and no request has shown yet that it did.
     drops_pages: AtomicBool,
+    /// It may write.
+    pub(super) writes: bool,
 }
 
 impl<T> OpenFile<T> {
-    fn new(file: T, ino: InodeId) -> OpenFile<T> {
-        OpenFile { file, ino, drops_pages: AtomicBool::new(false) }
+    fn new(file: T, ino: InodeId, writes: bool) -> OpenFile<T> {
+        OpenFile { file, ino, drops_pages: AtomicBool::new(false), writes }
     }
 }
 
@@ -105,7 +107,7 @@ impl<F: Filesystem> Dispatcher<F> {
             self.fs.keep_access_time(&file);
         }
         let fh = self.files.number();
-        let open = OpenFile::new(file, ino);
+        let open = OpenFile::new(file, ino, !is_read_only(flags));
         let mut open_flags = 0;
         if self.kernel_cache.keep_at_open(ino, data_version, fh) {
             open_flags |= fopen::KEEP_CACHE;
@@ -119,6 +121,7 @@ impl<F: Filesystem> Dispatcher<F> {
         if appends(flags) {
             open_flags |= fopen::DIRECT_IO;
         }
+        self.overtaken.opened(ino, fh, open.writes, open_flags & fopen::KEEP_CACHE == 0);
         self.fs.leave_open(fh, &open.file);
         self.files.insert_as(fh, open);
         (fh, OpenOut { fh, open_flags, ..OpenOut::default() })
@@ -143,7 +146,9 @@ impl<F: Filesystem> Dispatcher<F> {
             return Ok(open);
         }
         let (ino, file) = self.fs.resume(fh).await?.ok_or_else(|| unknown_handle(fh))?;
-        self.files.insert_as(fh, OpenFile::new(file, ino));
+        // How it was opened is not known.
+        self.overtaken.opened(ino, fh, true, false);
+        self.files.insert_as(fh, OpenFile::new(file, ino, true));
         self.files.get(fh).ok_or_else(|| unknown_handle(fh))
     }
 
@@ -163,10 +168,11 @@ impl<F: Filesystem> Dispatcher<F> {
         payload: &mut [u8],
     ) -> FsResult<Answer> {
         let open = self.file(fh).await?;
+        let size = (size as usize).min(self.size_max);
         if fills_pages {
             self.kernel_cache.filled(open.ino);
+            self.overtaken.filling(open.ino, offset..offset + size as u64);
         }
-        let size = (size as usize).min(self.size_max);
         if let Some(payload) = payload.get_mut(..size)
             && !payload.is_empty()
         {
@@ -224,7 +230,7 @@ impl<F: Filesystem> Dispatcher<F> {
         }
         // Pages that were dirtied through a mapping have a place, whatever handle they are written back with.
         let is_write_back = write_flags & WRITE_CACHE != 0;
-        let mut tells = None;
+        let (mut tells, mut overtaken) = (None, None);
         let mut unanswered: Option<Box<dyn Send>> = None;
         if appends(flags) && !is_write_back {
             // The kernel holds no page of it meanwhile, and takes the file to end there afterwards.
@@ -239,7 +245,9 @@ impl<F: Filesystem> Dispatcher<F> {
             self.fs.write(&open.file, offset, data).await?;
             let range = offset..offset + size as u64;
             if !has(flags, libc::O_DIRECT) {
-                self.ends.overwritten(open.ino, range);
+                self.ends.overwritten(open.ino, range.clone());
+                let is_overtaken = !is_write_back && self.overtaken.is_overtaken(open.ino, fh, &range);
+                overtaken = is_overtaken.then_some((open.ino, range));
             } else if !is_write_back && size > 0 && self.kernel_cache.may_hold_pages(open.ino) {
                 // The kernel drops pages before it sends the WRITE, and for asynchronous I/O not again: what a reader has cached since
                 // then would stay.
@@ -253,7 +261,7 @@ impl<F: Filesystem> Dispatcher<F> {
             self.fs.fsync(&open.file).await?;
         }
         let reply = Reply::of(&WriteOut { size: size as u32, padding: 0 });
-        Ok(Answer { tells, unanswered, ..reply.into() })
+        Ok(Answer { tells, unanswered, overtaken, ..reply.into() })
     }
 
     /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages
