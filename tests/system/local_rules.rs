@@ -46,6 +46,22 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
+fn sgid_that_privileges_nobody_stays_when_somebody_outside_the_group_writes() {
+    let cluster = Cluster::start("sgid", Setup::default());
+    fs::set_permissions(cluster.folder(), Permissions::from_mode(0o755)).unwrap();
+    let mount = cluster.mount_with("allow_other");
+    let file = mount.join("f");
+    for (before, after) in [(0o2666, 0o2666), (0o2676, 0o676), (0o6666, 0o2666)] {
+        fs::write(&file, b"program").unwrap();
+        chown(&file, Some(0), Some(50)).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(before)).unwrap();
+        assert_eq!(as_user(mount.path(), 1000, "", "echo more >>f").code(), 0);
+        assert_eq!(mode(&file), after, "{before:o}");
+    }
+    mount.unmount();
+}
+
+#[test]
 fn who_loses_suid_and_sgid_and_when() {
     same_story("suid", |dir| {
         let mut told = Vec::new();

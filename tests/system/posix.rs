@@ -443,6 +443,30 @@ fn direct_io_and_buffered_io_agree() {
     mount.unmount();
 }
 
+/// xfstests' generic/074. A commit that took time by the square of its extents ended in ETIMEDOUT.
+#[test]
+fn a_file_of_many_pieces_is_committed_and_written_anew() {
+    const PIECES: u64 = 12_288;
+    let cluster = Cluster::start("pieces", Setup::default());
+    let mount = cluster.mount();
+    for byte in [1, 2] {
+        let file = File::create(mount.join("f")).unwrap();
+        for i in 0..PIECES {
+            file.write_all_at(&[byte; 512], i * 1024).unwrap();
+        }
+        file.sync_all().unwrap();
+    }
+    mount.unmount();
+    let mount = cluster.mount();
+    let data = fs::read(mount.join("f")).unwrap();
+    assert_eq!(data.len() as u64, PIECES * 1024 - 512);
+    for (i, half) in data.chunks(512).enumerate() {
+        let expected = if i % 2 == 0 { 2 } else { 0 };
+        assert!(half.iter().all(|b| *b == expected), "byte {} or one of the next", i * 512);
+    }
+    mount.unmount();
+}
+
 /// xfstests' generic/451. The kernel drops cached pages before a direct write, and after one that is not asynchronous.
 #[test]
 fn what_is_written_directly_and_asynchronously_is_read_also_by_who_was_reading_meanwhile() {

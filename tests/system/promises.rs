@@ -115,6 +115,10 @@ const PROVEN: &[(&str, &[&str])] = &[
     ("`fallocate`", &["holes_and_copies_free_and_share_space", "random_operations_do_what_they_do_locally"]),
     ("`sync` and `syncfs`", &["sync_of_everything"]),
     ("`security.selinux`", &["a_label_that_was_never_set_is_refused_and_one_that_was_is_kept"]),
+    (
+        "sgid of a file that its group may not execute",
+        &["sgid_that_privileges_nobody_stays_when_somebody_outside_the_group_writes"],
+    ),
     ("access times", &["access_times_follow_the_rules_of_relatime"]),
     (
         "what is written while",
