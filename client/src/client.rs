@@ -1,7 +1,7 @@
 //! A connected client: what it is made of, and how it begins and ends.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Weak, atomic::AtomicUsize},
     time::Duration,
 };
@@ -63,6 +63,8 @@ pub(crate) struct Inner {
     pub(crate) files_sweep: AtomicUsize,
     /// Files with data that is not committed; keeps them alive.
     pub(crate) dirty: Mutex<HashMap<InodeId, Arc<FileState>>>,
+    /// Write-back failures that no user of the file has been told of, who may have closed it.
+    pub(crate) untold: Mutex<BTreeMap<InodeId, FsError>>,
     /// Stored shards that are not known to be power-safe, by the inode that has bytes in them.
     pub(crate) unsynced: Mutex<HashMap<InodeId, Vec<Unsynced>>>,
     /// Where batches are read.
@@ -108,6 +110,7 @@ impl Client {
             files: Mutex::default(),
             files_sweep: AtomicUsize::new(1024),
             dirty: Mutex::default(),
+            untold: Mutex::default(),
             unsynced: Mutex::default(),
             lanes: batch::Lanes::new(options.threads),
             batch_room: Arc::new(batch::Room::new(options.batch_max())),

@@ -162,6 +162,7 @@ impl Handle {
     fn take_error(&self) -> FsResult<()> {
         let told = self.state.lock().failures.tell(&mut self.seen.lock());
         if told.is_err() {
+            self.client.untold.lock().remove(&self.state.ino);
             self.client.loss_is_told(self.state.ino);
         }
         told
@@ -442,6 +443,24 @@ impl Inner {
         }
         files.insert(ino, Arc::downgrade(&state));
         state
+    }
+
+    /// Bytes of a file could not be stored. Whoever has it open is told, and else who waits for everything to be written.
+    pub(crate) fn lost(&self, ino: InodeId, file: &mut FileInner, error: &FsError) {
+        file.failures.note(|| error.clone());
+        self.untold.lock().entry(ino).or_insert_with(|| error.clone());
+    }
+
+    /// A failure that nobody was told of, if there is one. Those of files that nobody has open any more are told by this.
+    pub(crate) fn tell_lost(&self) -> FsResult<()> {
+        let mut untold = self.untold.lock();
+        let first = untold.iter().next().map(|(ino, e)| {
+            let more = untold.len() - 1;
+            let more = if more == 0 { String::new() } else { format!(", and of {more} more files") };
+            FsError::new(e.errno, format!("what was written to {ino} is lost{more}: {}", e.message))
+        });
+        untold.retain(|ino, _| self.known_file(*ino).is_some());
+        first.map_or(Ok(()), Err)
     }
 
     /// The state of an inode that this client has open or has written.

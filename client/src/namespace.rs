@@ -349,11 +349,11 @@ impl Client {
     /// Commits everything this client has written and returns when data and namespace survive power failure.
     pub async fn sync_all(&self) -> FsResult<()> {
         let files: Vec<_> = self.inner.dirty.lock().values().cloned().collect();
-        write::flush_files(&self.inner, files.clone()).await;
-        // An error is told here and kept for the file's own user.
-        let failed = files.iter().find_map(|f| f.lock().failures.untold().cloned());
+        write::flush_files(&self.inner, files).await;
+        // Told here, and kept for the users of the files.
+        let failed = self.inner.tell_lost();
         let (data, log) = tokio::join!(self.inner.sync_stored(), self.inner.sync_log());
-        failed.map_or(Ok(()), Err).and(data).and(log)
+        failed.and(data).and(log)
     }
 
     /// Returns when the metaserver has executed everything that this client has decided by itself. Who asks by name need not wait

@@ -141,3 +141,20 @@ async fn a_failed_write_back_is_told_to_every_handle() {
     writes.fsync().await.unwrap();
     client.open_path("/f").await.unwrap().fsync().await.unwrap();
 }
+
+/// A file that nobody else uses is committed a moment after its close.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_back_that_fails_after_the_close_is_told_to_who_waits_for_everything() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster
+        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
+        .await;
+    cluster.stop_data(0);
+    let file = client.create_path("/f").await.unwrap();
+    file.write_at(0, Bytes::from(pattern(7, 100_000))).await.unwrap();
+    file.close().await.unwrap();
+    wait_until("it is given up", || client.dirty_bytes() == 0).await;
+    let error = client.sync_all().await.unwrap_err();
+    assert!(error.errno == Errno::EIO && error.message.contains("is lost"), "{error}");
+    client.sync_all().await.expect("it was told");
+}

@@ -30,11 +30,6 @@ impl Failures {
         }
     }
 
-    /// What nobody has been told.
-    pub(crate) fn untold(&self) -> Option<&FsError> {
-        self.last.as_ref().filter(|_| !self.told)
-    }
-
     /// For a handle that is opened now.
     pub(super) fn seen_at_open(&self) -> Seen {
         Seen(if self.told { self.count } else { 0 })
@@ -73,14 +68,12 @@ mod tests {
     fn each_handle_is_told_once() {
         let mut failures = Failures::default();
         let [mut a, mut b] = [failures.seen_at_open(), failures.seen_at_open()];
-        assert!(failures.tell(&mut a).is_ok() && failures.untold().is_none());
+        assert!(failures.tell(&mut a).is_ok());
         failures.note(|| FsError::new(Errno::EIO, "first"));
         failures.note(|| FsError::new(Errno::EIO, "with it"));
-        assert_eq!(failures.untold().unwrap().message, "first");
         // Looking is not telling.
         assert_eq!(told(&failures.unseen(&b)), Some("first"));
         assert_eq!(told(&failures.tell(&mut a)), Some("first"));
-        assert!(failures.untold().is_none());
         assert!(failures.tell(&mut a).is_ok());
         assert_eq!(told(&failures.tell(&mut b)), Some("first"), "the other's asking took nothing from it");
         failures.note(|| FsError::new(Errno::EIO, "second"));

@@ -284,7 +284,7 @@ impl Running {
             match reply.errno {
                 0 if !inner.view.can_shift(&sent, reply.appended_shift) => {
                     freed += inner.unit_failed(self.unit.id);
-                    inner.failures.note(|| unexpected("an append"));
+                    client.lost(file.ino, &mut inner, &unexpected("an append"));
                 }
                 0 => {
                     let (free, shifted) = inner.view.unit_committed(self.unit.id, &sent, reply);
@@ -297,7 +297,7 @@ impl Running {
                     freed += inner.unit_failed(self.unit.id);
                     let error =
                         FsError::new(Errno::from_code(errno), format!("{}: commit refused", file.ino));
-                    inner.failures.note(|| error);
+                    client.lost(file.ino, &mut inner, &error);
                 }
             }
         }
@@ -314,7 +314,7 @@ impl Running {
         for file in &self.unit.files {
             let mut inner = file.lock();
             freed += inner.unit_failed(self.unit.id);
-            inner.failures.note(|| error.clone());
+            client.lost(file.ino, &mut inner, error);
         }
         client.budget.release(freed);
     }
