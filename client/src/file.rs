@@ -69,6 +69,9 @@ pub(crate) struct FileInner {
 /// ends before.
 const OLD_SIZE_USED: Duration = Duration::from_secs(1);
 
+/// How often a flush begins anew because what it is to commit was written over.
+const OVERWRITTEN_MAX: usize = 1000;
+
 impl FileInner {
     /// Drops what was written and not committed. Returns the memory freed.
     pub(crate) fn forget_written(&mut self) -> u64 {
@@ -470,15 +473,27 @@ impl Inner {
 
     /// Commits everything written to a file. The failure, if any, is left for the file's next user.
     pub(crate) async fn flush(self: &Arc<Self>, state: &Arc<FileState>) -> FsResult<()> {
-        if !state.lock().view.has_local() {
-            return Ok(());
+        for _ in 0..OVERWRITTEN_MAX {
+            let before = {
+                let inner = state.lock();
+                if !inner.view.has_local() {
+                    return Ok(());
+                }
+                inner.view.overwritten()
+            };
+            self.start_full_units(state);
+            if !self.start_inline_unit(state) && state.lock().view.dirty_bytes() > 0 {
+                packer::pack(self, state).await?;
+            }
+            state.settle().await;
+            // What is written over meanwhile leaves its unit. Nobody may be shown, now or after a crash, what was there before either: what
+            // has taken its place is committed, too.
+            if state.lock().view.overwritten() == before {
+                return Ok(());
+            }
         }
-        self.start_full_units(state);
-        if !self.start_inline_unit(state) && state.lock().view.dirty_bytes() > 0 {
-            packer::pack(self, state).await?;
-        }
-        state.settle().await;
-        Ok(())
+        let what = format!("{}: what is to be committed was written over all the while", state.ino);
+        Err(FsError::new(Errno::EIO, what))
     }
 
     /// Makes everything that this client has written to an inode power-safe.

@@ -70,6 +70,8 @@ pub(crate) struct View {
     truncating: u32,
     /// Where the file ended before bytes at its end were lost; 0 when none were.
     lost_end: u64,
+    /// How often something local was written over.
+    overwritten: u64,
 }
 
 impl View {
@@ -88,6 +90,7 @@ impl View {
             append_base: None,
             truncating: 0,
             lost_end: 0,
+            overwritten: 0,
         }
     }
 
@@ -132,6 +135,11 @@ impl View {
     /// Bytes that no unit has taken.
     pub(crate) fn dirty_bytes(&self) -> u64 {
         self.dirty_bytes
+    }
+
+    /// Changes when something local is written over, which its unit does not commit then.
+    pub(crate) fn overwritten(&self) -> u64 {
+        self.overwritten
     }
 
     /// Whether anything is not committed.
@@ -242,6 +250,7 @@ impl View {
         self.dirty_bytes += data.len() as u64;
         (self.mtime, self.ctime) = (Some(now), None);
         let replaced = self.local.insert(offset, Segment::dirty(data));
+        self.overwritten += u64::from(!replaced.is_empty());
         self.dropped(&replaced)
     }
 

@@ -399,3 +399,18 @@ fn what_was_set_counts_also_beside_attributes_of_before_the_last_commit() {
     world.view.set_attr(&set, Attr { atime: at(1), mode: 0o640, ..before });
     assert_eq!((world.view.attr().mode, world.view.attr().atime), (0o640, at(3)));
 }
+
+/// Whoever flushes has to begin anew then: the unit commits nothing, and what was there before must not be shown.
+#[test]
+fn a_unit_that_is_written_over_commits_nothing_and_that_is_noticed() {
+    let mut w = World::new();
+    w.write(0, b"first", false);
+    w.write(10, b"beside it", false);
+    let before = w.view.overwritten();
+    w.take(u64::MAX);
+    assert_eq!(w.view.overwritten(), before, "nothing was written over");
+    w.write(0, b"other", false);
+    w.write(10, b"beside it", false);
+    assert!(w.view.commit_of(w.units[0].0).is_none());
+    assert_ne!(w.view.overwritten(), before);
+}
