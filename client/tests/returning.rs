@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fjordfs_client::{Errno, Options};
+use fjordfs_client::Errno;
 use support::{Cluster, pattern, wait_down, wait_until, write_file};
 
 /// Long enough for a wait that should not be there to show, and for each of the attempts before the server is back to fail.
@@ -73,15 +73,11 @@ async fn fsync_ends_when_enough_servers_are_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_waits_longer_than_an_operation_may_take() {
     let mut cluster = Cluster::start(1, "replica:1").await;
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(2), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(2)).await;
     let file = client.create_path("/f").await.unwrap();
     file.write_at(0, Bytes::from(pattern(3, 5 << 20))).await.unwrap();
     file.flush().await.unwrap();
-    let other = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(2), ..Options::default() })
-        .await;
+    let other = cluster.client_that_waits(Duration::from_secs(2)).await;
     let read = other.open_path("/f").await.unwrap();
     cluster.stop_data(0);
     let error = read.read_at(0, 4096).await.unwrap_err();
@@ -93,9 +89,7 @@ async fn nobody_waits_longer_than_an_operation_may_take() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_lost_at_the_end_is_an_error_and_no_end_of_file() {
     let mut cluster = Cluster::start(1, "replica:1").await;
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(1)).await;
     let file = client.create_path("/f").await.unwrap();
     let kept = pattern(4, 100_000);
     file.write_at(0, Bytes::from(kept.clone())).await.unwrap();
@@ -119,9 +113,7 @@ async fn what_was_lost_at_the_end_is_an_error_and_no_end_of_file() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_write_back_is_told_to_every_handle() {
     let mut cluster = Cluster::start(1, "replica:1").await;
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(1)).await;
     let writer = client.create_path("/f").await.unwrap();
     writer.fsync().await.unwrap();
     // Other opens of it, from before.
@@ -146,9 +138,7 @@ async fn a_failed_write_back_is_told_to_every_handle() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_back_that_fails_after_the_close_is_told_to_who_waits_for_everything() {
     let mut cluster = Cluster::start(1, "replica:1").await;
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(1), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(1)).await;
     cluster.stop_data(0);
     let file = client.create_path("/f").await.unwrap();
     file.write_at(0, Bytes::from(pattern(7, 100_000))).await.unwrap();

@@ -66,7 +66,12 @@ impl Cluster {
     }
 
     pub async fn client(&self) -> Client {
-        self.client_with(Options { operation_timeout: Duration::from_secs(30), ..Options::default() }).await
+        self.client_that_waits(Duration::from_secs(30)).await
+    }
+
+    /// One whose operations take no longer.
+    pub async fn client_that_waits(&self, operation_timeout: Duration) -> Client {
+        self.client_with(Options { operation_timeout, ..Options::default() }).await
     }
 
     pub async fn client_with(&self, options: Options) -> Client {
