@@ -178,15 +178,11 @@ async fn batches_larger_than_memory_do_not_wait_for_each_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_concerns_its_read_only() {
     let mut cluster = Cluster::start(3, "replica:1").await;
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(5), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(5)).await;
     let data = pattern(5, 96 << 20);
     write_file(&client, "/f", &data).await;
     client.shutdown().await.unwrap();
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(5), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(5)).await;
     let file = client.open_path("/f").await.unwrap();
     cluster.stop_data(1);
     let spots: Vec<usize> = (0..96).map(|i| (i * 37 % 96) << 20).collect();
@@ -210,9 +206,7 @@ async fn what_was_planned_is_in_memory() {
     let client = cluster.client().await;
     files(&client).await;
     client.shutdown().await.unwrap();
-    let client = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(5), ..Options::default() })
-        .await;
+    let client = cluster.client_that_waits(Duration::from_secs(5)).await;
     let large = client.open_path("/large").await.unwrap();
     let holed = client.open_path("/holed").await.unwrap();
     let path = |path: &str| Planned::Path(path.into());

@@ -135,9 +135,7 @@ async fn lost_data_is_an_error_and_never_zeros() {
     write_file(&client, "/f", &pattern(3, 64 << 20)).await;
     client.sync_all().await.unwrap();
     cluster.stop_data(0);
-    let fresh = cluster
-        .client_with(Options { operation_timeout: Duration::from_secs(3), ..Options::default() })
-        .await;
+    let fresh = cluster.client_that_waits(Duration::from_secs(3)).await;
     let file = fresh.open_path("/f").await.unwrap();
     let expected = pattern(3, 64 << 20);
     let (mut right, mut failed) = (0, 0);
