@@ -8,7 +8,8 @@
 //! # Servers that cannot be reached
 //! `EHOSTUNREACH` says that a server could not be reached and may be there again soon: it was killed, is being upgraded, or the
 //! network is cut. Whoever can wait does so, as long as an operation may take; programs get `EIO` then. From a target that is
-//! out or has failed nothing is expected any more, and the error is `EIO` at once.
+//! out or has failed nothing is expected any more, nor from a server that has been away for as long as an operation may take, and
+//! the error is `EIO` at once.
 
 mod connection;
 mod gather;

@@ -85,6 +85,35 @@ async fn nobody_waits_longer_than_an_operation_may_take() {
     assert_eq!(file.fsync().await.unwrap_err().errno, Errno::EIO);
 }
 
+/// Else a file of which much cannot be read, as when a page is rotten and a server gone, would take its reader a wait for each.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_is_waited_for_once_and_not_by_every_read() {
+    const WAIT: Duration = Duration::from_secs(3);
+    const READS: u32 = 100;
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster.client_that_waits(WAIT).await;
+    let data = pattern(8, 20 << 20);
+    write_file(&client, "/f", &data).await;
+    client.sync_all().await.unwrap();
+    let reader = cluster.client_that_waits(WAIT).await;
+    let file = reader.open_path("/f").await.unwrap();
+    cluster.stop_data(0);
+    let reads = async {
+        for i in 0..READS {
+            let e = file.read_at(u64::from(i) * 100_000, 4096).await.unwrap_err();
+            assert_eq!(e.errno, Errno::EIO, "{e}");
+        }
+    };
+    tokio::time::timeout(WAIT * READS / 4, reads).await.expect("they do not all wait");
+    // Whoever is back is asked.
+    cluster.start_data(0).await;
+    let read = async || file.read_at(100_000, 4096).await;
+    while read().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(support::read_all(&file).await == data);
+}
+
 /// A kernel may have heard of the size with the bytes that are lost, and would show zeros there.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_lost_at_the_end_is_an_error_and_no_end_of_file() {

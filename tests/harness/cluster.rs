@@ -213,6 +213,11 @@ impl Cluster {
         self.setup.store = Some(store);
     }
 
+    /// Metaservers that are started from now on collect garbage so often.
+    pub fn set_gc_interval(&mut self, interval: Duration) {
+        self.setup.gc_interval = Some(interval);
+    }
+
     /// Metaserver `n`, if it has not been killed. Taken out and dropped, it gets kill -9.
     pub fn metaserver(&mut self, n: usize) -> &mut Option<Process> {
         if n == 0 { &mut self.meta } else { &mut self.standbys[n - 1] }

@@ -127,7 +127,8 @@ fn with_a_server_gone_and_a_page_rotten_every_byte_read_is_right() {
     places.iter().for_each(|place| flip(place, 64));
     let holder = (0..3).find(|server| places[0].file.starts_with(cluster.target_folder(*server, 0))).unwrap();
     cluster.kill_data((holder + 1) % 3);
-    let mount = cluster.mount();
+    // The server may come back, so the first to miss it waits as long as an operation may take.
+    let mount = cluster.mount_with("timeout=20s");
     let open = File::open(mount.join("file")).unwrap();
     let mut bad = 0;
     for page in 0..PAGES {

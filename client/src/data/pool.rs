@@ -31,7 +31,10 @@ pub(super) struct Pool {
     local: bool,
     network: Option<Arc<dyn Network>>,
     memory: memory::Pool,
+    /// How long a server that cannot be reached is expected back.
+    patience: Duration,
     slots: Mutex<HashMap<(LaneId, ServerId), Arc<Slot>>>,
+    outages: Mutex<HashMap<ServerId, Outage>>,
     /// How servers are reached, as far as that was said.
     said: Mutex<HashMap<ServerId, Way>>,
 }
@@ -49,6 +52,12 @@ struct State {
     failed: Option<(Instant, FsError)>,
 }
 
+/// Attempts in a row, of any lane, that did not reach a server.
+struct Outage {
+    first: Instant,
+    last: Instant,
+}
+
 impl Pool {
     pub(super) fn new(
         engine: Arc<Engine>,
@@ -63,12 +72,17 @@ impl Pool {
             local: options.local_sockets && options.network.is_none(),
             network: options.network.clone(),
             memory,
+            patience: options.operation_timeout,
             slots: Mutex::default(),
+            outages: Mutex::default(),
             said: Mutex::default(),
         }
     }
 
     /// A usable connection of this thread's lane to `server`, which the map says is at `address`.
+    ///
+    /// # Errors
+    /// `EHOSTUNREACH` when there is none, `EIO` when there has been none for as long as an operation may take.
     pub(super) async fn get(&self, server: ServerId, address: &str) -> FsResult<Arc<Connection>> {
         let slot = self.slots.lock().entry((lane(), server)).or_default().clone();
         let mut state = slot.state.lock().await;
@@ -94,16 +108,32 @@ impl Pool {
         match Connection::open(&self.engine, &peer, &self.memory).await {
             Ok(connection) => {
                 self.say(server, address, connection.way());
+                self.outages.lock().remove(&server);
                 state.failed = None;
                 state.connection = Some(connection.clone());
                 Ok(connection)
             }
             Err(e) => {
-                state.failed = Some((Instant::now(), e.clone()));
+                let error = if self.is_expected(server) { e } else { e.to_users() };
+                state.failed = Some((Instant::now(), error.clone()));
                 state.connection = None;
-                Err(e)
+                Err(error)
             }
         }
+    }
+
+    /// Notes that a server was not reached, and says whether to wait for it: nobody waits longer than the first who found it gone,
+    /// or a file of which many pages are out of reach would cost its reader as many waits. After a time in which nobody has
+    /// asked, it may have been there in between.
+    fn is_expected(&self, server: ServerId) -> bool {
+        let now = Instant::now();
+        let mut outages = self.outages.lock();
+        let outage = outages.entry(server).or_insert(Outage { first: now, last: now });
+        if now - outage.last >= self.patience {
+            outage.first = now;
+        }
+        outage.last = now;
+        now - outage.first < self.patience
     }
 
     /// Says once how a server is reached, and again when that has changed.
