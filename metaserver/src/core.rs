@@ -66,7 +66,7 @@ const RECOVERY_GRACE: Duration = Duration::from_secs(5);
 const STALL: Duration = Duration::from_secs(2);
 
 /// Longest time for which clients may use their leases without being heard. After a client dies, a change of something
-/// that it may cache waits as long as this.
+/// that it may cache waits as long as this; and what it may have decided, when its stream has ended with it.
 const LEASE_MAX: Duration = Duration::from_secs(5);
 
 /// Longest time for which a start waits for what clients of before have decided by themselves. One that is silent is
@@ -494,7 +494,10 @@ impl Core {
             self.grace_until += stalled;
         }
         for session in self.sessions.expired(self.lease_time, now.mono) {
-            self.leases.end_all(session);
+            match self.sessions.may_return(session, self.lease_time, now.mono) {
+                true => self.leases.end_cached(session),
+                false => self.leases.end_all(session),
+            }
         }
         if self.leases.in_grace() && now.mono >= self.grace_until {
             tracing::warn!(

@@ -12,7 +12,10 @@
 //! were recalled from somebody a moment ago: what several sessions use by turns is better shared.
 //!
 //! A recall ends when its holder says so, when the holder's session is over, or when the holder has been silent for the
-//! length of a lease: by then it has stopped using its leases by its own clock. A holder that is heard but does not
+//! length of a lease: by then it has stopped using its leases by its own clock. That does not end delegations of a holder whose stream
+//! is whole: what it has decided, and told its programs, may still come, and whoever has been shown the state without it would
+//! see it change later. Such a one is waited for until its session is over, when nothing can come of it any more. Where the
+//! stream has ended, as it does with its process, a lease's time is enough to come back in. A holder that is heard but does not
 //! obey loses its session. A holder that comes back on a new stream has first sent what it had decided, so that it
 //! obeys recalls from before as any others.
 //!
@@ -379,12 +382,23 @@ impl Leases {
         self.release_all(session);
     }
 
-    fn release_all(&mut self, session: SessionId) {
+    /// The session was silent for a lease's time, and caches nothing any more. What it has decided may still come.
+    pub(crate) fn end_cached(&mut self, session: SessionId) {
+        self.settled(session);
+        self.release_where(session, |leases, ino| leases.delegations.get(&ino) != Some(&session));
+    }
+
+    fn release_where(&mut self, session: SessionId, wanted: impl Fn(&Leases, InodeId) -> bool) {
         let Some(held) = self.sessions.get(&session) else { return };
-        let inodes: Vec<InodeId> = held.inodes.keys().chain(held.recalls.keys()).copied().collect();
+        let inodes = held.inodes.keys().chain(held.recalls.keys()).copied();
+        let inodes: Vec<InodeId> = inodes.filter(|ino| wanted(self, *ino)).collect();
         for ino in inodes {
             self.release(session, ino);
         }
+    }
+
+    fn release_all(&mut self, session: SessionId) {
+        self.release_where(session, |_, _| true);
         self.sessions.remove(&session);
         self.orders.retain(|order| order.session != session);
     }

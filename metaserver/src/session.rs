@@ -28,6 +28,8 @@ pub(crate) struct Session {
     pub(crate) client: String,
     pub(crate) heard: Instant,
     pub(crate) attached: bool,
+    /// When its last stream ended, if one has.
+    pub(crate) detached: Option<Instant>,
     /// Known from before the start, and not heard of since: it may have files open that we do not know.
     pub(crate) missing: bool,
     /// It wants delegations.
@@ -54,6 +56,7 @@ impl Sessions {
                 client: record.client,
                 heard: now,
                 attached: false,
+                detached: None,
                 missing: true,
                 delegations: false,
                 inodes,
@@ -68,6 +71,7 @@ impl Sessions {
             client,
             heard: now,
             attached: true,
+            detached: None,
             missing: false,
             delegations: false,
             inodes: Vec::new(),
@@ -93,10 +97,19 @@ impl Sessions {
         self.sessions.iter().filter(|(_, session)| silent(session)).map(|(id, _)| *id).collect()
     }
 
+    /// Whether what a session has decided by itself may still come after it was silent for a lease's time: its stream is whole as far
+    /// as this end knows, or has ended a moment ago, and it may be coming back.
+    pub(crate) fn may_return(&self, id: SessionId, lease: Duration, now: Instant) -> bool {
+        self.sessions.get(&id).is_some_and(|session| {
+            session.attached || session.detached.is_some_and(|at| now.saturating_duration_since(at) <= lease)
+        })
+    }
+
     /// Nobody could be heard for this long.
     pub(crate) fn forgive(&mut self, stalled: Duration) {
         for session in self.sessions.values_mut() {
             session.heard += stalled;
+            session.detached = session.detached.map(|at| at + stalled);
         }
     }
 

@@ -176,8 +176,7 @@ impl Driver {
                 Some(stream) => attached = stream,
                 None => break,
             }
-            let patience = Patience { written: self.beats.lease, ..self.beats.patience };
-            let written = self.leases.flush_all();
+            let (written, patience) = (self.leases.flush_all(), self.beats.patience);
             settling =
                 Some(Box::pin(async move { drop(written.within(patience).await) }) as BoxFuture<'static, ()>);
         }

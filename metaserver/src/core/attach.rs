@@ -114,9 +114,9 @@ impl Core {
     }
 
     /// The stream of a session is gone; the session waits for another.
-    pub(crate) fn detach(&mut self, session: SessionId) {
+    pub(crate) fn detach(&mut self, session: SessionId, now: Moment) {
         if let Some(session) = self.sessions.get_mut(session) {
-            session.attached = false;
+            (session.attached, session.detached) = (false, Some(now.mono));
         }
         // What waits is sent again on the next stream.
         self.forget_lock_waits(session);

@@ -489,6 +489,41 @@ fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
     w.check();
 }
 
+/// What it has decided was told to its programs: others must not be shown the state without it and then have it changed.
+#[test]
+fn who_was_cut_off_is_waited_for_with_what_it_decided_until_its_session_is_over() {
+    for (stream_ends, comes_back) in [(false, true), (false, false), (true, true), (true, false)] {
+        let mut w = World::new();
+        let (a, b) = (willing(&mut w), w.session);
+        let request = Request { id: 9, slot: 0, sequence: 1, op: Some(directory("d")), ..Request::default() };
+        let Some(Reply::Entry(Entry { attr: Some(d), .. })) = w.answer(a, request).response.result else {
+            panic!()
+        };
+        w.core.commit().unwrap();
+        let below = Op::Lookup(Lookup { parent: d.ino, name: "f".into(), ..Default::default() });
+        let recalls = postponed(&mut w, b, below.clone());
+        w.idle(Duration::from_secs(20));
+        assert_eq!(w.core.take_ended_recalls(), [], "its stream is whole");
+        if stream_ends {
+            // A client that has heard nothing itself ends it, and so does the end of its process.
+            w.core.detach(a, w.now);
+            w.idle(Duration::from_secs(4));
+            assert_eq!(w.core.take_ended_recalls(), [], "it may be coming back");
+        }
+        if comes_back {
+            w.core.take_recalls();
+            w.reattach(a, &[]);
+            let [order] = w.core.take_recalls()[..] else { panic!("it is told again") };
+            w.core.let_go(a, &[order.id.0], None, None);
+        } else {
+            w.idle(Duration::from_secs(if stream_ends { 2 } else { 11 }));
+        }
+        assert_eq!(w.core.take_ended_recalls(), recalls, "{stream_ends} {comes_back}");
+        assert_eq!(w.core.hear(a, w.now), comes_back || stream_ends, "its session is over otherwise");
+        assert_eq!(w.call(below).unwrap_err().errno, ENOENT);
+    }
+}
+
 #[test]
 fn inode_numbers_are_their_sessions_alone_and_used_once() {
     let mut w = World::new();

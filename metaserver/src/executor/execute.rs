@@ -57,7 +57,7 @@ impl Executor {
             Job::Detached { session, outbox } => {
                 if self.is_current(session, &outbox) {
                     self.streams.remove(&session);
-                    self.core.detach(session);
+                    self.core.detach(session, now);
                 }
             }
             Job::Register(request, caller) => {

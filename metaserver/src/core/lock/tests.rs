@@ -124,7 +124,7 @@ fn a_client_that_does_not_come_back_loses_its_locks() {
     let all = file_lock(1, 0, u64::MAX, true);
     assert_eq!(ask(&mut w, b, 1, lock(all, 0)), GRANTED);
     assert_eq!(ask(&mut w, a, 1, lock(all, 1)), None);
-    w.core.detach(b);
+    w.core.detach(b, w.now);
     w.idle(Duration::from_secs(29));
     assert_eq!(answers(&mut w), []);
     w.idle(Duration::from_secs(3));
@@ -152,7 +152,7 @@ fn what_a_client_was_not_told_it_does_not_have() {
     assert_eq!(ask(&mut w, b, 1, lock(all, 1)), None);
     assert_eq!(ask(&mut w, b, 2, lock(file_lock(1, 0, 0, true), 2)), None);
     // The stream breaks before b hears anything; a gives its lock up meanwhile.
-    w.core.detach(b);
+    w.core.detach(b, w.now);
     assert_eq!(ask(&mut w, a, 2, unlock(all)), GRANTED);
     assert_eq!(answers(&mut w), [], "nobody is granted what it will ask for again");
     attach_with(&mut w, b, vec![]);
