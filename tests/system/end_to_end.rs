@@ -7,6 +7,8 @@ use std::{
     process::Command,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use fjordfs_tests::{
     Cluster, MountPoint, Process, Scratch, Setup,
     engines::free_port,
@@ -79,10 +81,14 @@ struct Up {
 
 impl Up {
     fn start(scratch: &Scratch, meta: &str) -> Up {
+        Up::start_with(scratch, meta, &[])
+    }
+
+    fn start_with(scratch: &Scratch, meta: &str, more: &[&str]) -> Up {
         let dir = scratch.dir("up");
         let mut command = fjord(["up"]);
         command.arg(&dir).args(["--servers", "3", "--policy", "replica:2", "--meta-listen", meta, "--data"]);
-        command.arg(scratch.path().join("data"));
+        command.arg(scratch.path().join("data")).args(more);
         let process = Process::start("fjord up", command, &scratch.path().join("up.log"));
         let mut up = Up { process, dir, meta: meta.into() };
         wait_until("fjord up to mount", 2 * SOON, || {
@@ -165,6 +171,37 @@ fn up_stops_cleanly_and_refuses_to_run_twice() {
     let up = Up::start(&scratch, &meta);
     assert_eq!(fs::read(up.dir.join("f")).unwrap(), b"kept");
     up.stop();
+}
+
+/// Whoever runs it from a script must not take that for success.
+#[test]
+fn up_fails_when_what_was_written_last_could_not_be_stored() {
+    let scratch = Scratch::new("up-lost");
+    let meta = format!("127.0.0.1:{}", free_port());
+    let mut up = Up::start_with(&scratch, &meta, &["-o", "timeout=3s"]);
+    let is_data = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).nth(1) == Some(b"data")
+    };
+    let servers: Vec<u32> =
+        fjords_with(&scratch.path().to_string_lossy()).into_iter().filter(is_data).collect();
+    assert_eq!(servers.len(), 3);
+    let signal = |signal| {
+        for pid in servers.iter().filter_map(|pid| Pid::from_raw(*pid as i32)) {
+            kill_process(pid, signal).unwrap();
+        }
+    };
+    signal(Signal::STOP);
+    fs::write(up.dir.join("f"), vec![7; 3 << 20]).unwrap();
+    up.process.signal(Signal::TERM);
+    wait_until("the mount to give up", 2 * SOON, || {
+        let mounts = fjords_with(&up.dir.to_string_lossy());
+        !is_mounted(&up.dir) && mounts.iter().all(|pid| *pid == up.process.pid())
+    });
+    signal(Signal::CONT);
+    assert_eq!(up.process.wait().code(), Some(1));
+    let log = up.process.log();
+    assert!(log.contains("not everything ended well"), "{log}");
 }
 
 #[test]

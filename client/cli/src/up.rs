@@ -139,7 +139,12 @@ async fn cluster(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     tracing::info!("stopping: unmounting {}, then the servers", dir.display());
-    crew.stop(&dir, &mut signals).await;
+    if !crew.stop(&dir, &mut signals).await {
+        bail!(
+            "stopped, but not everything ended well: what was written last may be missing; the *.log files in {} say more",
+            folder.path().display()
+        );
+    }
     tracing::info!("stopped; the data is in {}", folder.path().display());
     Ok(ExitCode::SUCCESS)
 }

@@ -180,6 +180,12 @@ impl MountOptions {
                     "it is for a mount that is there already: fjord mount or mount(8)",
                 ));
             }
+            "strictatime" | "norelatime" => {
+                return Err(unsupported(
+                    option,
+                    "access times follow the rules of relatime: leave it out, or give noatime",
+                ));
+            }
             "allow_root" => return Err(unsupported(option, "use allow_other")),
             _ => return Err(OptionError::Unknown(option.to_owned())),
         }
@@ -193,7 +199,7 @@ fn is_for_mount(key: &str) -> bool {
         key,
         "_netdev" | "nofail" | "user" | "users" | "nouser" | "owner" | "group" | "auto" | "noauto" | "defaults" | "comment"
             // What `relatime` says is done; Linux itself keeps no access times of FUSE mounts.
-            | "relatime" | "norelatime" | "strictatime" | "nostrictatime" | "lazytime" | "nolazytime" | "diratime" | "nodiratime"
+            | "relatime" | "nostrictatime" | "lazytime" | "nolazytime" | "diratime" | "nodiratime"
     ) || key.starts_with("x-")
         || key.starts_with("X-")
 }
@@ -266,6 +272,7 @@ mod tests {
             ("attr_timeout=1e300", "seconds from 0"),
             ("remount,ro", "for a mount that is there already"),
             ("fsname=", "fsname=NAME"),
+            ("strictatime", "rules of relatime"),
         ] {
             let message = options().apply(list, &[]).unwrap_err().to_string();
             assert!(message.contains(part), "{list}: {message}");

@@ -46,7 +46,7 @@ pub(crate) struct Unmounted;
 pub(crate) struct Kept {
     pub(crate) name: String,
     stop: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: JoinHandle<bool>,
 }
 
 impl Kept {
@@ -66,10 +66,10 @@ impl Kept {
         (Kept { name, stop, task }, is_ready)
     }
 
-    /// SIGTERM, and waits for the end; SIGKILL when that takes too long.
-    pub(crate) async fn stop(self) {
+    /// SIGTERM, and waits for the end; SIGKILL when that takes too long. Whether it ended well.
+    pub(crate) async fn stop(self) -> bool {
         self.begin_stop();
-        self.ended().await;
+        self.ended().await
     }
 
     /// Asks it to end.
@@ -77,11 +77,12 @@ impl Kept {
         self.stop.send_replace(true);
     }
 
-    /// Waits for the end.
-    pub(crate) async fn ended(self) {
-        if let Err(e) = self.task.await {
+    /// Waits for the end, and says whether it was a good one.
+    pub(crate) async fn ended(self) -> bool {
+        self.task.await.unwrap_or_else(|e| {
             tracing::error!("{}: its keeper failed: {e}", self.name);
-        }
+            false
+        })
     }
 }
 
@@ -90,13 +91,13 @@ async fn keep(
     ready: oneshot::Sender<anyhow::Result<()>>,
     mut stop: watch::Receiver<bool>,
     events: mpsc::UnboundedSender<Unmounted>,
-) {
+) -> bool {
     let mut child = match first_start(&spec, &mut stop).await {
         Ok(Some(child)) => child,
-        Ok(None) => return,
+        Ok(None) => return true,
         Err(e) => {
             let _ = ready.send(Err(e));
-            return;
+            return false;
         }
     };
     // Whoever started us may have given up waiting; `stop` will say so.
@@ -111,7 +112,7 @@ async fn keep(
         let Some(status) = ended else { return end(&spec.name, &mut child).await };
         if spec.mountpoint.is_some() && status.as_ref().is_ok_and(ExitStatus::success) {
             let _ = events.send(Unmounted);
-            return;
+            return true;
         }
         let mut how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
         child = loop {
@@ -123,7 +124,7 @@ async fn keep(
             );
             tokio::select! {
                 () = time::sleep(delay) => {}
-                () = told(&mut stop) => return,
+                () = told(&mut stop) => return false,
             }
             match spawn(&spec, Stdio::null()) {
                 Ok(child) => break child,
@@ -203,7 +204,8 @@ pub(crate) fn clear_dead_mount(dir: &Path) {
     }
 }
 
-async fn end(name: &str, child: &mut Child) {
+/// Ends it; whether it ended well.
+async fn end(name: &str, child: &mut Child) -> bool {
     if let Some(pid) =
         child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw)
         && let Err(e) = rustix::process::kill_process(pid, rustix::process::Signal::TERM)
@@ -211,7 +213,7 @@ async fn end(name: &str, child: &mut Child) {
         tracing::warn!("cannot signal {name}: {e}");
     }
     match time::timeout(STOP_PATIENCE, child.wait()).await {
-        Ok(Ok(status)) if status.success() => {}
+        Ok(Ok(status)) if status.success() => return true,
         Ok(Ok(status)) => tracing::warn!("{name} did not stop cleanly: {status}"),
         Ok(Err(e)) => tracing::warn!("cannot wait for {name}: {e}"),
         Err(_) => {
@@ -221,6 +223,7 @@ async fn end(name: &str, child: &mut Child) {
             }
         }
     }
+    false
 }
 
 fn read_from(path: &Path, offset: u64) -> io::Result<String> {

@@ -113,22 +113,24 @@ impl Crew {
     }
 
     /// Unmounts, then stops the data servers, then the metaserver. While the mount is in use it says by whom and
-    /// waits; a second signal detaches it.
-    pub(crate) async fn stop(self, dir: &Path, signals: &mut Signals) {
+    /// waits; a second signal detaches it. Whether all ended well.
+    pub(crate) async fn stop(self, dir: &Path, signals: &mut Signals) -> bool {
+        let mut well = true;
         if let Some(mount) = self.mount {
             unmount(dir, signals).await;
             // It hands its last data to the servers now.
-            mount.stop().await;
+            well &= mount.stop().await;
         }
         for data in &self.data {
             data.begin_stop();
         }
         for data in self.data {
-            data.ended().await;
+            well &= data.ended().await;
         }
         if let Some(meta) = self.meta {
-            meta.stop().await;
+            well &= meta.stop().await;
         }
+        well
     }
 
     fn meta_spec(&self, orders: &Orders<'_>) -> anyhow::Result<Spec> {
