@@ -20,6 +20,7 @@
 //! Beside the caches below, those who have written to a file must let go: data that was written and closed, and not
 //! committed, is committed first ([`Keeper`]).
 
+mod ahead;
 mod decide;
 mod deferred;
 mod extents;
@@ -229,10 +230,15 @@ impl Leases {
     pub(crate) fn lookup(&self, parent: InodeId, name: &[u8]) -> Option<Option<Attr>> {
         let mut state = self.state.lock();
         state.left()?;
-        match state.table.name(parent, name)? {
+        match state.table.look_up(parent, name)? {
             None => Some(None),
             Some(ino) => state.table.attr(ino).map(Some),
         }
+    }
+
+    /// How many neighbours to ask for with a name that is not known.
+    pub(crate) fn neighbours(&self, parent: InodeId) -> u32 {
+        self.state.lock().table.neighbours(parent)
     }
 
     /// The attributes of an inode.

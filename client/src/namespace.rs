@@ -104,8 +104,12 @@ impl Client {
             Some(Some(attr)) => attr,
             Some(None) => return Err(absent(parent, name)),
             None => {
-                let op =
-                    Lookup { parent: parent.0, name: name_of(name)?, extents: self.inner.habits.looks_up() };
+                let op = Lookup {
+                    parent: parent.0,
+                    name: name_of(name)?,
+                    extents: self.inner.habits.looks_up(),
+                    neighbours: self.inner.meta.leases().neighbours(parent),
+                };
                 self.inner.entry(Op::Lookup(op)).await?
             }
         };

@@ -174,6 +174,16 @@ impl Leases {
         holders.into_iter().any(|holder| *holder != session)
     }
 
+    /// Whether a session can be told of an inode that it did not ask for: it knows nothing of it, and nobody has to be recalled,
+    /// nor has been lately.
+    pub(crate) fn is_news(&self, session: SessionId, ino: InodeId) -> bool {
+        let knows = self.sessions.get(&session).is_some_and(|held| held.inodes.contains_key(&ino));
+        let others = self.delegations.contains_key(&ino)
+            || self.recalled.contains_key(&ino)
+            || self.contended.contains_key(&ino);
+        !knows && !others
+    }
+
     /// Inodes whose recalls have all ended since: those who had opened one under a lease have said so.
     pub(crate) fn take_vacated(&mut self) -> Vec<InodeId> {
         std::mem::take(&mut self.vacated)

@@ -191,7 +191,7 @@ pub(crate) fn made(txn: &mut Txn, make: &Make) -> FsResult<Reply> {
 }
 
 fn entry(ino: InodeId, inode: &Inode) -> Entry {
-    Entry { attr: Some(inode.attr(ino)), target: inode.target.clone(), extents: None }
+    Entry { attr: Some(inode.attr(ino)), target: inode.target.clone(), extents: None, neighbours: Vec::new() }
 }
 
 /// When an operation happened: when its client decided it, or now.

@@ -192,8 +192,11 @@ fn greeting(hello: meta::Hello) -> meta::ClientMessage {
 
 /// One request larger than any message may be.
 fn oversized() -> meta::ClientMessage {
-    let lookup =
-        meta::Lookup { parent: 1, name: vec![b'x'; META_MESSAGE_MAX + (1 << 20)].into(), extents: false };
+    let lookup = meta::Lookup {
+        parent: 1,
+        name: vec![b'x'; META_MESSAGE_MAX + (1 << 20)].into(),
+        ..meta::Lookup::default()
+    };
     let request = meta::Request { id: 1, op: Some(meta::request::Op::Lookup(lookup)), ..Default::default() };
     meta::ClientMessage { hello: Some(good_hello()), requests: vec![request], ..Default::default() }
 }

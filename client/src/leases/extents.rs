@@ -6,7 +6,7 @@ use fjordfs_proto::{InodeId, pb::meta::ExtentsReply};
 use lru::LruCache;
 
 /// Most bytes kept: thousands of files whose bytes are in their extents.
-const BYTES_MAX: usize = 8 << 20;
+const BYTES_MAX: usize = 32 << 20;
 
 /// What a file costs beside its bytes.
 const OVERHEAD: usize = 256;

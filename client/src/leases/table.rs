@@ -17,12 +17,13 @@ use fjordfs_proto::{
     FsResult, InodeId,
     error::Errno,
     pb::meta::{
-        Attr, Entry, ExtentsReply, FileKind, Make, Rename, Time, request::Op, response::Result as Reply,
+        Attr, Entry, ExtentsReply, FileKind, Make, Neighbour, Rename, Time, request::Op,
+        response::Result as Reply,
     },
 };
 use lru::LruCache;
 
-use super::extents::Extents;
+use super::{ahead::Ahead, extents::Extents};
 
 /// RENAME_EXCHANGE of `renameat2(2)`.
 pub(super) const EXCHANGE: u32 = 2;
@@ -44,6 +45,8 @@ pub(super) struct Cached {
     pub(super) delegated: bool,
     /// Sequence of the last operation that was decided about it here.
     pub(super) decided: u64,
+    /// Of a directory: how many entries to ask for when one is looked up.
+    pub(super) ahead: Ahead,
 }
 
 impl Cached {
@@ -122,6 +125,20 @@ impl Table {
         (!doubtful).then_some(found)
     }
 
+    /// As [`Table::name`], for a program that looks the name up.
+    pub(super) fn look_up(&mut self, parent: InodeId, name: &[u8]) -> Option<Named> {
+        let found = self.name(parent, name)?;
+        if let Some(cached) = self.inodes.peek_mut(&parent) {
+            cached.ahead.hit();
+        }
+        Some(found)
+    }
+
+    /// A name that is not known is about to be asked for: how many neighbours to ask for with it.
+    pub(super) fn neighbours(&mut self, parent: InodeId) -> u32 {
+        self.inodes.peek_mut(&parent).map_or(0, |cached| cached.ahead.miss())
+    }
+
     /// The attributes of an inode, if they are known.
     pub(super) fn attr(&mut self, ino: InodeId) -> Option<Attr> {
         let attr = self.inodes.get(&ino)?.attr?;
@@ -184,20 +201,28 @@ impl Table {
         changed: &[Attr],
     ) {
         self.asked = sent.sequence;
-        if let Ok(Reply::Entry(Entry { attr: Some(attr), target, extents })) = result {
-            if !target.is_empty() {
-                self.set_target(InodeId(attr.ino), target);
-            }
-            if let Some(extents) = extents {
-                self.extents.put(InodeId(attr.ino), extents);
-            }
+        if let Ok(Reply::Entry(entry)) = result {
+            self.lasting(entry);
         }
         if serial == 0 {
             return self.doubt(op);
         }
         self.serial = self.serial.max(serial);
         match (op, result) {
-            (Op::Lookup(op), Ok(Reply::Entry(entry))) => self.found(op.parent, &op.name, entry),
+            (Op::Lookup(op), Ok(Reply::Entry(entry))) => {
+                self.found(op.parent, &op.name, entry);
+                if let Some(directory) =
+                    self.inodes.peek_mut(&InodeId(op.parent)).filter(|_| op.neighbours > 0)
+                {
+                    directory.ahead.came(entry.neighbours.len() as u32, op.neighbours);
+                }
+                for Neighbour { name, entry } in &entry.neighbours {
+                    if let Some(entry) = entry {
+                        self.lasting(entry);
+                        self.found(op.parent, name, entry);
+                    }
+                }
+            }
             (Op::Lookup(op), Err(e)) if e.errno == Errno::ENOENT => {
                 self.learn_name(InodeId(op.parent), op.name.clone(), None);
             }
@@ -224,6 +249,17 @@ impl Table {
         }
         for attr in changed {
             self.update(attr);
+        }
+    }
+
+    /// Takes in what is true of an entry for good, or says of which version it is.
+    fn lasting(&mut self, entry: &Entry) {
+        let Some(ino) = entry.attr.map(|attr| InodeId(attr.ino)) else { return };
+        if !entry.target.is_empty() {
+            self.set_target(ino, &entry.target);
+        }
+        if let Some(extents) = &entry.extents {
+            self.extents.put(ino, extents);
         }
     }
 

@@ -68,6 +68,36 @@ fn what_was_found_and_what_was_not_is_known_until_it_is_forgotten() {
 }
 
 #[test]
+fn neighbours_of_what_was_found_can_be_opened_without_asking() {
+    let mut t = table();
+    assert_eq!(t.neighbours(DIR), 0, "the directory is new: nothing says that more of it will be wanted");
+    told(&mut t, &lookup("a"), &entry(attr(7, FileKind::Regular, 0o644)), 1, &[]);
+    assert!(t.neighbours(DIR) > 0);
+    let near = attr(8, FileKind::Regular, 0o600);
+    let extents = ExtentsReply { next_offset: u64::MAX, ..ExtentsReply::default() };
+    let found = Entry { attr: Some(near), extents: Some(extents.clone()), ..Entry::default() };
+    let link =
+        Entry { attr: Some(attr(9, FileKind::Symlink, 0o777)), target: "near".into(), ..Entry::default() };
+    let named =
+        |name: &'static str, entry: &Entry| Neighbour { name: name.into(), entry: Some(entry.clone()) };
+    let answer = |ino| {
+        let neighbours = vec![named("near", &found), named("link", &link)];
+        let attr = Some(attr(ino, FileKind::Regular, 0o644));
+        Ok(Reply::Entry(Entry { attr, neighbours, ..Entry::default() }))
+    };
+    // One that may not be cached tells nothing of them.
+    told(&mut t, &lookup("b"), &answer(10), 0, &[]);
+    assert_eq!((t.name(DIR, b"near"), t.openable(InodeId(8)), t.target(InodeId(9))), (None, None, None));
+    told(&mut t, &lookup("b"), &answer(10), 2, &[]);
+    assert_eq!(t.look_up(DIR, b"near"), Some(Some(InodeId(8))));
+    assert_eq!(t.openable(InodeId(8)), Some((near, Some(extents))));
+    assert_eq!((t.name(DIR, b"link"), t.target(InodeId(9))), (Some(Some(InodeId(9))), Some("near".into())));
+    assert!(t.neighbours(DIR) > 8, "what is used is worth more of it");
+    t.forget(DIR);
+    assert_eq!(t.name(DIR, b"near"), None);
+}
+
+#[test]
 fn an_answer_that_may_not_be_cached_takes_out_what_it_was_about() {
     let mut t = table();
     told(&mut t, &lookup("a"), &absent(), 1, &[]);

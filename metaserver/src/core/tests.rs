@@ -553,6 +553,69 @@ fn inode_numbers_are_their_sessions_alone_and_used_once() {
 }
 
 #[test]
+fn a_lookup_brings_neighbours_that_are_news_and_recall_nobody() {
+    let mut w = World::new();
+    let (a, b, c) = (w.session, w.attach(), willing(&mut w));
+    let files: Vec<InodeId> = (0..9).map(|i| w.file(&format!("f{i}"))).collect();
+    // What c has decided is delegated to it.
+    assert!(ask(&mut w, b, look("absent")).1);
+    let Reply::LeaseInodes(inodes) = w.send(c, 1, 1, Op::LeaseInodes(LeaseInodes { count: 9 })).unwrap()
+    else {
+        panic!()
+    };
+    let Op::Make(delegated) = make("delegated", 0) else { panic!() };
+    let op = Some(Op::Make(Make { ino: inodes.first, ..delegated }));
+    w.answer(c, Request { id: 9, slot: 2, sequence: 1, deferred: true, op });
+    for recall in w.core.take_recalls() {
+        w.core.let_go(recall.session, &[recall.id.0], None, None);
+    }
+    w.idle(Duration::from_secs(2));
+    let look = |w: &mut World, name: &str, neighbours| {
+        let (parent, name) = (1, name.to_owned().into());
+        let op = Op::Lookup(Lookup { parent, name, extents: true, neighbours });
+        let sequence = w.sequences.entry(b).or_default();
+        *sequence += 1;
+        let request = Request { id: 9, slot: 0, sequence: *sequence, op: Some(op), ..Request::default() };
+        let response = w.answer(b, request).response;
+        let Some(Reply::Entry(entry)) = response.result else { panic!("{response:?}") };
+        assert_ne!(response.serial, 0, "it can be cached");
+        for neighbour in &entry.neighbours {
+            let shown = neighbour.entry.as_ref().unwrap();
+            assert!(shown.extents.is_some() && shown.neighbours.is_empty(), "{shown:?}");
+            assert_eq!(
+                w.lookup(R, std::str::from_utf8(&neighbour.name).unwrap()).unwrap(),
+                shown.attr.unwrap()
+            );
+        }
+        entry.neighbours.iter().map(|n| String::from_utf8(n.name.to_vec()).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(look(&mut w, "f0", 0), [""; 0]);
+    let some = look(&mut w, "f1", 3);
+    assert_eq!(some.len(), 3);
+    let mut all = [some, look(&mut w, "f1", u32::MAX)].concat();
+    all.sort();
+    assert_eq!(
+        all,
+        (2..9).map(|i| format!("f{i}")).collect::<Vec<_>>(),
+        "each once, and not what c alone has"
+    );
+    // They are leased as if b had asked.
+    let change = |ino: InodeId| Op::SetAttr(SetAttr { ino: ino.0, mode: Some(0o600), ..SetAttr::default() });
+    w.core.take_recalls();
+    assert!(ask(&mut w, a, change(files[5])).0 > 0);
+    let recalled: Vec<_> = w.core.take_recalls().iter().map(|order| (order.session, order.ino)).collect();
+    assert!(recalled.contains(&(b, files[5])), "{recalled:?}");
+    // What is recalled, or was a moment ago, nobody is told of unasked.
+    w.core.let_go(
+        b,
+        &[],
+        Some(&GivenBack { inos: files.iter().map(|f| f.0).collect(), as_of: u64::MAX }),
+        None,
+    );
+    assert_eq!(look(&mut w, "f1", 99).len(), 7, "all but f5 and f1 itself");
+}
+
+#[test]
 fn leases_end_with_their_inodes() {
     let mut w = World::new();
     let a = w.session;

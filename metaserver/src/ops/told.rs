@@ -41,7 +41,10 @@ impl Told {
     pub(crate) fn and(mut self, result: &FsResult<Reply>) -> Told {
         let shown = |attr: &Option<Attr>| attr.as_ref().map(|attr| InodeId(attr.ino));
         self.attributes = match result {
-            Ok(Reply::Entry(entry)) => shown(&entry.attr).into_iter().collect(),
+            Ok(Reply::Entry(entry)) => {
+                let neighbours = entry.neighbours.iter().filter_map(|named| named.entry.as_ref());
+                [entry].into_iter().chain(neighbours).filter_map(|entry| shown(&entry.attr)).collect()
+            }
             Ok(Reply::CopyRange(copy)) => shown(&copy.attr).into_iter().collect(),
             Ok(Reply::Open(open)) => shown(&open.attr).into_iter().collect(),
             Ok(Reply::Commit(commit)) => commit.files.iter().filter_map(|file| shown(&file.attr)).collect(),

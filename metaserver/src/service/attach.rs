@@ -176,6 +176,7 @@ impl Reader {
 fn units(request: &Request) -> u32 {
     let answer = match &request.op {
         Some(Op::ReadDir(_)) => UNITS_DIRECTORY,
+        Some(Op::Lookup(lookup)) if lookup.neighbours > 0 => UNITS_DIRECTORY,
         Some(Op::Open(_) | Op::GetExtents(_)) => UNITS_EXTENTS,
         _ => 0,
     };
