@@ -178,7 +178,7 @@ fn up_stops_cleanly_and_refuses_to_run_twice() {
 fn up_fails_when_what_was_written_last_could_not_be_stored() {
     let scratch = Scratch::new("up-lost");
     let meta = format!("127.0.0.1:{}", free_port());
-    let mut up = Up::start_with(&scratch, &meta, &["-o", "timeout=3s"]);
+    let mut up = Up::start_with(&scratch, &meta, &["-o", "timeout=10s"]);
     let is_data = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         line.split(|byte| *byte == 0).nth(1) == Some(b"data")
