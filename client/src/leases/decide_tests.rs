@@ -1,6 +1,8 @@
 use fjordfs_proto::{
     FsResult,
-    pb::meta::{Entry, GetAttr, Lookup, request::Op, response::Result as Reply},
+    pb::meta::{
+        DirEntry, Entry, GetAttr, Lookup, ReadDir, ReadDirReply, request::Op, response::Result as Reply,
+    },
 };
 
 use super::*;
@@ -127,4 +129,27 @@ fn answers_from_before_a_decision_are_no_news() {
     let late = t.sent(&Op::GetAttr(GetAttr { ino: 9 }), 13);
     t.learn(&Op::GetAttr(GetAttr { ino: 9 }), &late, &made(9, FileKind::Directory, 0o755), 4, &[]);
     assert!(t.attr(InodeId(9)).is_some());
+}
+
+#[test]
+fn they_are_none_either_once_the_delegation_is_given_up() {
+    let mut t = table();
+    let list = Op::ReadDir(ReadDir { ino: 9, attributes: true, ..ReadDir::default() });
+    t.make_here(&mut make(9, "old", FileKind::Regular, 50), NOW, 10).unwrap();
+    let early = t.sent(&list, 11);
+    let mut rename =
+        Rename { parent: 9, name: "old".into(), new_parent: 9, new_name: "new".into(), ..Rename::default() };
+    t.rename_here(&mut rename, NOW, 12).unwrap();
+    t.demote(&[InodeId(9), InodeId(50)]);
+    t.settled(&list, &early);
+    let attr = Some(Attr { ino: 50, kind: FileKind::Regular.into(), nlink: 1, ..Attr::default() });
+    let entries = vec![DirEntry { name: "old".into(), ino: 50, attr, ..DirEntry::default() }];
+    let page = Ok(Reply::ReadDir(ReadDirReply { entries, end: true, parent: 1 }));
+    t.learn(&list, &early, &page, 3, &[]);
+    let names = [&b"old"[..], b"new"].map(|name| t.name(InodeId(9), name));
+    assert_eq!(names, [Some(None), Some(Some(InodeId(50)))], "the listing was made before the rename");
+    let late = t.sent(&list, 13);
+    t.settled(&list, &late);
+    t.learn(&list, &late, &page, 4, &[]);
+    assert_eq!(t.name(InodeId(9), b"old"), Some(Some(InodeId(50))), "somebody has linked it since");
 }

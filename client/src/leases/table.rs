@@ -298,9 +298,10 @@ impl Table {
         }
     }
 
-    /// Whether an inode was decided about after the operation whose answer is being taken in was sent.
+    /// Whether an inode was decided about after the operation whose answer is being taken in was sent. The answer is old also when
+    /// the delegation has been given up since.
     fn is_ahead(&self, ino: InodeId) -> bool {
-        self.inodes.peek(&ino).is_some_and(|cached| cached.delegated && cached.decided > self.asked)
+        self.inodes.peek(&ino).is_some_and(|cached| cached.decided > self.asked)
     }
 
     /// A name that an answer tells.
