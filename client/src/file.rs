@@ -202,7 +202,7 @@ impl File {
             }
         };
         let OpenReply { attr: Some(attr), extents } = reply else { return Err(unexpected("an open")) };
-        File::opened(client, id, attr, extents)
+        File::opened(client, id, client.meta.leases().newest(attr), extents)
     }
 
     fn opened(

@@ -248,6 +248,11 @@ impl Leases {
         state.table.attr(ino)
     }
 
+    /// Attributes that an answer shows, unless this client has committed to the file since they were so.
+    pub(crate) fn newest(&self, attr: Attr) -> Attr {
+        self.state.lock().table.newest(attr)
+    }
+
     /// Opens a regular file without asking, if there is a lease on it: its attributes, and its extents if they are known.
     pub(crate) fn open_here(&self, ino: InodeId, handle: HandleId) -> Option<(Attr, Option<ExtentsReply>)> {
         let mut state = self.state.lock();

@@ -314,7 +314,8 @@ impl Client {
         match self.inner.meta.call(Op::ReadDir(ReadDir { ino: ino.0, cookie, limit, attributes })).await? {
             response::Result::ReadDir(mut page) => {
                 for entry in &mut page.entries {
-                    entry.attr = entry.attr.take().map(|attr| self.inner.with_local(attr));
+                    let newest = |attr| self.inner.meta.leases().newest(attr);
+                    entry.attr = entry.attr.take().map(|attr| self.inner.with_local(newest(attr)));
                 }
                 Ok(page)
             }
@@ -436,7 +437,8 @@ impl Inner {
     }
 
     pub(crate) async fn entry(&self, op: Op) -> FsResult<Attr> {
-        entry_of(self.meta.call(op).await?)
+        let attr = entry_of(self.meta.call(op).await?)?;
+        Ok(self.meta.leases().newest(attr))
     }
 
     /// A file is often given its name when it is complete: a crash must not leave it there without its bytes.

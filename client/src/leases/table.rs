@@ -31,6 +31,9 @@ pub(super) const EXCHANGE: u32 = 2;
 /// Targets of symbolic links kept: a few hundred bytes each at most, mostly less.
 const TARGETS_MAX: usize = 1 << 14;
 
+/// Files of which it is remembered what this client committed last: what counts are those of the last seconds.
+const COMMITTED_MAX: usize = 1 << 12;
+
 /// What is known under a name; `None` is that nothing is there.
 pub(super) type Named = Option<InodeId>;
 
@@ -88,6 +91,8 @@ pub(crate) struct Table {
     targets: LruCache<InodeId, Bytes>,
     /// Of files that were looked up, until they are opened.
     extents: Extents,
+    /// Attributes of files as this client's last commits left them, leased or not.
+    committed: LruCache<InodeId, Attr>,
     /// Highest serial of an answer taken in.
     serial: u64,
     /// Sequence of the operation whose answer is being taken in.
@@ -105,6 +110,7 @@ impl Table {
             busy: HashMap::new(),
             targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
             extents: Extents::default(),
+            committed: LruCache::new(const { NonZeroUsize::new(COMMITTED_MAX).expect("not 0") }),
             serial: 0,
             asked: 0,
         }
@@ -156,6 +162,16 @@ impl Table {
         self.targets.get(&ino).cloned()
     }
 
+    /// Attributes that an answer shows, unless this client has committed to the file since they were so. An answer may wait at the
+    /// server, for others to let go of what they cached, and be passed by that of a commit; what was written was seen here
+    /// before.
+    pub(super) fn newest(&mut self, attr: Attr) -> Attr {
+        match self.committed.peek(&InodeId(attr.ino)) {
+            Some(committed) if committed.data_version > attr.data_version => *committed,
+            _ => attr,
+        }
+    }
+
     pub(super) fn serial(&self) -> u64 {
         self.serial
     }
@@ -203,6 +219,11 @@ impl Table {
         self.asked = sent.sequence;
         if let Ok(Reply::Entry(entry)) = result {
             self.lasting(entry);
+        }
+        if let Ok(Reply::Commit(commit)) = result {
+            for attr in commit.files.iter().filter_map(|file| file.attr) {
+                self.committed.put(InodeId(attr.ino), attr);
+            }
         }
         if serial == 0 {
             return self.doubt(op);

@@ -1,6 +1,6 @@
 use fjordfs_proto::{
     FsError,
-    pb::meta::{Empty, Lookup, Remove, SetAttr},
+    pb::meta::{Commit, CommitReply, Empty, FileCommit, FileCommitReply, Lookup, Remove, SetAttr},
 };
 use proptest::prelude::*;
 
@@ -244,4 +244,24 @@ proptest! {
             prop_assert_eq!(t.inodes.len(), held.len());
         }
     }
+}
+
+#[test]
+fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
+    let mut t = table();
+    let version =
+        |data_version| Attr { data_version, size: data_version, ..attr(7, FileKind::Regular, 0o644) };
+    assert_eq!(t.newest(version(1)), version(1));
+    let commit = Op::Commit(Commit {
+        files: vec![FileCommit { ino: 7, ..FileCommit::default() }],
+        ..Commit::default()
+    });
+    let file = FileCommitReply { attr: Some(version(2)), ..FileCommitReply::default() };
+    let reply = Ok(Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }));
+    // Others had to let go first, so it grants nothing; and it is recalled besides.
+    told(&mut t, &commit, &reply, 0, &[]);
+    t.forget(InodeId(7));
+    assert_eq!(t.attr(InodeId(7)), None);
+    assert_eq!(t.newest(version(1)), version(2), "a look that was answered late");
+    assert_eq!(t.newest(version(3)), version(3), "others have written since");
 }
