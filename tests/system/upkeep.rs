@@ -403,6 +403,7 @@ fn mostly_dead_blocks_are_compacted_on_schedule() {
     cluster.kill_meta();
     cluster.set_gc_interval(Duration::from_secs(1));
     cluster.start_meta();
+    cluster.wait_healthy();
     let mount = cluster.mount();
     let sparse = wait_for("what is left to be moved", 2 * SOON, || {
         let dry = json(&cluster.fjord(["gc", "compact", "--dry-run", "--json"]));
