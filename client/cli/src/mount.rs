@@ -224,7 +224,7 @@ async fn serve(
     let mut note = Note::new().context("no memory for a note to `fjord umount`")?;
     match &worker {
         // The supervisor says so.
-        Some(worker) => worker.serving()?,
+        Some(worker) => worker.serving(),
         None => daemon::announce(&format!("{}{}", background::READY, dir.display())),
     }
     let departure = mount.departure();

@@ -78,9 +78,11 @@ impl Worker {
         self.channel.send(&Message::Keep(Kept { devices, agreed }))
     }
 
-    /// Requests are served.
-    pub(crate) fn serving(&self) -> anyhow::Result<()> {
-        self.channel.send(&Message::Serving).context("cannot reach the supervisor")
+    /// Requests are served. A supervisor that has ended just now is noticed by who waits for its word: the mount goes on without.
+    pub(crate) fn serving(&self) {
+        if let Err(e) = self.channel.send(&Message::Serving) {
+            tracing::debug!("cannot reach the supervisor: {e}");
+        }
     }
 
     /// Returns when the supervisor wants another process in the place of this one.
