@@ -257,7 +257,7 @@ fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
         ..Commit::default()
     });
     let file = FileCommitReply { attr: Some(version(2)), ..FileCommitReply::default() };
-    let reply = Ok(Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }));
+    let reply = Ok(Reply::Commit(CommitReply { files: vec![file] }));
     // Others had to let go first, so it grants nothing; and it is recalled besides.
     told(&mut t, &commit, &reply, 0, &[]);
     t.forget(InodeId(7));
