@@ -222,6 +222,7 @@ impl Table {
         }
         if let Ok(Reply::Commit(commit)) = result {
             for attr in commit.files.iter().filter_map(|file| file.attr) {
+                let attr = self.newest(attr);
                 self.committed.put(InodeId(attr.ino), attr);
             }
         }
@@ -478,8 +479,9 @@ impl Table {
 
     /// Drops everything; what there was.
     pub(super) fn clear(&mut self) -> Vec<InodeId> {
-        // A server that has started anew counts from the beginning.
+        // A server that has started anew counts from the beginning, and may have lost commits. What is under way is asked again.
         self.serial = 0;
+        self.committed.clear();
         let all = self.inodes.iter().map(|(ino, _)| *ino).collect();
         self.inodes.clear();
         self.names = 0;

@@ -264,4 +264,10 @@ fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
     assert_eq!(t.attr(InodeId(7)), None);
     assert_eq!(t.newest(version(1)), version(2), "a look that was answered late");
     assert_eq!(t.newest(version(3)), version(3), "others have written since");
+    let file = FileCommitReply { attr: Some(version(1)), ..FileCommitReply::default() };
+    let late = Ok(Reply::Commit(CommitReply { files: vec![file] }));
+    told(&mut t, &commit, &late, 0, &[]);
+    assert_eq!(t.newest(version(1)), version(2), "a commit that was answered late");
+    t.clear();
+    assert_eq!(t.newest(version(1)), version(1), "a metaserver may have lost it in a power failure");
 }
