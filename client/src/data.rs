@@ -24,9 +24,13 @@ mod socket;
 mod sync;
 mod write;
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use fjordfs_proto::{ClusterMap, FsError, FsResult, TargetId, error::Errno};
+use futures_util::{
+    future::Either,
+    stream::{FuturesUnordered, StreamExt},
+};
 use tokio::sync::watch;
 
 pub(crate) use read::BlockRange;
@@ -40,6 +44,9 @@ use parity::ParityBuffers;
 use pool::Pool;
 
 use crate::{Options, engine::Engine};
+
+/// Where others have done enough, those who have not answered this many hedge delays later are not waited for.
+const STRAGGLE: u32 = 10;
 
 /// All data servers, as this client sees them.
 pub(crate) struct DataClient {
@@ -88,6 +95,35 @@ impl DataClient {
             let may_return = map.targets.get(&target).is_some_and(|target| target.may_return());
             if may_return { e } else { e.to_users() }
         })
+    }
+
+    /// How long a target is waited for when others have done enough.
+    fn patience(&self) -> Duration {
+        self.hedge_delay * STRAGGLE
+    }
+
+    /// Does all of `works` at once and hands each outcome to `take`, which says whether there are enough. From then on the rest is
+    /// waited for as long as `patience` only: a server that this client alone does not reach is up for everybody else, and
+    /// the network says nothing for minutes.
+    async fn until_enough<W: Future>(
+        &self,
+        works: impl IntoIterator<Item = W>,
+        patience: Duration,
+        mut take: impl FnMut(W::Output) -> bool,
+    ) {
+        let mut works: FuturesUnordered<W> = works.into_iter().collect();
+        let mut enough = pin!(Either::Left(std::future::pending()));
+        loop {
+            let next = tokio::select! {
+                biased;
+                next = works.next() => next,
+                () = enough.as_mut() => None,
+            };
+            let Some(outcome) = next else { return };
+            if take(outcome) && matches!(*enough, Either::Left(_)) {
+                enough.set(Either::Right(tokio::time::sleep(patience)));
+            }
+        }
     }
 
     /// Runs `work` with a target, giving up when the metaserver no longer takes the target for reachable, or after

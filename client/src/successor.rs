@@ -15,7 +15,6 @@ use std::{
 };
 
 use fjordfs_proto::{FsError, FsResult, InodeId, error::Errno};
-use futures_util::future::join_all;
 use parking_lot::Mutex;
 
 use crate::{
@@ -116,16 +115,7 @@ impl Inner {
         if !former.unsynced.load(Ordering::Acquire) {
             return Ok(());
         }
-        // Each for itself: together, a few that do not would count as losses that the policy survives.
-        let sync_all = async || {
-            let targets = self.data.unsynced_of_others();
-            let syncs = targets.iter().map(|target| self.data.sync(std::slice::from_ref(target)));
-            join_all(syncs).await.into_iter().collect::<FsResult<()>>()
-        };
-        if sync_all().await.is_err() {
-            // One that has been declared down meanwhile is a loss that the policy survives.
-            sync_all().await?;
-        }
+        self.data.sync(&self.data.unsynced_of_others()).await?;
         former.unsynced.store(false, Ordering::Release);
         Ok(())
     }

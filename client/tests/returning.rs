@@ -4,11 +4,23 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    collections::HashSet,
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use fjordfs_client::Errno;
+use fjordfs_client::{Errno, Network, Options, Wire};
+use futures_util::future::BoxFuture;
 use support::{Cluster, pattern, wait_down, wait_until, write_file};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
 /// Long enough for a wait that should not be there to show, and for each of the attempts before the server is back to fail.
 const AWAY: Duration = Duration::from_secs(1);
@@ -176,4 +188,89 @@ async fn a_write_back_that_fails_after_the_close_is_told_to_who_waits_for_everyt
     let error = client.sync_all().await.unwrap_err();
     assert!(error.errno == Errno::EIO && error.message.contains("is lost"), "{error}");
     client.sync_all().await.expect("it was told");
+}
+
+/// A network that loses what some addresses answer, for one client.
+#[derive(Clone, Debug, Default)]
+struct Lossy {
+    silent: Arc<Mutex<HashSet<String>>>,
+}
+
+struct LossyWire {
+    network: Lossy,
+    address: String,
+    stream: TcpStream,
+}
+
+impl Network for Lossy {
+    fn connect(&self, address: &str) -> BoxFuture<'static, io::Result<Box<dyn Wire>>> {
+        let (network, address) = (self.clone(), address.to_owned());
+        Box::pin(async move {
+            let stream = TcpStream::connect(&address).await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(LossyWire { network, address, stream }) as Box<dyn Wire>)
+        })
+    }
+}
+
+impl AsyncRead for LossyWire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.network.silent.lock().unwrap().contains(&self.address) {
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for LossyWire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.poll_write_ready(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// It is up for everybody else, so nobody declares it down, and this client's writes would wait as long as an operation may take.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_one_client_does_not_reach_holds_up_none_of_its_writes() {
+    // With four servers there are groups without the silent one; with three there are none.
+    for servers in [4, 3] {
+        let cluster = Cluster::start(servers, "ec:2+1").await;
+        let network = Lossy::default();
+        let options = Options {
+            operation_timeout: Duration::from_secs(300),
+            hedge_delay: Duration::from_millis(100),
+            network: Some(Arc::new(network.clone())),
+            ..Options::default()
+        };
+        let client = cluster.client_with(options).await;
+        let data = pattern(9, 40 << 20);
+        // All servers are known, and have something to be synced.
+        let before = client.create_path("/before").await.unwrap();
+        before.write_at(0, Bytes::from(data.clone())).await.unwrap();
+        before.flush().await.unwrap();
+        let silent = cluster.data[0].as_ref().unwrap().address().to_string();
+        network.silent.lock().unwrap().insert(silent);
+        let work = async {
+            before.fsync().await.unwrap();
+            let file = client.create_path("/f").await.unwrap();
+            file.write_at(0, Bytes::from(data.clone())).await.unwrap();
+            file.fsync().await.unwrap();
+        };
+        tokio::time::timeout(Duration::from_secs(60), work).await.expect("others have all that is needed");
+        let other = cluster.client().await;
+        for path in ["/before", "/f"] {
+            assert!(support::read_all(&other.open_path(path).await.unwrap()).await == data, "{path}");
+        }
+    }
 }

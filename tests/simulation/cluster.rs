@@ -37,6 +37,8 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const DOWN_AFTER: Duration = Duration::from_millis(2500);
 /// How long clients wait: longer than all that is done to them.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(60);
+/// Ten of these are the longest that a writer waits for a server that says nothing.
+const HEDGE_DELAY: Duration = Duration::from_millis(200);
 
 /// See the module.
 pub(crate) struct Cluster {
@@ -150,6 +152,7 @@ impl Cluster {
         let options = Options {
             description: format!("h{host}"),
             operation_timeout: OPERATION_TIMEOUT,
+            hedge_delay: HEDGE_DELAY,
             network: Some(Arc::new(self.net.of(host))),
             defer,
             ..Options::default()

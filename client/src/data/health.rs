@@ -12,6 +12,9 @@
 //! A target that failed, or was overtaken several times in a row, is not asked first for a while. Then one read probes
 //! it, and its answer makes it as good as the others.
 //!
+//! A target that did not say a word to who has put a block is silent: it gets no blocks for a while. Then one put probes it, and
+//! any answer ends the silence. Slow reads do not count here: a block would lack a shard for them.
+//!
 //! [`Options::hedge_delay`]: crate::Options::hedge_delay
 
 use std::{
@@ -35,6 +38,9 @@ const LOWER: f64 = 0.99;
 
 /// How long a target in trouble is not asked first.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a silent target gets no blocks.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// So many reads in a row that others answered first are trouble.
 const OVERTAKEN_MAX: u32 = 3;
@@ -62,6 +68,8 @@ struct Target {
     overtaken: u32,
     /// Not asked first before then.
     avoid_until: Option<Instant>,
+    /// Gets no blocks before then.
+    silent_until: Option<Instant>,
 }
 
 /// A read under way. Dropped without a word, it was overtaken or nobody wants it any more.
@@ -85,6 +93,7 @@ impl Health {
             usual: [self.bound_max.as_secs_f64() / LATE; 2],
             overtaken: 0,
             avoid_until: None,
+            silent_until: None,
         }))
     }
 
@@ -116,22 +125,39 @@ impl Health {
 
     /// Whether to ask another one first. From time to time says no to one caller, whose read is the probe.
     pub(super) fn in_trouble(&self, target: TargetId) -> bool {
-        self.with(target, |t| t.avoid(Instant::now()))
+        self.with(target, |t| rests(&mut t.avoid_until, PAUSE))
+    }
+
+    /// It let a put go unanswered.
+    pub(super) fn said_nothing(&self, target: TargetId) {
+        self.with(target, |t| t.silent_until = Some(Instant::now() + SILENCE));
+    }
+
+    /// It answered a put.
+    pub(super) fn heard(&self, target: TargetId) {
+        self.with(target, |t| t.silent_until = None);
+    }
+
+    /// Whether to put nothing there. From time to time says no to one caller, whose put is the probe.
+    pub(super) fn is_silent(&self, target: TargetId) -> bool {
+        self.with(target, |t| rests(&mut t.silent_until, SILENCE))
+    }
+}
+
+/// Whether a pause lasts. Whoever asks when it is over is the probe, and it lasts once more for others.
+fn rests(until: &mut Option<Instant>, pause: Duration) -> bool {
+    let now = Instant::now();
+    match *until {
+        None => false,
+        Some(end) if now < end => true,
+        Some(_) => {
+            *until = Some(now + pause);
+            false
+        }
     }
 }
 
 impl Target {
-    fn avoid(&mut self, now: Instant) -> bool {
-        match self.avoid_until {
-            None => false,
-            Some(until) if now < until => true,
-            Some(_) => {
-                self.avoid_until = Some(now + PAUSE);
-                false
-            }
-        }
-    }
-
     fn took(&mut self, bytes: usize, seconds: f64) {
         let usual = &mut self.usual[class(bytes)];
         *usual *= if seconds > *usual { RAISE } else { LOWER };
@@ -149,7 +175,7 @@ impl Asked<'_> {
         let seconds = self.since.elapsed().as_secs_f64();
         self.health.with(self.target, |t| {
             t.took(self.bytes, seconds);
-            (t.overtaken, t.avoid_until) = (0, None);
+            (t.overtaken, t.avoid_until, t.silent_until) = (0, None, None);
         });
     }
 
@@ -208,7 +234,7 @@ mod tests {
 
     #[test]
     fn one_slow_answer_in_twenty_is_usual() {
-        let mut target = Target { usual: [0.1; 2], overtaken: 0, avoid_until: None };
+        let mut target = Target { usual: [0.1; 2], overtaken: 0, avoid_until: None, silent_until: None };
         (0..4000).for_each(|i| target.took(1, if i % 40 == 0 { 0.050 } else { 0.001 }));
         assert!(target.usual[0] < 0.010, "one in forty is late: {}", target.usual[0]);
         (0..4000).for_each(|i| target.took(1, if i % 10 == 0 { 0.050 } else { 0.001 }));
@@ -240,6 +266,22 @@ mod tests {
         assert!(!health.in_trouble(T));
         overtaken();
         assert!(health.in_trouble(T));
+    }
+
+    #[test]
+    fn a_silent_target_is_probed_by_one_put_and_any_answer_ends_the_silence() {
+        let health = Health::new(MAX);
+        for answer in [true, false] {
+            assert!(!health.is_silent(T));
+            health.said_nothing(T);
+            assert!(health.is_silent(T) && health.is_silent(T));
+            assert!(!health.in_trouble(T), "reads have their own word");
+            health.with(T, |t| t.silent_until = Some(Instant::now()));
+            assert!(!health.is_silent(T), "the probe");
+            assert!(health.is_silent(T), "and nobody else");
+            if answer { health.heard(T) } else { health.ask(T, 1).answered() }
+        }
+        assert!(!health.is_silent(T));
     }
 
     #[test]

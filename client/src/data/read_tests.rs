@@ -15,7 +15,7 @@ use fjordfs_proto::{
     ClusterMap, Epoch, Policy, ServerId,
     cluster::{Era, PgTable, Server, ServerState, Target, TargetState},
     frame::{self, HEADER_LEN, Header, Opcode},
-    pb::data::{HelloReply, PutShardReply, PutShardRequest, ReadShardReply, ReadShardRequest},
+    pb::data::{HelloReply, PutShardReply, PutShardRequest, ReadShardReply, ReadShardRequest, SyncReply},
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -80,6 +80,7 @@ impl Stub {
             (_, Mood::Silent) => return Ok(()),
             (_, Mood::Fails) => refuse(Errno::EIO, "the device reports an error"),
             (_, Mood::Lacks) => refuse(Errno::ENOENT, "no such shard"),
+            (Opcode::Sync, _) => frame::encode(op, true, request, &SyncReply {}, 0),
             (Opcode::PutShard, _) => {
                 let put: PutShardRequest = frame::decode_body(op, &body).unwrap();
                 self.shards.lock().insert((put.block, put.shard), (payload, put.page_crcs.to_vec()));
@@ -191,7 +192,7 @@ impl World {
         let layout = Layout::of(policy.parse().unwrap(), bytes.len());
         let parts: Vec<Bytes> = bytes.chunks(100_000).map(Bytes::copy_from_slice).collect();
         let shards = self.data.encode(layout, &parts).await.unwrap();
-        let placed = self.data.put(BlockId(block), layout, &shards).await.unwrap();
+        let placed = self.data.put(BlockId(block), layout, &shards, Duration::ZERO).await.unwrap();
         assert_eq!(placed.unsynced.len() + placed.missing.len(), layout.width());
         layout
     }
@@ -345,7 +346,7 @@ async fn a_put_says_who_has_no_shard() {
     let layout = Layout::of(Policy::ec(2, 1).unwrap(), bytes.len());
     let shards = world.data.encode(layout, &[Bytes::from(bytes.clone())]).await.unwrap();
     world.mood(1, Mood::Fails);
-    let placed = world.data.put(BlockId(7), layout, &shards).await.unwrap();
+    let placed = world.data.put(BlockId(7), layout, &shards, Duration::ZERO).await.unwrap();
     assert_eq!(placed.missing.iter().map(|(target, _)| target.0).collect::<Vec<_>>(), [2]);
     assert!(world.read(7, layout, 0, 1_200_000).await.unwrap() == bytes);
     // One that is down is not waited for.
@@ -355,9 +356,57 @@ async fn a_put_says_who_has_no_shard() {
         down.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;
         *map = Arc::new(down);
     });
-    let placed = world.data.put(BlockId(8), layout, &shards).await.unwrap();
+    let placed = world.data.put(BlockId(8), layout, &shards, Duration::ZERO).await.unwrap();
     assert_eq!(placed.missing.len(), 1);
     world.mood(0, Mood::Fails);
-    let failed = world.data.put(BlockId(9), layout, &shards).await.unwrap_err();
+    let failed = world.data.put(BlockId(9), layout, &shards, Duration::ZERO).await.unwrap_err();
     assert_eq!(failed.missing.iter().map(|(target, _)| target.0).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[tokio::test]
+async fn a_silent_target_holds_up_one_put_and_is_asked_again_later() {
+    let world = World::new(3, LONG);
+    let bytes = block(1_200_000);
+    let layout = Layout::of(Policy::ec(2, 1).unwrap(), bytes.len());
+    let shards = world.data.encode(layout, &[Bytes::from(bytes)]).await.unwrap();
+    let put = async |block| {
+        let placed = world.data.put(BlockId(block), layout, &shards, Duration::ZERO).await.unwrap();
+        placed.missing.into_iter().map(|(target, e)| (target.0, e.errno)).collect::<Vec<_>>()
+    };
+    world.mood(1, Mood::Silent);
+    assert_eq!(put(7).await, [(2, Errno::ETIMEDOUT)]);
+    world.mood(1, Mood::Well);
+    assert_eq!(put(8).await, [(2, Errno::ETIMEDOUT)], "it is not asked for a while");
+    let mut block = 9;
+    while !put(block).await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        block += 1;
+    }
+    assert!(world.stubs[1].shards.lock().contains_key(&(block, 1)), "a probe has brought it back");
+    assert!(put(block + 1).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_put_that_nobody_answers_ends() {
+    let world = World::new(1, LONG);
+    let layout = Layout::of(Policy::replica(1).unwrap(), 5000);
+    let shards = world.data.encode(layout, &[Bytes::from(block(5000))]).await.unwrap();
+    world.mood(0, Mood::Silent);
+    let failed = world.data.put(BlockId(7), layout, &shards, Duration::ZERO).await.unwrap_err();
+    assert_eq!(failed.missing.iter().map(|(target, _)| target.0).collect::<Vec<_>>(), [1]);
+}
+
+#[tokio::test]
+async fn what_others_have_put_is_safe_when_every_target_that_is_up_has_synced() {
+    let world = World::new(3, Duration::from_secs(2));
+    let of_others = world.data.unsynced_of_others();
+    world.data.sync(&of_others).await.unwrap();
+    world.mood(1, Mood::Fails);
+    world.data.sync(&of_others).await.expect_err("one of them says nothing of the others");
+    world.map.send_modify(|map| {
+        let mut down = ClusterMap::clone(map);
+        down.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;
+        *map = Arc::new(down);
+    });
+    world.data.sync(&of_others).await.expect("it is a loss that their policies survive");
 }

@@ -11,6 +11,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use fjordfs_proto::{ServerId, frame::local_name};
@@ -40,6 +41,9 @@ const CLOSE_BEHIND: usize = 64 << 10;
 
 /// How often such a receiver looks. Each time it lets others use the CPU first, the sender above all.
 const LOOKS_MAX: usize = 16;
+
+/// How long nothing need be heard of a server's host, nor a full server take in a byte, before a TCP connection ends.
+const UNHEARD_MAX: Duration = Duration::from_secs(15);
 
 /// How a server is reached.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -107,6 +111,7 @@ impl Socket {
     pub(super) async fn tcp(address: &str) -> io::Result<Socket> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
+        end_when_unheard(&stream)?;
         let fd = watch(stream.into_std()?.into(), Interest::READABLE)?;
         Ok(Socket(Kind::Kernel(Descriptor { fd, local: false })))
     }
@@ -218,6 +223,15 @@ impl Room {
 fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is open as long as the `OwnedFd`, which the `AsyncFd` owns.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
+/// Has the kernel end a connection whose peer's host is not heard of any more. By itself it sends the same bytes again for a
+/// quarter of an hour, ever more seldom: for a minute after the network is back, too.
+fn end_when_unheard(stream: impl AsFd) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, UNHEARD_MAX / 3)?;
+    sockopt::set_tcp_keepintvl(&stream, UNHEARD_MAX / 3)?;
+    sockopt::set_tcp_user_timeout(&stream, UNHEARD_MAX.as_millis() as u32)
 }
 
 /// The Unix socket of a server on this host, or why it is not used.

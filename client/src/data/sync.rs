@@ -16,7 +16,6 @@ use fjordfs_proto::{
     frame::Opcode,
     pb::data::{Range, ReadShardRequest, SyncRequest},
 };
-use futures_util::future::join_all;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -40,6 +39,24 @@ pub(crate) struct Unsynced {
     connection: Option<Weak<Connection>>,
 }
 
+/// See [`Unsynced::whole`].
+type Whole = (BlockId, Option<TargetId>);
+
+/// Shards that are on stable storage.
+#[derive(Default)]
+struct Safe(HashMap<Whole, HashSet<u32>>);
+
+impl Safe {
+    fn add(&mut self, shard: &Unsynced) {
+        self.0.entry(shard.whole()).or_default().insert(shard.shard);
+    }
+
+    /// Shards that are wanting before the whole of `shard` is safe.
+    fn wanting(&self, shard: &Unsynced) -> usize {
+        shard.needed.saturating_sub(self.0.get(&shard.whole()).map_or(0, HashSet::len))
+    }
+}
+
 impl Unsynced {
     pub(super) fn new(
         target: TargetId,
@@ -55,6 +72,11 @@ impl Unsynced {
     /// Whatever others have put on a target.
     fn of_others(target: TargetId) -> Unsynced {
         Unsynced { target, block: BlockId(0), shard: 0, needed: 1, connection: None }
+    }
+
+    /// What becomes safe with it: its block, or what others have put on this target.
+    fn whole(&self) -> Whole {
+        (self.block, self.connection.is_none().then_some(self.target))
     }
 
     /// Where it is.
@@ -94,17 +116,16 @@ impl DataClient {
     /// `EIO` when too few shards of some block could be synced.
     pub(crate) async fn sync(self: &Arc<Self>, shards: &[Unsynced]) -> FsResult<()> {
         let deadline = Instant::now() + self.timeout;
-        let mut safe: HashMap<BlockId, HashSet<u32>> = HashMap::new();
+        let mut safe = Safe::default();
         let mut rest: Vec<&Unsynced> = shards.iter().collect();
         loop {
             let mut failed = self.sync_targets(&rest, &mut safe).await;
-            let synced = |s: &Unsynced| safe.get(&s.block).map_or(0, HashSet::len);
-            failed.retain(|(shard, _)| synced(shard) < shard.needed);
-            let mut hopes: HashMap<BlockId, usize> = HashMap::new();
+            failed.retain(|(shard, _)| safe.wanting(shard) > 0 && !self.is_loss_of_others(shard));
+            let mut hopes: HashMap<Whole, usize> = HashMap::new();
             for (shard, _) in failed.iter().filter(|(shard, e)| self.may_be_synced_yet(shard, e)) {
-                *hopes.entry(shard.block).or_default() += 1;
+                *hopes.entry(shard.whole()).or_default() += 1;
             }
-            let hopeless = |s: &Unsynced| synced(s) + hopes.get(&s.block).copied().unwrap_or(0) < s.needed;
+            let hopeless = |s: &Unsynced| hopes.get(&s.whole()).copied().unwrap_or(0) < safe.wanting(s);
             let late = Instant::now() >= deadline;
             if let Some((shard, e)) = failed.iter().find(|(shard, _)| late || hopeless(shard)) {
                 let what =
@@ -125,31 +146,40 @@ impl DataClient {
         e.errno != Errno::ENOENT && map.targets.get(&shard.target).is_some_and(|target| target.may_return())
     }
 
-    /// Syncs every target once, adds to `safe` what is power-safe then, and returns what is not.
+    /// Whether it is what others had put on a target that was declared down since: a loss that their policies survive.
+    fn is_loss_of_others(&self, shard: &Unsynced) -> bool {
+        shard.block().is_none() && !self.map().targets.get(&shard.target).is_some_and(|t| t.readable())
+    }
+
+    /// Syncs every target once, adds to `safe` what is power-safe then, and returns what is not. Who says nothing when
+    /// everything is safe without it is not waited for.
     async fn sync_targets<'a>(
         &self,
         shards: &[&'a Unsynced],
-        safe: &mut HashMap<BlockId, HashSet<u32>>,
+        safe: &mut Safe,
     ) -> Vec<(&'a Unsynced, FsError)> {
         let mut by_target: BTreeMap<TargetId, Vec<&Unsynced>> = BTreeMap::new();
         for shard in shards {
             by_target.entry(shard.target).or_default().push(shard);
         }
-        let outcomes = join_all(by_target.into_iter().map(|(target, shards)| async move {
+        let mut silent = by_target.clone();
+        let syncs = by_target.into_iter().map(|(target, shards)| async move {
             let outcome = self.sync_target(target, &shards).await;
-            (shards, outcome)
-        }))
-        .await;
+            (target, shards, outcome)
+        });
         let mut failed = Vec::new();
-        for (shards, outcome) in outcomes {
+        self.until_enough(syncs, self.patience(), |(target, synced, outcome)| {
+            silent.remove(&target);
             match outcome {
-                Ok(()) => {
-                    for shard in shards {
-                        safe.entry(shard.block).or_default().insert(shard.shard);
-                    }
-                }
-                Err(e) => failed.extend(shards.into_iter().map(|s| (s, e.clone()))),
+                Ok(()) => synced.into_iter().for_each(|shard| safe.add(shard)),
+                Err(e) => failed.extend(synced.into_iter().map(|s| (s, e.clone()))),
             }
+            shards.iter().all(|shard| safe.wanting(shard) == 0)
+        })
+        .await;
+        for (target, shards) in silent {
+            let what = format!("target {target} has not synced long after others had");
+            failed.extend(shards.into_iter().map(|s| (s, FsError::new(Errno::ETIMEDOUT, what.clone()))));
         }
         failed
     }

@@ -3,7 +3,7 @@
 //! All shards are sent at once. A block with enough of them to be read is stored; whether one that lacks some is good
 //! enough is the caller's decision. An id that is given up is swept by the metaserver.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -13,9 +13,11 @@ use fjordfs_proto::{
     frame::Opcode,
     pb::data::PutShardRequest,
 };
-use futures_util::future::join_all;
 
 use super::{DataClient, Unsynced};
+
+/// While others have not done enough either, a target is given so many times as long.
+const FOR_ENOUGH: u32 = 4;
 
 /// A block that can be read.
 #[derive(Debug)]
@@ -45,12 +47,14 @@ impl DataClient {
         Ok(coding::encode(layout, parts, |size| room.buffer(size)))
     }
 
-    /// Stores a block under `block`, on those of its targets that are up.
+    /// Stores a block under `block`, on those of its targets that are up. The longer earlier attempts have taken, the longer this
+    /// one may, so that a cluster that is slow altogether is not asked for the same again and again.
     pub(crate) async fn put(
         self: &Arc<Self>,
         block: BlockId,
         layout: Layout,
         shards: &Shards,
+        earlier: Duration,
     ) -> Result<Placed, PutFailed> {
         let map = self.map();
         let (table, pg) = map.group_of(block, layout.width()).ok_or_else(|| PutFailed {
@@ -66,17 +70,40 @@ impl DataClient {
         })?;
         let (group, epoch) = (table.group(pg), map.epoch);
         let puts = group.iter().zip(0u8..).map(|(&target, shard)| async move {
-            if table.is_moving(pg, ShardNo(shard)) {
+            let outcome = if table.is_moving(pg, ShardNo(shard)) {
                 let what = format!("target {target} is being replaced in the group of {block}");
-                return (target, Err(FsError::new(Errno::ESTALE, what)));
-            }
-            (target, self.put_shard(target, block, shard, layout, (shards, epoch)).await)
+                Err(FsError::new(Errno::ESTALE, what))
+            } else if self.health.is_silent(target) {
+                let what = format!("target {target} said nothing to who has put before");
+                Err(FsError::new(Errno::ETIMEDOUT, what))
+            } else {
+                self.put_shard(target, block, shard, layout, (shards, epoch)).await
+            };
+            (shard, outcome)
         });
+        let mut outcomes: Vec<Option<Result<Unsynced, FsError>>> = group.iter().map(|_| None).collect();
+        let patience = self.patience().max(earlier);
+        let mut stored = 0;
+        let all = self.until_enough(puts, patience, |(shard, outcome)| {
+            stored += usize::from(outcome.is_ok());
+            outcomes[usize::from(shard)] = Some(outcome);
+            stored >= layout.needed()
+        });
+        // Late, or without end for all that is known here.
+        let _ = tokio::time::timeout(patience.saturating_mul(FOR_ENOUGH), all).await;
         let (mut unsynced, mut missing) = (Vec::with_capacity(group.len()), Vec::new());
-        for (target, outcome) in join_all(puts).await {
+        for (&target, outcome) in group.iter().zip(outcomes) {
             match outcome {
-                Ok(stored) => unsynced.push(stored),
-                Err(e) => missing.push((target, e)),
+                Some(Ok(stored)) => {
+                    self.health.heard(target);
+                    unsynced.push(stored);
+                }
+                Some(Err(e)) => missing.push((target, e)),
+                None => {
+                    self.health.said_nothing(target);
+                    let what = format!("target {target} has not answered in time");
+                    missing.push((target, FsError::new(Errno::ETIMEDOUT, what)));
+                }
             }
         }
         match missing.first() {

@@ -195,7 +195,7 @@ impl Running {
 
     /// Stores the block, in another group whenever a target fails.
     async fn store(&mut self, client: &Arc<Inner>) -> FsResult<()> {
-        let deadline = Instant::now() + client.options.operation_timeout;
+        let began = Instant::now();
         let parts = std::mem::take(&mut self.unit.parts);
         let layout = self.unit.layout();
         let shards = client.data.encode(layout, &parts).await?;
@@ -208,7 +208,10 @@ impl Running {
                     (Ok(block), _) => block,
                     (Err(e), None) => return Err(e),
                     // Every group has a target that failed. A full cluster stays full; others may come back.
-                    (Err(_), Some(last)) if last.errno == Errno::ENOSPC || Instant::now() >= deadline => {
+                    (Err(_), Some(last))
+                        if last.errno == Errno::ENOSPC
+                            || began.elapsed() >= client.options.operation_timeout =>
+                    {
                         return Err(last.clone());
                     }
                     (Err(_), Some(_)) => {
@@ -218,7 +221,7 @@ impl Running {
                     }
                 },
             };
-            let (missing, error) = match client.data.put(block, layout, &shards).await {
+            let (missing, error) = match client.data.put(block, layout, &shards, began.elapsed()).await {
                 Ok(placed) if good_enough(client, layout, &mut avoid, &placed) => break placed,
                 Ok(Placed { missing, .. }) => (missing, None),
                 Err(failed) if failed.missing.is_empty() => return Err(failed.error),
