@@ -11,7 +11,7 @@ use fjordfs_proto::{
     BlockId, ClusterMap, FsError, FsResult, Layout, PgId, SessionId, ShardNo, TargetId,
     cluster::{PgTable, TargetState},
     error::Errno,
-    pb::meta::{LeaseBlocks, request::Op, response},
+    pb::meta::{Commit, LeaseBlocks, request::Op, response},
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -20,6 +20,9 @@ use crate::meta::{MetaClient, unexpected};
 
 /// Ids asked for at a time.
 const LEASE: u32 = 1024;
+
+/// Runs of ids that are kept when they could not be used.
+const LEFTOVERS_MAX: usize = 256;
 
 /// How often a cluster without room is looked at again while an operation waits.
 const ROOM_PAUSE: Duration = Duration::from_millis(200);
@@ -37,6 +40,43 @@ pub(crate) struct BlockIds {
 struct State {
     session: SessionId,
     ranges: VecDeque<Range<u64>>,
+}
+
+impl State {
+    /// Takes the first suitable id; ids passed over stay for others.
+    fn search(
+        &mut self,
+        map: &ClusterMap,
+        layout: Layout,
+        avoid: &HashSet<TargetId>,
+        missing_max: usize,
+    ) -> Option<BlockId> {
+        let found = self.ranges.iter().enumerate().find_map(|(i, range)| {
+            let id = range.clone().find(|&id| {
+                let group = map.group_of(BlockId(id), layout.width());
+                group.and_then(|group| missing(map, group, layout, avoid)).is_some_and(|n| n <= missing_max)
+            })?;
+            Some((i, id))
+        });
+        let (i, id) = found?;
+        let range = self.ranges.remove(i)?;
+        for rest in [id + 1..range.end, range.start..id] {
+            if !rest.is_empty() {
+                self.ranges.insert(i, rest);
+            }
+        }
+        Some(BlockId(id))
+    }
+
+    /// The oldest of what is left of former leases, to be given back when that is much: ids of groups with a full target are good
+    /// for nothing while it is full, the metaserver keeps account of every lease that is not used up, and `search` goes over all.
+    fn leftovers(&mut self) -> Vec<u64> {
+        if self.ranges.len() <= LEFTOVERS_MAX {
+            return Vec::new();
+        }
+        let surplus = self.ranges.len() - LEFTOVERS_MAX / 2;
+        self.ranges.drain(..surplus).flatten().collect()
+    }
 }
 
 impl BlockIds {
@@ -96,7 +136,7 @@ impl BlockIds {
                 tokio::time::sleep(ROOM_PAUSE).await;
                 continue;
             };
-            if let Some(id) = self.search(&map, layout, avoid, missing) {
+            if let Some(id) = self.current().search(&map, layout, avoid, missing) {
                 return Ok(id);
             }
             self.refill().await?;
@@ -117,34 +157,12 @@ impl BlockIds {
         state
     }
 
-    /// Takes the first suitable id; ids passed over stay for others.
-    fn search(
-        &self,
-        map: &ClusterMap,
-        layout: Layout,
-        avoid: &HashSet<TargetId>,
-        missing_max: usize,
-    ) -> Option<BlockId> {
-        let mut state = self.current();
-        let found = state.ranges.iter().enumerate().find_map(|(i, range)| {
-            let id = range.clone().find(|&id| {
-                let group = map.group_of(BlockId(id), layout.width());
-                group.and_then(|group| missing(map, group, layout, avoid)).is_some_and(|n| n <= missing_max)
-            })?;
-            Some((i, id))
-        });
-        let (i, id) = found?;
-        let range = state.ranges[i].clone();
-        state.ranges.remove(i);
-        for rest in [id + 1..range.end, range.start..id] {
-            if !rest.is_empty() {
-                state.ranges.insert(i, rest);
-            }
-        }
-        Some(BlockId(id))
-    }
-
     async fn refill(&self) -> FsResult<()> {
+        let abandoned = self.current().leftovers();
+        if !abandoned.is_empty() {
+            // Nobody waits: what is not given back goes with the session.
+            drop(self.meta.submit(Op::Commit(Commit { abandoned, ..Commit::default() })));
+        }
         let before = self.current().ranges.len();
         let _one = self.lease.lock().await;
         if self.current().ranges.len() > before {
@@ -295,6 +313,27 @@ mod tests {
         assert_eq!(least_missing(&map, layout("ec:2+1"), &none), Some(1));
         map.eras[0].tables.get_mut(&3).unwrap().moves.insert(0, TargetId(5));
         assert_eq!(least_missing(&map, layout("ec:2+1"), &none), None);
+    }
+
+    #[test]
+    fn ids_of_groups_with_a_full_target_are_given_back() {
+        let (map, layout, none) = (map(&[1], &[]), layout("replica:2"), HashSet::new());
+        let (mut state, mut leased) = (State::default(), 0);
+        let (mut used, mut given_back) = (HashSet::new(), HashSet::new());
+        while used.len() < 20_000 {
+            let Some(id) = state.search(&map, layout, &none, 0) else {
+                given_back.extend(state.leftovers());
+                state.ranges.push_back(leased..leased + u64::from(LEASE));
+                leased += u64::from(LEASE);
+                continue;
+            };
+            assert!(used.insert(id.0));
+        }
+        let held: u64 = state.ranges.iter().map(|range| range.end - range.start).sum();
+        assert!(used.is_disjoint(&given_back));
+        assert_eq!(used.len() as u64 + given_back.len() as u64 + held, leased);
+        assert!(state.ranges.len() <= LEFTOVERS_MAX + LEASE as usize, "{} runs", state.ranges.len());
+        assert!(held < leased / 4, "{held} of {leased} are held");
     }
 
     #[test]

@@ -24,17 +24,17 @@ mod socket;
 mod sync;
 mod write;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU32},
+    time::Duration,
+};
 
 use fjordfs_proto::{ClusterMap, FsError, FsResult, TargetId, error::Errno};
-use futures_util::{
-    future::Either,
-    stream::{FuturesUnordered, StreamExt},
-};
-use tokio::sync::watch;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::{sync::watch, time::Instant};
 
 pub(crate) use read::BlockRange;
-pub(crate) use sync::Unsynced;
+pub(crate) use sync::{Place, Synced, Unsynced};
 pub(crate) use write::Placed;
 
 use connection::Connection;
@@ -55,6 +55,8 @@ pub(crate) struct DataClient {
     map: watch::Receiver<Arc<ClusterMap>>,
     health: Health,
     parity: Arc<ParityBuffers>,
+    /// How often it was looked what others have put.
+    looks: AtomicU32,
     hedge_delay: Duration,
     timeout: Duration,
 }
@@ -72,6 +74,7 @@ impl DataClient {
             pool: Pool::new(engine, memory, cluster_id, options),
             map,
             parity: ParityBuffers::new(options.parity_max()),
+            looks: AtomicU32::new(0),
             health: Health::new(options.hedge_delay),
             hedge_delay: options.hedge_delay,
             timeout: options.operation_timeout,
@@ -102,26 +105,26 @@ impl DataClient {
         self.hedge_delay * STRAGGLE
     }
 
-    /// Does all of `works` at once and hands each outcome to `take`, which says whether there are enough. From then on the rest is
+    /// Does all of `works` at once and hands each outcome to `take`, which says whether there is `enough`. From then on the rest is
     /// waited for as long as `patience` only: a server that this client alone does not reach is up for everybody else, and
     /// the network says nothing for minutes.
     async fn until_enough<W: Future>(
         &self,
         works: impl IntoIterator<Item = W>,
+        enough: bool,
         patience: Duration,
         mut take: impl FnMut(W::Output) -> bool,
     ) {
         let mut works: FuturesUnordered<W> = works.into_iter().collect();
-        let mut enough = pin!(Either::Left(std::future::pending()));
+        let mut end = enough.then(|| Instant::now() + patience);
         loop {
-            let next = tokio::select! {
-                biased;
-                next = works.next() => next,
-                () = enough.as_mut() => None,
+            let next = match end {
+                None => works.next().await,
+                Some(end) => tokio::time::timeout_at(end, works.next()).await.unwrap_or(None),
             };
             let Some(outcome) = next else { return };
-            if take(outcome) && matches!(*enough, Either::Left(_)) {
-                enough.set(Either::Right(tokio::time::sleep(patience)));
+            if take(outcome) && end.is_none() {
+                end = Some(Instant::now() + patience);
             }
         }
     }

@@ -115,7 +115,7 @@ impl Inner {
         if !former.unsynced.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.data.sync(&self.data.unsynced_of_others()).await?;
+        self.data.sync(&self.data.unsynced_of_others()).await.all()?;
         former.unsynced.store(false, Ordering::Release);
         Ok(())
     }

@@ -180,6 +180,7 @@ impl Connection {
             server: self.node.server.0,
             cluster_id: self.node.cluster_id.clone(),
             targets: self.node.targets.keys().map(|t| t.0).collect(),
+            incarnation: self.node.incarnation,
         };
         self.answer(Answer::new(frame::encode(Opcode::Hello, true, header.request, &reply, 0), None));
         Ok(())

@@ -27,6 +27,8 @@ pub(crate) struct Target {
 pub(crate) struct Node {
     pub(crate) cluster_id: String,
     pub(crate) server: ServerId,
+    /// Of this process, at random.
+    pub(crate) incarnation: u64,
     pub(crate) targets: BTreeMap<TargetId, Target>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) tables: Tables,

@@ -106,6 +106,7 @@ impl DataServer {
             targets: in_service.collect(),
             cluster_id,
             server: ServerId(server),
+            incarnation: uuid::Uuid::new_v4().as_u64_pair().0,
             pool: Pool::new((config.core_count() + 1) * BUFFER_BYTES_PER_CORE),
             tables: Tables::new(TABLE_BYTES),
             placing: Default::default(),

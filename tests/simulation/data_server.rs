@@ -60,6 +60,8 @@ pub(crate) struct Flash {
     server: u64,
     target: u64,
     cluster_id: String,
+    /// Of the process.
+    incarnation: u64,
     shards: BTreeMap<Key, Shard>,
     /// Every block that was ordered to be deleted.
     deleted: BTreeSet<u64>,
@@ -77,6 +79,7 @@ pub(crate) fn new(name: Host, random: TestRng, drive: Drive) -> Server {
         server: 0,
         target: 0,
         cluster_id: String::new(),
+        incarnation: 0,
         shards: BTreeMap::new(),
         deleted: BTreeSet::new(),
         drive,
@@ -140,6 +143,7 @@ pub(crate) fn start(
     meta: Host,
     mut connections: mpsc::UnboundedReceiver<SimWire>,
 ) -> JoinSet<()> {
+    server.lock().unwrap().incarnation += 1;
     let mut tasks = JoinSet::new();
     tasks.spawn(membership(server.clone(), nic, meta));
     let server = server.clone();
@@ -288,7 +292,8 @@ async fn answer(server: &Server, header: Header, body: &[u8], payload: Bytes) ->
         Opcode::Hello => {
             let flash = server.lock().unwrap();
             let cluster_id = flash.cluster_id.clone();
-            let hello = HelloReply { server: flash.server, cluster_id, targets: vec![flash.target] };
+            let (server, targets) = (flash.server, vec![flash.target]);
+            let hello = HelloReply { server, cluster_id, targets, incarnation: flash.incarnation };
             Ok(reply(header, &hello, &[]))
         }
         Opcode::PutShard => {

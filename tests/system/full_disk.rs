@@ -105,3 +105,25 @@ fn writes_go_to_targets_with_room() {
     assert_complete(&mount, 0..files);
     cluster.assert_running();
 }
+
+/// Whoever goes on trying at a full cluster leaves nothing behind, unmounted or not.
+#[test]
+fn what_did_not_fit_takes_no_room() {
+    let scratch = Scratch::new("refused");
+    let disk = SmallDisk::new(&scratch, "disk", 140);
+    let roots = vec![disk.path().to_owned(), scratch.dir("roomy")];
+    let setup = Setup { servers: 2, roots, volume_size: 64 << 20, ..Setup::default() };
+    let mut cluster = Cluster::start("refused", setup);
+    let mount = cluster.mount();
+    let mut written = 0;
+    for _ in 0..10 {
+        let (to, error) = fill(&mount, written, written + 1000);
+        assert_eq!(error.expect("a full disk must be reported").raw_os_error(), Some(libc::ENOSPC));
+        written = to;
+    }
+    assert_complete(&mount, 0..written);
+    (0..written).for_each(|i| fs::remove_file(mount.join(format!("f{i}"))).unwrap());
+    cluster.wait_status("nothing to be left", |s| s.shards() == 0 && s.blocks_to_delete() == 0);
+    drop(mount);
+    cluster.assert_running();
+}

@@ -74,6 +74,7 @@ pub(super) struct Peer {
 pub(super) struct Connection {
     shared: Arc<Shared>,
     way: Way,
+    incarnation: u64,
 }
 
 struct Shared {
@@ -157,9 +158,9 @@ impl Connection {
                 .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))??;
             let shared = Shared::new(address, socket, memory);
             tokio::spawn(pump(Arc::downgrade(&shared)));
-            Ok::<_, String>(Arc::new(Connection { shared, way }))
+            Ok::<_, String>(Connection { shared, way, incarnation: 0 })
         });
-        let connection = opening.await.map_err(|e| e.to_string())??;
+        let mut connection = opening.await.map_err(|e| e.to_string())??;
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: peer.cluster_id.clone(),
@@ -179,7 +180,13 @@ impl Connection {
         if greeting.cluster_id != peer.cluster_id {
             return Err(format!("it belongs to cluster {}", greeting.cluster_id));
         }
-        Ok(connection)
+        connection.incarnation = greeting.incarnation;
+        Ok(Arc::new(connection))
+    }
+
+    /// Which process of the server it leads to.
+    pub(super) fn incarnation(&self) -> u64 {
+        self.incarnation
     }
 
     /// How the server is reached.
@@ -246,15 +253,12 @@ impl Shared {
         mut memory: Option<&mut [u8]>,
     ) -> FsResult<Answer> {
         let request = self.waiters.enter(memory.as_ref().map(|memory| memory.len()))?;
-        let _leaving = Leaving { waiters: &self.waiters, request };
+        let mut leaving = Leaving { shared: self, request, answered: false };
         let payload_len = payload.iter().map(Bytes::len).sum();
-        self.sender.push(Bytes::from(frame::encode(opcode, false, request, body, payload_len)), payload);
-        match self.sender.flush(&self.socket) {
-            Ok(true) => {}
-            Ok(false) => self.pump.wake(),
-            Err(e) => self.fail(&e.to_string()),
-        }
-        poll_fn(|context| {
+        let head = Bytes::from(frame::encode(opcode, false, request, body, payload_len));
+        self.sender.push(request, head, payload);
+        self.flush();
+        let answer = poll_fn(|context| {
             if let Some(answer) = self.waiters.take(request, context.waker()) {
                 return Poll::Ready(answer);
             }
@@ -264,7 +268,18 @@ impl Shared {
                 None => Poll::Pending,
             }
         })
-        .await
+        .await;
+        leaving.answered = true;
+        answer
+    }
+
+    /// Writes what can be written now; the connection's task does the rest.
+    fn flush(&self) {
+        match self.sender.flush(&self.socket) {
+            Ok(true) => {}
+            Ok(false) => self.pump.wake(),
+            Err(e) => self.fail(&e.to_string()),
+        }
     }
 
     /// Writes what is left to write, as far as there is room; pending when there is nothing to do for now. Ready when it must
@@ -324,6 +339,7 @@ impl Shared {
     fn fail(&self, why: &str) {
         self.broken.store(true, Ordering::Release);
         let error = FsError::new(Errno::EHOSTUNREACH, format!("data server {}: {why}", self.address));
+        self.sender.clear();
         if self.waiters.fail(&error) {
             debug!(server = self.address, why, "data connection ended");
             self.pump.wake();
@@ -339,13 +355,22 @@ impl Drop for Shared {
 
 /// Removes a request that nobody waits for any more.
 struct Leaving<'a> {
-    waiters: &'a Waiters,
+    shared: &'a Shared,
     request: u64,
+    answered: bool,
 }
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        self.waiters.leave(self.request);
+        self.shared.waiters.leave(self.request);
+        if self.answered {
+            return;
+        }
+        if self.shared.sender.take_back(self.request) {
+            self.shared.flush();
+        } else {
+            self.shared.fail("it takes in no more of a request that is given up");
+        }
     }
 }
 

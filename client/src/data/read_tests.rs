@@ -21,7 +21,11 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::*;
-use crate::{Options, engine::Engine};
+use crate::{
+    Options,
+    data::{Placed, Synced, Unsynced},
+    engine::Engine,
+};
 
 /// How a server answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,6 +44,8 @@ enum Mood {
     Lacks,
     /// Takes requests and says nothing.
     Silent,
+    /// As that, but of syncs only.
+    SilentSyncs,
 }
 
 /// Bytes and page checksums by block and shard.
@@ -49,6 +55,7 @@ struct Stub {
     mood: Mutex<Mood>,
     shards: Mutex<Shards>,
     reads: AtomicU64,
+    incarnation: AtomicU64,
 }
 
 impl Stub {
@@ -74,10 +81,11 @@ impl Stub {
         let mood = *self.mood.lock();
         let reply = match (op, mood) {
             (Opcode::Hello, _) => {
-                let hello = HelloReply { server: id, cluster_id: "c".into(), targets: vec![id] };
+                let incarnation = self.incarnation.load(Ordering::Relaxed);
+                let hello = HelloReply { server: id, cluster_id: "c".into(), targets: vec![id], incarnation };
                 frame::encode(op, true, request, &hello, 0)
             }
-            (_, Mood::Silent) => return Ok(()),
+            (_, Mood::Silent) | (Opcode::Sync, Mood::SilentSyncs) => return Ok(()),
             (_, Mood::Fails) => refuse(Errno::EIO, "the device reports an error"),
             (_, Mood::Lacks) => refuse(Errno::ENOENT, "no such shard"),
             (Opcode::Sync, _) => frame::encode(op, true, request, &SyncReply {}, 0),
@@ -147,6 +155,7 @@ impl World {
                 mood: Mutex::new(Mood::Well),
                 shards: Mutex::default(),
                 reads: AtomicU64::new(0),
+                incarnation: AtomicU64::new(1),
             });
             stub.clone().serve(listener, id);
             stubs.push(stub);
@@ -189,12 +198,24 @@ impl World {
     }
 
     async fn put(&self, block: u64, policy: &str, bytes: &[u8]) -> Layout {
+        let (layout, placed) = self.place(block, policy, bytes).await;
+        assert_eq!(placed.unsynced.len() + placed.missing.len(), layout.width());
+        layout
+    }
+
+    async fn place(&self, block: u64, policy: &str, bytes: &[u8]) -> (Layout, Placed) {
         let layout = Layout::of(policy.parse().unwrap(), bytes.len());
         let parts: Vec<Bytes> = bytes.chunks(100_000).map(Bytes::copy_from_slice).collect();
         let shards = self.data.encode(layout, &parts).await.unwrap();
-        let placed = self.data.put(BlockId(block), layout, &shards, Duration::ZERO).await.unwrap();
-        assert_eq!(placed.unsynced.len() + placed.missing.len(), layout.width());
-        layout
+        (layout, self.data.put(BlockId(block), layout, &shards, Duration::ZERO).await.unwrap())
+    }
+
+    fn declare_down(&self, target: u64) {
+        self.map.send_modify(|map| {
+            let mut down = ClusterMap::clone(map);
+            down.targets.get_mut(&TargetId(target)).unwrap().state = TargetState::Down;
+            *map = Arc::new(down);
+        });
     }
 
     /// Reads both ways, which must agree.
@@ -351,11 +372,7 @@ async fn a_put_says_who_has_no_shard() {
     assert!(world.read(7, layout, 0, 1_200_000).await.unwrap() == bytes);
     // One that is down is not waited for.
     world.mood(1, Mood::Silent);
-    world.map.send_modify(|map| {
-        let mut down = ClusterMap::clone(map);
-        down.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;
-        *map = Arc::new(down);
-    });
+    world.declare_down(2);
     let placed = world.data.put(BlockId(8), layout, &shards, Duration::ZERO).await.unwrap();
     assert_eq!(placed.missing.len(), 1);
     world.mood(0, Mood::Fails);
@@ -400,13 +417,53 @@ async fn a_put_that_nobody_answers_ends() {
 async fn what_others_have_put_is_safe_when_every_target_that_is_up_has_synced() {
     let world = World::new(3, Duration::from_secs(2));
     let of_others = world.data.unsynced_of_others();
-    world.data.sync(&of_others).await.unwrap();
+    world.data.sync(&of_others).await.all().unwrap();
     world.mood(1, Mood::Fails);
-    world.data.sync(&of_others).await.expect_err("one of them says nothing of the others");
-    world.map.send_modify(|map| {
-        let mut down = ClusterMap::clone(map);
-        down.targets.get_mut(&TargetId(2)).unwrap().state = TargetState::Down;
-        *map = Arc::new(down);
-    });
-    world.data.sync(&of_others).await.expect("it is a loss that their policies survive");
+    world.data.sync(&of_others).await.all().expect_err("one of them says nothing of the others");
+    world.declare_down(2);
+    world.data.sync(&of_others).await.all().expect("it is a loss that their policies survive");
+}
+
+#[tokio::test]
+async fn a_slow_sync_is_not_waited_for_where_others_suffice_and_not_forgotten() {
+    let world = World::new(3, LONG);
+    let (_, placed) = world.place(7, "ec:2+1", &block(1_200_000)).await;
+    world.mood(1, Mood::SilentSyncs);
+    let synced = world.data.sync(&placed.unsynced).await;
+    assert!(synced.lost.is_empty());
+    let mut spare: Vec<_> =
+        placed.unsynced.into_iter().filter(|s| synced.spare.contains(&s.place())).collect();
+    assert_eq!(spare.iter().map(|s| s.place().0.0).collect::<Vec<_>>(), [2]);
+    spare.iter_mut().for_each(Unsynced::becomes_spare);
+    let again = world.data.sync(&spare).await;
+    assert!(again.lost.is_empty() && again.spare == synced.spare, "nothing depends on it");
+    world.mood(1, Mood::Well);
+    let last = world.data.sync(&spare).await;
+    assert!(last.lost.is_empty() && last.spare.is_empty(), "it is synced");
+}
+
+#[tokio::test]
+async fn a_block_that_is_lost_is_told_from_the_others() {
+    let world = World::new(2, LONG);
+    let mut unsynced = Vec::new();
+    for (number, policy) in [(7, "replica:1"), (8, "replica:2")] {
+        unsynced.extend(world.place(number, policy, &block(5000)).await.1.unsynced);
+    }
+    // Its process is another one, and what it took is gone.
+    world.stubs[0].incarnation.store(2, Ordering::Relaxed);
+    world.stubs[0].shards.lock().clear();
+    let world = Arc::new(world);
+    let synced = from_another_lane(&world, unsynced).await;
+    assert_eq!(synced.lost.keys().map(|place| place.1).collect::<Vec<_>>(), [BlockId(7)]);
+}
+
+/// The connections of the test's own lane stay as they are, unused.
+async fn from_another_lane(world: &Arc<World>, unsynced: Vec<Unsynced>) -> Synced {
+    let world = world.clone();
+    let sync = move || {
+        crate::engine::enter_lane(0);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(world.data.sync(&unsynced))
+    };
+    tokio::task::spawn_blocking(move || std::thread::spawn(sync).join().unwrap()).await.unwrap()
 }

@@ -68,11 +68,13 @@ impl DataClient {
                 ),
             ),
         })?;
-        let (group, epoch) = (table.group(pg), map.epoch);
+        let (group, epoch, targets) = (table.group(pg), map.epoch, &map.targets);
         let puts = group.iter().zip(0u8..).map(|(&target, shard)| async move {
             let outcome = if table.is_moving(pg, ShardNo(shard)) {
                 let what = format!("target {target} is being replaced in the group of {block}");
                 Err(FsError::new(Errno::ESTALE, what))
+            } else if !targets.get(&target).is_some_and(|target| target.readable()) {
+                Err(FsError::new(Errno::EIO, format!("target {target}: it is down")))
             } else if self.health.is_silent(target) {
                 let what = format!("target {target} said nothing to who has put before");
                 Err(FsError::new(Errno::ETIMEDOUT, what))
@@ -84,7 +86,7 @@ impl DataClient {
         let mut outcomes: Vec<Option<Result<Unsynced, FsError>>> = group.iter().map(|_| None).collect();
         let patience = self.patience().max(earlier);
         let mut stored = 0;
-        let all = self.until_enough(puts, patience, |(shard, outcome)| {
+        let all = self.until_enough(puts, false, patience, |(shard, outcome)| {
             stored += usize::from(outcome.is_ok());
             outcomes[usize::from(shard)] = Some(outcome);
             stored >= layout.needed()

@@ -2,16 +2,14 @@
 
 use std::ops::Range;
 
-use fjordfs_proto::{BlockId, FsError, FsResult, Layout, error::Errno};
+use fjordfs_proto::{BlockId, FsResult, Layout};
 
 use super::{
     File,
+    read::Attempts,
     view::{Part, ReadPlan},
 };
 use crate::cache::CHUNK;
-
-/// How often this starts over because the file changed meanwhile.
-const ATTEMPTS: usize = 16;
 
 /// A chunk of a block that is read as a whole.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -24,15 +22,16 @@ pub(crate) struct BlockChunk {
 impl File {
     /// The chunks of stored bytes in a range, in file order. What is in holes, in the metadata or not yet stored has none.
     pub(crate) async fn chunks(&self, range: Range<u64>) -> FsResult<Vec<BlockChunk>> {
-        for _ in 0..ATTEMPTS {
+        let mut attempts = Attempts::default();
+        loop {
             let plan = self.handle.state.lock().view.plan_read(range.start, range.end - range.start);
             let missing = match plan {
                 ReadPlan::Extents(from) => from,
                 ReadPlan::Parts(parts) => return Ok(parts.iter().flat_map(chunks_of).collect()),
             };
+            attempts.look_up(self.ino(), missing)?;
             self.handle.client.fetch_extents(&self.handle.state, missing).await?;
         }
-        Err(FsError::new(Errno::EIO, format!("{}: changed all the while it was looked at", self.ino())))
     }
 }
 

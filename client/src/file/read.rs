@@ -86,18 +86,21 @@ impl Cursor {
 
 /// Attempts at a read that have not succeeded.
 #[derive(Default)]
-struct Attempts {
+pub(super) struct Attempts {
     /// Those that went by extents that were not there, or told of blocks that were not.
     stale: usize,
+    /// Where the last page of extents was looked up.
+    at: u64,
     /// Since when it fails, and what was said last.
     failure: Option<(Instant, FsError)>,
     complained: bool,
 }
 
 impl Attempts {
-    /// Notes that extents have to be looked up.
-    fn look_up(&mut self, ino: InodeId) -> FsResult<()> {
-        self.stale += 1;
+    /// Notes that extents have to be looked up from an offset on. A page behind the last one is none that was there before.
+    pub(super) fn look_up(&mut self, ino: InodeId, from: u64) -> FsResult<()> {
+        self.stale += usize::from(from <= self.at);
+        self.at = from;
         if self.stale > ATTEMPTS { Err(self.give_up(ino)) } else { Ok(()) }
     }
 
@@ -115,7 +118,7 @@ impl Handle {
             let (plan, size) = self.plan(offset, len)?;
             let missing = match plan {
                 ReadPlan::Extents(from) => {
-                    attempts.look_up(self.state.ino)?;
+                    attempts.look_up(self.state.ino, from)?;
                     from
                 }
                 ReadPlan::Parts(parts) if parts.is_empty() => return Ok(Vec::new()),
@@ -168,7 +171,7 @@ impl Handle {
             let (plan, size) = self.plan(offset, memory.len())?;
             let missing = match plan {
                 ReadPlan::Extents(from) => {
-                    attempts.look_up(self.state.ino)?;
+                    attempts.look_up(self.state.ino, from)?;
                     from
                 }
                 ReadPlan::Parts(parts) => match self.fill(offset, &parts, size, memory).await {
@@ -204,7 +207,7 @@ impl Handle {
             tokio::time::sleep(UNREACHED_PAUSE).await;
             return Ok(());
         }
-        attempts.look_up(ino)
+        attempts.look_up(ino, 0)
     }
 
     /// Puts parts into memory, one after the other, and says how many bytes they are.

@@ -8,9 +8,12 @@ use std::{
     sync::Arc,
 };
 
-use fjordfs_proto::{BlockId, FsResult, InodeId, error::Errno};
+use fjordfs_proto::{BlockId, FsError, FsResult, InodeId, error::Errno};
 
-use crate::{client::Inner, data::Unsynced};
+use crate::{
+    client::Inner,
+    data::{Place, Synced, Unsynced},
+};
 
 type Stored = HashMap<InodeId, Vec<Unsynced>>;
 
@@ -25,7 +28,9 @@ impl Inner {
     /// Makes what this client has stored of one inode power-safe.
     pub(crate) async fn sync_stored_of(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
         self.sync_what_was_left().await?;
-        let stored = self.unsynced.lock().get(&ino).map(|shards| Stored::from([(ino, shards.clone())]));
+        // Spare ones are synced in the background: their targets did not answer the last time.
+        let wanted = |shards: &Vec<Unsynced>| shards.iter().filter(|s| !s.is_spare()).cloned().collect();
+        let stored = self.unsynced.lock().get(&ino).map(|shards| Stored::from([(ino, wanted(shards))]));
         self.sync_shards(stored.unwrap_or_default()).await
     }
 
@@ -33,44 +38,55 @@ impl Inner {
     /// and fro, and within themselves.
     pub(crate) fn is_stored_of_too(&self, source: InodeId, target: InodeId) {
         let mut unsynced = self.unsynced.lock();
-        let mut shards = unsynced.get(&source).cloned().unwrap_or_default();
-        shards.extend(self.data.unsynced_of_others());
+        let shards = unsynced.get(&source).cloned().unwrap_or_default();
         let there = unsynced.entry(target).or_default();
-        let known: HashSet<_> = there.iter().map(Unsynced::place).collect();
-        there.extend(shards.into_iter().filter(|shard| !known.contains(&shard.place())));
+        let mut known: HashSet<_> = there.iter().map(Unsynced::place).collect();
+        there.extend(shards.into_iter().filter(|shard| known.insert(shard.place())));
+        // What others have put by now covers what they had put before.
+        there.retain(|shard| shard.block().is_some());
+        there.extend(self.data.unsynced_of_others());
     }
 
+    /// One file that cannot be made safe keeps none of the others on the list.
     async fn sync_shards(self: &Arc<Self>, stored: Stored) -> FsResult<()> {
-        if stored.is_empty() {
-            return Ok(());
-        }
-        if let Err(e) = self.sync_all_of(&stored).await {
-            let mut reached = Stored::new();
-            for (ino, shards) in &stored {
-                reached.insert(*ino, self.still_reached(*ino, shards).await?);
-            }
-            let count = |stored: &Stored| stored.values().map(Vec::len).sum::<usize>();
-            if count(&reached) == count(&stored) {
-                return Err(e);
-            }
-            self.sync_all_of(&reached).await?;
-        }
-        let mut unsynced = self.unsynced.lock();
+        let shards: Vec<_> = stored.values().flatten().cloned().collect();
+        let Synced { lost, spare } = self.data.sync(&shards).await;
+        let mut outcome = Ok(());
         for (ino, shards) in stored {
-            let done: HashSet<_> = shards.iter().map(Unsynced::place).collect();
+            if let Err(e) = self.check_lost(ino, &shards, &lost).await {
+                outcome = Err(e);
+                continue;
+            }
+            let done: HashSet<Place> = shards.iter().map(Unsynced::place).collect();
+            let mut unsynced = self.unsynced.lock();
             if let Some(left) = unsynced.get_mut(&ino) {
-                left.retain(|shard| !done.contains(&shard.place()));
+                left.retain(|shard| !done.contains(&shard.place()) || spare.contains(&shard.place()));
+                left.iter_mut()
+                    .filter(|shard| done.contains(&shard.place()))
+                    .for_each(Unsynced::becomes_spare);
                 if left.is_empty() {
                     unsynced.remove(&ino);
                 }
             }
         }
-        Ok(())
+        outcome
     }
 
-    async fn sync_all_of(self: &Arc<Self>, stored: &Stored) -> FsResult<()> {
-        let shards: Vec<_> = stored.values().flatten().cloned().collect();
-        self.data.sync(&shards).await
+    /// Whether a file has lost none of its shards.
+    ///
+    /// # Errors
+    /// `EIO` when it reaches a block that is not safe.
+    async fn check_lost(
+        self: &Arc<Self>,
+        ino: InodeId,
+        shards: &[Unsynced],
+        lost: &HashMap<Place, FsError>,
+    ) -> FsResult<()> {
+        if shards.iter().all(|shard| !lost.contains_key(&shard.place())) {
+            return Ok(());
+        }
+        let reached = self.still_reached(ino, shards).await?;
+        reached.iter().find_map(|shard| lost.get(&shard.place())).map_or(Ok(()), |e| Err(e.clone()))
     }
 
     /// Of these shards, those of blocks that the file reaches. What has been stored of it is committed first, so that a block

@@ -164,6 +164,7 @@ impl Running {
         let outcome = self.store_and_commit(client).await;
         if let Err(e) = outcome {
             self.fail(client, &e);
+            self.tell_abandoned(client);
         }
         for file in &self.unit.files {
             let mut inner = file.lock();
@@ -269,6 +270,15 @@ impl Running {
         let missing = missing.into_iter().collect();
         let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));
         (sent, Some(pending))
+    }
+
+    /// Blocks of a unit that has failed: on a full cluster, what was stored of them would be in the way until the session ends.
+    fn tell_abandoned(&mut self, client: &Inner) {
+        let abandoned = std::mem::take(&mut self.abandoned);
+        if !abandoned.is_empty() {
+            // Nobody waits: when it fails, they are swept with the session.
+            drop(client.meta.submit(Op::Commit(Commit { abandoned, ..Commit::default() })));
+        }
     }
 
     fn committed(&self, client: &Inner, sent: Vec<Option<FileCommit>>, reply: CommitReply) -> FsResult<()> {

@@ -66,7 +66,7 @@ fn read(offset: u32, length: u32) -> ReadShardRequest {
 /// Server 7 of a cluster over TCP, and who listens under its local name.
 fn servers(cluster: &str, local: Option<HelloReply>) -> Peer {
     let cluster_id = format!("{cluster}-{}", std::process::id());
-    let genuine = HelloReply { server: 7, cluster_id: cluster_id.clone(), targets: vec![] };
+    let genuine = HelloReply { server: 7, cluster_id: cluster_id.clone(), ..Default::default() };
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = tcp.local_addr().unwrap().to_string();
     let tcp = std::iter::from_fn(move || tcp.accept().ok().map(|(stream, _)| stream));
@@ -200,7 +200,8 @@ async fn whoever_waits_when_the_server_goes_is_told() {
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        answer(&mut stream, &HelloReply { server: 7, cluster_id: "gone".into(), targets: vec![] }).unwrap();
+        answer(&mut stream, &HelloReply { server: 7, cluster_id: "gone".into(), ..Default::default() })
+            .unwrap();
         // A request is taken and never answered.
         let _ = stream.read(&mut [0; 100]);
     });
