@@ -4,9 +4,17 @@
 
 mod common;
 
-use std::{fs::OpenOptions, os::unix::fs::FileExt};
+use std::{
+    fs::OpenOptions,
+    os::unix::fs::FileExt,
+    sync::{Arc, Condvar, Mutex},
+};
 
-use common::{Client, FakeMeta, bytes_of, config, start};
+use common::{
+    Client, FakeMeta, bytes_of, config,
+    peer::{self, Asked, Said},
+    start,
+};
 use fjordfs_dataserver::{Config, DataServer};
 use fjordfs_proto::{
     PAGE_SIZE,
@@ -190,4 +198,64 @@ fn a_scrub_goes_on_after_a_restart_where_it_was() {
     assert_eq!((told.shards_bad, told.shards_repaired), (3, 2));
     server.stop().unwrap();
     assert!(std::fs::read_to_string(&place).unwrap().contains(r#""after_block":null"#));
+}
+
+/// Checks wait for a server that takes its time, more of them than there are buffers of a whole block: users, and the reads of
+/// that server, get buffers meanwhile. Two servers that copy from each other would wait for each other otherwise.
+#[test]
+fn copies_that_wait_for_another_server_leave_the_buffers_to_others() {
+    // A server with one core has buffers for 15 whole blocks; these shards are just too long for the next smaller size.
+    const CHECKS: u32 = 18;
+    const LENGTH: usize = 9 << 20;
+    let (fake, folder) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
+    let fast = Config { cores: 1, rebuild_rate: 1 << 40, ..config(&fake, folder.path()) };
+    let server = DataServer::start(fast).unwrap();
+    let reads = Arc::new((Mutex::new((0, false)), Condvar::new()));
+    let (held, bytes) = (reads.clone(), bytes_of(1, LENGTH));
+    let given = bytes.clone();
+    let peer = peer::start(move |asked| match asked {
+        Asked::List(list) => {
+            let block = 1000 + u64::from(list.group.unwrap().pg);
+            let shard = ShardInfo { block, shard: 1, policy: POLICY, length: LENGTH as u32 };
+            Said::List(ListShardsReply { shards: vec![shard], end: true })
+        }
+        Asked::Read(_) => {
+            let (state, changed) = &*held;
+            let mut state = state.lock().unwrap();
+            state.0 += 1;
+            while !state.1 {
+                state = changed.wait(state).unwrap();
+            }
+            Said::Shard(given.clone())
+        }
+    });
+    let mut map = cluster_map(5, [&server, &server]);
+    map.servers[1].address = peer.to_string();
+    let table = &mut map.eras[0].tables[0];
+    (table.pg_count, table.members) = (CHECKS, [1, 2].repeat(CHECKS as usize));
+    let order = |pg| meta::Check { ticket: u64::from(pg) + 1, target: 1, first_block: 1, width: 2, pg };
+    {
+        let mut state = fake.state.lock().unwrap();
+        (state.map, state.checks) = (Some(map), (0..CHECKS).map(order).collect());
+    }
+    fake.wait("all checks to wait for the peer", |_| reads.0.lock().unwrap().0 == CHECKS);
+    let mut client = Client::connect(&server, "c1");
+    client.put(1, &bytes).unwrap();
+    assert!(client.read(1, &[(0, u32::MAX)]).unwrap().1 == bytes);
+
+    reads.0.lock().unwrap().1 = true;
+    reads.1.notify_all();
+    fake.wait("the checks", |s| {
+        (0..CHECKS).all(|pg| s.check_reports.iter().any(|r| r.ticket == order(pg).ticket && r.done))
+    });
+    let state = fake.state.lock().unwrap();
+    for report in state.check_reports.iter().filter(|r| r.done) {
+        assert_eq!((report.problem.as_str(), report.shards_copied, report.shards_lost), ("", 1, 0));
+    }
+    assert_eq!(reads.0.lock().unwrap().0, CHECKS, "each at the first attempt");
+    drop(state);
+    for pg in 0..CHECKS {
+        let block = 1000 + u64::from(pg);
+        assert!(client.read(block, &[(0, u32::MAX)]).unwrap().1 == bytes, "{block}");
+    }
 }
