@@ -7,6 +7,7 @@ mod common;
 use std::{
     fs::OpenOptions,
     os::unix::fs::FileExt,
+    path::Path,
     sync::{Arc, Condvar, Mutex},
 };
 
@@ -112,6 +113,16 @@ fn a_target_gets_what_it_lacks_and_nothing_else() {
     drop((first, second));
 }
 
+/// Flips bits of this page in the only volume of a target.
+fn rot(folder: &Path, page: &[u8]) {
+    let volume = std::fs::read_dir(folder.join("volumes")).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&volume).unwrap();
+    let at = bytes.chunks(PAGE_SIZE).position(|p| p == page).unwrap() * PAGE_SIZE;
+    let file = OpenOptions::new().write(true).open(&volume).unwrap();
+    file.write_all_at(&[!page[9]], at as u64 + 9).unwrap();
+    file.sync_all().unwrap();
+}
+
 #[test]
 fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     let fake = FakeMeta::start("c1");
@@ -121,13 +132,7 @@ fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     for block in 1..=3 {
         has.put(block, &bytes_of(block, 3 * PAGE_SIZE)).unwrap();
     }
-    let volume = std::fs::read_dir(one.path().join("volumes")).unwrap().next().unwrap().unwrap().path();
-    let (bytes, page) =
-        (std::fs::read(&volume).unwrap(), bytes_of(2, 3 * PAGE_SIZE)[PAGE_SIZE..2 * PAGE_SIZE].to_vec());
-    let at = bytes.chunks(PAGE_SIZE).position(|p| p == page).unwrap() * PAGE_SIZE;
-    let file = OpenOptions::new().write(true).open(&volume).unwrap();
-    file.write_all_at(&[!page[9]], at as u64 + 9).unwrap();
-    file.sync_all().unwrap();
+    rot(one.path(), &bytes_of(2, 3 * PAGE_SIZE)[PAGE_SIZE..2 * PAGE_SIZE]);
     fake.state.lock().unwrap().map = Some(cluster_map(5, [&first, &second]));
     let report = checked(&fake, 1);
     assert_eq!((report.shards_copied, report.shards_lost), (2, 1));
@@ -140,6 +145,40 @@ fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     });
     assert_eq!(has.read(2, &[(0, 4096)]).unwrap().1, bytes_of(2, 4096), "its good pages are left alone");
     drop((first, second));
+}
+
+#[test]
+fn a_rotten_shard_is_replaced_by_a_good_one() {
+    let (fake, folder) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
+    let server = start(&fake, folder.path());
+    let data = bytes_of(2, 3 * PAGE_SIZE);
+    let good = data.clone();
+    let peer = peer::start(move |asked| match asked {
+        Asked::List(_) => {
+            let shard = ShardInfo { block: 2, shard: 1, policy: POLICY, length: good.len() as u32 };
+            Said::List(ListShardsReply { shards: vec![shard], end: true })
+        }
+        Asked::Read(_) => Said::Shard(good.clone()),
+    });
+    let mut client = Client::connect(&server, "c1");
+    client.put(2, &data).unwrap();
+    rot(folder.path(), &data[PAGE_SIZE..2 * PAGE_SIZE]);
+    assert!(client.read(2, &[(0, u32::MAX)]).unwrap().1 != data);
+    let mut map = cluster_map(5, [&server, &server]);
+    map.servers[1].address = peer.to_string();
+    fake.state.lock().unwrap().map = Some(map);
+    fake.wait("the map to arrive", |s| s.heartbeats.last().is_some_and(|beat| beat.epoch == 5));
+    let report = ReportShardRequest { target: 1, block: 2, shard: 0 };
+    client.call::<ReportShardReply>(Opcode::ReportShard, &report, &[]).0.unwrap();
+    fake.wait("the repair", |s| {
+        let scrubs = s.heartbeats.iter().flat_map(|h| &h.targets).filter_map(|t| t.scrub);
+        scrubs.into_iter().any(|s| (s.shards_bad, s.shards_repaired) == (1, 1))
+    });
+    assert!(client.read(2, &[(0, u32::MAX)]).unwrap().1 == data);
+    assert_eq!(client.list(), [2]);
+    server.stop().unwrap();
+    let server = start(&fake, folder.path());
+    assert!(Client::connect(&server, "c1").read(2, &[(0, u32::MAX)]).unwrap().1 == data);
 }
 
 #[test]

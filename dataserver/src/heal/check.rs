@@ -200,10 +200,12 @@ pub(super) async fn replace(
         }
         Err(Unrestored::Lost(why)) => return Err(format!("it cannot be restored: {why}")),
     };
-    let (dropping, old) = (store.clone(), *entry);
-    let dropped = healing.jobs.run(move || async move { dropping.drop_shard(&old).await }).await;
-    dropped.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
-    put(healing, seat.target, bad, entry.shard, restored).await?;
+    let Restored { record, length, page_crcs } = restored;
+    let new = NewShard { block: bad.block, shard: entry.shard, policy: bad.policy.code(), length };
+    let (replacing, old) = (store.clone(), *entry);
+    let replaced =
+        healing.jobs.run(move || async move { replacing.replace(&old, new, record, &page_crcs).await });
+    replaced.await.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
     sync(healing, seat.target).await
 }
 

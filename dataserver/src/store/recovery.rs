@@ -262,8 +262,9 @@ impl<D: Device> Recovery<'_, D> {
                 page: (offset / PAGE) as u32,
             };
             end = end.max(entry.span().end);
-            // The same shard twice: an unsynced deletion and a new put, or a put repeated at the same moment. The bytes
-            // are the same, since a block id is used once; the later record may be the one that a sync has covered.
+            // The same shard twice: an unsynced deletion and a new put, a put repeated at the same moment, or a damaged
+            // record and the one that replaces it. The bytes are the same but for damage, since a block id is used once; the
+            // later record is the undamaged one, and may be the one that a sync has covered.
             if let Err(old) = self.index.insert(&entry) {
                 self.index.remove(&old);
                 if self.index.insert(&entry).is_ok()
