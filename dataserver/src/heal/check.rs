@@ -50,12 +50,9 @@ pub(super) async fn run(healing: &Healing, order: &Check, report: &mut CheckRepo
         return Ok(());
     }
     let mut sources = Sources::new(healing, readable(&map, &members));
-    let copied_before = report.shards_copied;
-    let result = compare(healing, &seat, &mut sources, report).await;
-    if report.shards_copied > copied_before {
-        sync(healing, seat.target).await?;
-    }
-    result?;
+    compare(healing, &seat, &mut sources, report).await?;
+    // Also when nothing was missing: an attempt that was given up may have copied it, and synced nothing.
+    sync(healing, seat.target).await?;
     if report.shards_lost > 0 {
         return Err(format!("{} shards cannot be restored from the targets that answer", report.shards_lost));
     }
