@@ -150,7 +150,7 @@ impl<D: Device> Store<D> {
             found.shard_bytes,
             found.volumes.len()
         );
-        Ok(Store {
+        let store = Store {
             device,
             uuid,
             options,
@@ -169,7 +169,12 @@ impl<D: Device> Store<D> {
             deleting: tokio::sync::RwLock::new(()),
             checkpointing: tokio::sync::Mutex::new(None),
             failure: Mutex::new(None),
-        })
+        };
+        // What the process before has punched counts as deleted here, and it may have been killed before its sync.
+        for volume in store.volumes.read().values() {
+            store.wrote(volume);
+        }
+        Ok(store)
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -14,6 +14,10 @@
 //!
 //! What the scan found and did not believe becomes a hole, and every scanned volume is synced, before anything is
 //! written behind it: so a later crash cannot bring an old header back to light.
+//!
+//! **After a kill** the holes and records of the process before are all seen, though the device may not have them yet.
+//! Records are power-safe once they are believed: those of a checkpoint were synced before it, the others by the scan.
+//! Holes are by the first sync, for which every volume counts as written to ([`super::Store::open`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

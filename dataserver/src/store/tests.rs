@@ -1,5 +1,6 @@
 //! The store on the crashing device: whatever happens, synced shards stay, synced deletions stay, bytes are right.
 
+mod killed;
 mod repair;
 
 use std::{

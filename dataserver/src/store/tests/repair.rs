@@ -135,7 +135,7 @@ fn a_repair_that_a_crash_cuts_short_leaves_one_shard() {
 }
 
 /// Labels and the records of the index are all that takes space.
-fn nothing_else_is_there(device: &SimDevice, store: &Store<SimDevice>) {
+pub(super) fn nothing_else_is_there(device: &SimDevice, store: &Store<SimDevice>) {
     let (listed, _) = store.list(BlockId(0), 100, |_| true);
     let records: usize = listed.iter().map(|e| record_pages(e.length)).sum();
     assert_eq!(device.data_pages(), records + device.volumes().unwrap().len());
