@@ -24,6 +24,8 @@ mod pace;
 mod rebuild_rate;
 mod restore;
 mod scrub;
+#[cfg(test)]
+mod tests;
 mod throttle;
 mod tidy;
 

@@ -38,7 +38,14 @@ mod placing;
 mod runtime;
 mod server;
 mod store;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod testing;
 mod uring;
+
+// The tests' helpers name this crate from outside.
+#[cfg(test)]
+extern crate self as fjordfs_dataserver;
 
 pub use config::{Config, TargetConfig};
 pub use error::{StartError, StopError};

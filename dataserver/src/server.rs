@@ -150,6 +150,12 @@ impl DataServer {
         self.address
     }
 
+    /// What it serves, to be looked at.
+    #[cfg(test)]
+    pub(crate) fn node(&self) -> &Node {
+        &self.running.as_ref().unwrap().node
+    }
+
     /// Finishes what is in flight, makes everything power-safe, saves the index, and ends. Blocks.
     ///
     /// # Errors

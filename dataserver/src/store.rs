@@ -8,6 +8,7 @@
 //! | `index.rs` | (block, shard) → place, in memory |
 //! | `put.rs` | reserving space, growing, writing a record |
 //! | `delete.rs` | deleting by punching holes |
+//! | `replace.rs` | a good record in the place of a damaged one |
 //! | `deleted.rs` | which blocks were deleted, against puts that come late |
 //! | `sync.rs` | group sync |
 //! | `checkpoint.rs`, `snapshot.rs` | the index on disk: its format, and when it is written |
@@ -39,6 +40,7 @@ pub(crate) mod label;
 mod put;
 pub(crate) mod record;
 mod recovery;
+mod replace;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::unwrap_used, reason = "for tests only: there a panic is the report")]
 #[cfg_attr(fuzzing, allow(dead_code, reason = "tests also let it crash and rot"))]
@@ -148,7 +150,7 @@ impl<D: Device> Store<D> {
             found.shard_bytes,
             found.volumes.len()
         );
-        Ok(Store {
+        let store = Store {
             device,
             uuid,
             options,
@@ -167,7 +169,12 @@ impl<D: Device> Store<D> {
             deleting: tokio::sync::RwLock::new(()),
             checkpointing: tokio::sync::Mutex::new(None),
             failure: Mutex::new(None),
-        })
+        };
+        // What the process before has punched counts as deleted here, and it may have been killed before its sync.
+        for volume in store.volumes.read().values() {
+            store.wrote(volume);
+        }
+        Ok(store)
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -4,9 +4,18 @@
 
 mod common;
 
-use std::{fs::OpenOptions, os::unix::fs::FileExt};
+use std::{
+    fs::OpenOptions,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, Condvar, Mutex},
+};
 
-use common::{Client, FakeMeta, bytes_of, config, start};
+use common::{
+    Client, FakeMeta, bytes_of, config,
+    peer::{self, Asked, Said},
+    start,
+};
 use fjordfs_dataserver::{Config, DataServer};
 use fjordfs_proto::{
     PAGE_SIZE,
@@ -104,6 +113,16 @@ fn a_target_gets_what_it_lacks_and_nothing_else() {
     drop((first, second));
 }
 
+/// Flips bits of this page in the only volume of a target.
+fn rot(folder: &Path, page: &[u8]) {
+    let volume = std::fs::read_dir(folder.join("volumes")).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&volume).unwrap();
+    let at = bytes.chunks(PAGE_SIZE).position(|p| p == page).unwrap() * PAGE_SIZE;
+    let file = OpenOptions::new().write(true).open(&volume).unwrap();
+    file.write_all_at(&[!page[9]], at as u64 + 9).unwrap();
+    file.sync_all().unwrap();
+}
+
 #[test]
 fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     let fake = FakeMeta::start("c1");
@@ -113,13 +132,7 @@ fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     for block in 1..=3 {
         has.put(block, &bytes_of(block, 3 * PAGE_SIZE)).unwrap();
     }
-    let volume = std::fs::read_dir(one.path().join("volumes")).unwrap().next().unwrap().unwrap().path();
-    let (bytes, page) =
-        (std::fs::read(&volume).unwrap(), bytes_of(2, 3 * PAGE_SIZE)[PAGE_SIZE..2 * PAGE_SIZE].to_vec());
-    let at = bytes.chunks(PAGE_SIZE).position(|p| p == page).unwrap() * PAGE_SIZE;
-    let file = OpenOptions::new().write(true).open(&volume).unwrap();
-    file.write_all_at(&[!page[9]], at as u64 + 9).unwrap();
-    file.sync_all().unwrap();
+    rot(one.path(), &bytes_of(2, 3 * PAGE_SIZE)[PAGE_SIZE..2 * PAGE_SIZE]);
     fake.state.lock().unwrap().map = Some(cluster_map(5, [&first, &second]));
     let report = checked(&fake, 1);
     assert_eq!((report.shards_copied, report.shards_lost), (2, 1));
@@ -132,6 +145,40 @@ fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     });
     assert_eq!(has.read(2, &[(0, 4096)]).unwrap().1, bytes_of(2, 4096), "its good pages are left alone");
     drop((first, second));
+}
+
+#[test]
+fn a_rotten_shard_is_replaced_by_a_good_one() {
+    let (fake, folder) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
+    let server = start(&fake, folder.path());
+    let data = bytes_of(2, 3 * PAGE_SIZE);
+    let good = data.clone();
+    let peer = peer::start(move |asked| match asked {
+        Asked::List(_) => {
+            let shard = ShardInfo { block: 2, shard: 1, policy: POLICY, length: good.len() as u32 };
+            Said::List(ListShardsReply { shards: vec![shard], end: true })
+        }
+        Asked::Read(_) => Said::Shard(good.clone()),
+    });
+    let mut client = Client::connect(&server, "c1");
+    client.put(2, &data).unwrap();
+    rot(folder.path(), &data[PAGE_SIZE..2 * PAGE_SIZE]);
+    assert!(client.read(2, &[(0, u32::MAX)]).unwrap().1 != data);
+    let mut map = cluster_map(5, [&server, &server]);
+    map.servers[1].address = peer.to_string();
+    fake.state.lock().unwrap().map = Some(map);
+    fake.wait("the map to arrive", |s| s.heartbeats.last().is_some_and(|beat| beat.epoch == 5));
+    let report = ReportShardRequest { target: 1, block: 2, shard: 0 };
+    client.call::<ReportShardReply>(Opcode::ReportShard, &report, &[]).0.unwrap();
+    fake.wait("the repair", |s| {
+        let scrubs = s.heartbeats.iter().flat_map(|h| &h.targets).filter_map(|t| t.scrub);
+        scrubs.into_iter().any(|s| (s.shards_bad, s.shards_repaired) == (1, 1))
+    });
+    assert!(client.read(2, &[(0, u32::MAX)]).unwrap().1 == data);
+    assert_eq!(client.list(), [2]);
+    server.stop().unwrap();
+    let server = start(&fake, folder.path());
+    assert!(Client::connect(&server, "c1").read(2, &[(0, u32::MAX)]).unwrap().1 == data);
 }
 
 #[test]
@@ -190,4 +237,64 @@ fn a_scrub_goes_on_after_a_restart_where_it_was() {
     assert_eq!((told.shards_bad, told.shards_repaired), (3, 2));
     server.stop().unwrap();
     assert!(std::fs::read_to_string(&place).unwrap().contains(r#""after_block":null"#));
+}
+
+/// Checks wait for a server that takes its time, more of them than there are buffers of a whole block: users, and the reads of
+/// that server, get buffers meanwhile. Two servers that copy from each other would wait for each other otherwise.
+#[test]
+fn copies_that_wait_for_another_server_leave_the_buffers_to_others() {
+    // A server with one core has buffers for 15 whole blocks; these shards are just too long for the next smaller size.
+    const CHECKS: u32 = 18;
+    const LENGTH: usize = 9 << 20;
+    let (fake, folder) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
+    let fast = Config { cores: 1, rebuild_rate: 1 << 40, ..config(&fake, folder.path()) };
+    let server = DataServer::start(fast).unwrap();
+    let reads = Arc::new((Mutex::new((0, false)), Condvar::new()));
+    let (held, bytes) = (reads.clone(), bytes_of(1, LENGTH));
+    let given = bytes.clone();
+    let peer = peer::start(move |asked| match asked {
+        Asked::List(list) => {
+            let block = 1000 + u64::from(list.group.unwrap().pg);
+            let shard = ShardInfo { block, shard: 1, policy: POLICY, length: LENGTH as u32 };
+            Said::List(ListShardsReply { shards: vec![shard], end: true })
+        }
+        Asked::Read(_) => {
+            let (state, changed) = &*held;
+            let mut state = state.lock().unwrap();
+            state.0 += 1;
+            while !state.1 {
+                state = changed.wait(state).unwrap();
+            }
+            Said::Shard(given.clone())
+        }
+    });
+    let mut map = cluster_map(5, [&server, &server]);
+    map.servers[1].address = peer.to_string();
+    let table = &mut map.eras[0].tables[0];
+    (table.pg_count, table.members) = (CHECKS, [1, 2].repeat(CHECKS as usize));
+    let order = |pg| meta::Check { ticket: u64::from(pg) + 1, target: 1, first_block: 1, width: 2, pg };
+    {
+        let mut state = fake.state.lock().unwrap();
+        (state.map, state.checks) = (Some(map), (0..CHECKS).map(order).collect());
+    }
+    fake.wait("all checks to wait for the peer", |_| reads.0.lock().unwrap().0 == CHECKS);
+    let mut client = Client::connect(&server, "c1");
+    client.put(1, &bytes).unwrap();
+    assert!(client.read(1, &[(0, u32::MAX)]).unwrap().1 == bytes);
+
+    reads.0.lock().unwrap().1 = true;
+    reads.1.notify_all();
+    fake.wait("the checks", |s| {
+        (0..CHECKS).all(|pg| s.check_reports.iter().any(|r| r.ticket == order(pg).ticket && r.done))
+    });
+    let state = fake.state.lock().unwrap();
+    for report in state.check_reports.iter().filter(|r| r.done) {
+        assert_eq!((report.problem.as_str(), report.shards_copied, report.shards_lost), ("", 1, 0));
+    }
+    assert_eq!(reads.0.lock().unwrap().0, CHECKS, "each at the first attempt");
+    drop(state);
+    for pg in 0..CHECKS {
+        let block = 1000 + u64::from(pg);
+        assert!(client.read(block, &[(0, u32::MAX)]).unwrap().1 == bytes, "{block}");
+    }
 }

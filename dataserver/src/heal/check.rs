@@ -50,12 +50,9 @@ pub(super) async fn run(healing: &Healing, order: &Check, report: &mut CheckRepo
         return Ok(());
     }
     let mut sources = Sources::new(healing, readable(&map, &members));
-    let copied_before = report.shards_copied;
-    let result = compare(healing, &seat, &mut sources, report).await;
-    if report.shards_copied > copied_before {
-        sync(healing, seat.target).await?;
-    }
-    result?;
+    compare(healing, &seat, &mut sources, report).await?;
+    // Also when nothing was missing: an attempt that was given up may have copied it, and synced nothing.
+    sync(healing, seat.target).await?;
     if report.shards_lost > 0 {
         return Err(format!("{} shards cannot be restored from the targets that answer", report.shards_lost));
     }
@@ -200,10 +197,12 @@ pub(super) async fn replace(
         }
         Err(Unrestored::Lost(why)) => return Err(format!("it cannot be restored: {why}")),
     };
-    let (dropping, old) = (store.clone(), *entry);
-    let dropped = healing.jobs.run(move || async move { dropping.drop_shard(&old).await }).await;
-    dropped.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
-    put(healing, seat.target, bad, entry.shard, restored).await?;
+    let Restored { record, length, page_crcs } = restored;
+    let new = NewShard { block: bad.block, shard: entry.shard, policy: bad.policy.code(), length };
+    let (replacing, old) = (store.clone(), *entry);
+    let replaced =
+        healing.jobs.run(move || async move { replacing.replace(&old, new, record, &page_crcs).await });
+    replaced.await.ok_or("this data server is stopping")?.map_err(|e| e.to_string())?;
     sync(healing, seat.target).await
 }
 

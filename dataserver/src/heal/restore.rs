@@ -1,4 +1,9 @@
 //! Making one shard of a block from others.
+//!
+//! **Memory.** What is read from others lies beside the pool of buffers until it is complete, and only then a buffer is taken: a
+//! read waits for the rate and for another server, and there for a buffer. Copies that held buffers meanwhile could hold all
+//! of them, so that users wait as well, and two servers that copy from each other wait for each other. Two checks a target
+//! with one block each are little.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use fjordfs_proto::{
-    BlockId, FsError, FsResult, Layout, PAGE_SIZE, Policy, ServerId, ShardNo, TargetId,
+    BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, PAGE_SIZE, Policy, ServerId, ShardNo, TargetId,
     block::{first_bad_page, page_crcs},
     coding::Code,
     error::Errno,
@@ -97,11 +102,14 @@ impl<'a> Sources<'a> {
     async fn copy(&mut self, block: BlockId, others: &[Listed]) -> Result<Restored, Unrestored> {
         let mut failures = Failures::default();
         for other in others {
-            let length = other.length;
-            let mut record = self.record(length).await?;
-            let data = &mut record[PAGE_SIZE..PAGE_SIZE + length as usize];
-            match self.read(block, other, data).await {
-                Ok(page_crcs) => return Ok(Restored { record, length, page_crcs }),
+            if other.length as usize > BLOCK_SIZE_MAX {
+                let what = format!("target {} lists {} bytes of {block}", other.target, other.length);
+                failures.add(FsError::new(Errno::EPROTO, what));
+                continue;
+            }
+            let mut data = vec![0; other.length as usize];
+            match self.read(block, other, &mut data).await {
+                Ok(page_crcs) => return self.ready(&data, page_crcs).await,
                 Err(e) => failures.add(e),
             }
         }
@@ -123,8 +131,6 @@ impl<'a> Sources<'a> {
             return Err(Unrestored::Lost(format!("shards of {length} bytes are not of ec:{k}+{m}")));
         };
         let mut failures = Failures::default();
-        // Beside the pool of buffers: one that holds some while it waits for more could wait for another like it. Two checks a
-        // target with K shards each are little.
         let mut present: Vec<(u8, Vec<u8>)> = Vec::with_capacity(k.get().into());
         for other in others {
             if present.len() == usize::from(k.get()) {
@@ -150,17 +156,18 @@ impl<'a> Sources<'a> {
             failures.messages.insert(0, e.to_string());
             Unrestored::Lost(failures.messages.join("; "))
         })?;
-        let mut record = self.record(length).await?;
-        record[PAGE_SIZE..PAGE_SIZE + length as usize].copy_from_slice(&restored);
-        Ok(Restored { record, length, page_crcs: page_crcs(&restored).into() })
+        self.ready(&restored, page_crcs(&restored).into()).await
     }
 
-    /// Memory for a shard of that length.
-    async fn record(&self, length: u32) -> Result<PageBuf, Unrestored> {
+    /// Takes a buffer for a shard, now that nothing else has to be waited for.
+    async fn ready(&self, data: &[u8], page_crcs: Bytes) -> Result<Restored, Unrestored> {
+        let length = data.len() as u32;
         let buffers = self.healing.node.pool.take(&[record_pages(length)]).await;
-        buffers
+        let mut record = buffers
             .and_then(|mut buffers| buffers.pop())
-            .ok_or_else(|| Unrestored::Lost(format!("a shard of {length} bytes is too large")))
+            .ok_or_else(|| Unrestored::Lost(format!("a shard of {length} bytes is too large")))?;
+        record[PAGE_SIZE..PAGE_SIZE + data.len()].copy_from_slice(data);
+        Ok(Restored { record, length, page_crcs })
     }
 
     /// Reads a whole shard of another target into `data`, which is as long as it, and verifies it; its integrity entries.

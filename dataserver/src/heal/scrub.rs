@@ -4,9 +4,8 @@
 //! the interval, or when an administrator asks for it; after a restart it goes on where it was (`place.rs`). What readers report
 //! goes through the same examination at once.
 //!
-//! **Repair.** A bad shard is restored from the others first, into memory; only then is the damaged one dropped, and the good one put
-//! in its place. A crash in between leaves a missing shard, which the check that follows every start finds. One that cannot
-//! be restored stays as it is: most of its pages are good.
+//! **Repair.** A bad shard is restored from the others into memory, and stored; only then is the damaged one dropped
+//! (`store/replace.rs`). One that cannot be restored, or that there is no room for, stays as it is: most of its pages are good.
 
 mod place;
 

@@ -144,6 +144,14 @@ impl Index {
         part.find_entry(hash, |p| p.entry() == *entry).map(|found| found.remove()).is_ok()
     }
 
+    /// Points a shard to another place if it is still at the old one.
+    pub(crate) fn replace(&self, old: &Entry, new: &Entry) -> bool {
+        let hash = hash(old.block);
+        let mut part = self.part(hash).write();
+        let found = part.find_mut(hash, |p| p.entry() == *old);
+        found.map(|packed| *packed = Packed::new(new)).is_some()
+    }
+
     /// All shards of a block.
     pub(crate) fn of_block(&self, block: BlockId) -> Vec<Entry> {
         let hash = hash(block);
@@ -229,8 +237,12 @@ mod tests {
                         Err(old) => prop_assert_eq!(oracle.get(&key), Some(&old)),
                     }
                 } else if let Some(old) = oracle.remove(&key) {
-                    prop_assert!(index.remove(&old));
-                    prop_assert!(!index.remove(&old));
+                    let moved = Entry { page: old.page ^ 1, ..old };
+                    prop_assert!(index.replace(&old, &moved));
+                    prop_assert!(!index.replace(&old, &moved) && !index.remove(&old));
+                    prop_assert_eq!(index.get(key.0, key.1), Some(moved));
+                    prop_assert!(index.remove(&moved));
+                    prop_assert!(!index.remove(&moved));
                 }
             }
             for (key, e) in &oracle {

@@ -41,10 +41,10 @@ pub(crate) struct NewShard {
 }
 
 /// A reserved place for a record.
-struct Place<F> {
-    volume: Arc<Volume<F>>,
-    offset: u64,
-    bytes: u64,
+pub(super) struct Place<F> {
+    pub(super) volume: Arc<Volume<F>>,
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
 }
 
 impl<D: Device> Store<D> {
@@ -56,7 +56,7 @@ impl<D: Device> Store<D> {
     pub(crate) async fn put(
         &self,
         new: NewShard,
-        mut record: PageBuf,
+        record: PageBuf,
         page_crcs: &[u8],
     ) -> Result<(), StoreError> {
         self.check_alive()?;
@@ -66,23 +66,7 @@ impl<D: Device> Store<D> {
             return self.same_or_refused(&old, &new, record, page_crcs).await;
         }
         let place = self.reserve(record_bytes(new.length)).await?;
-        let NewShard { block, shard, policy, length } = new;
-        fill_table(&mut record, length, page_crcs);
-        let header = RecordHeader { block, shard, policy, length, birth_ms: now_ms() };
-        fill_header(&mut record, &header, place.volume.salt, place.offset);
-        let (result, record) =
-            self.device.write(&place.volume.file, place.offset, record, 0..place.bytes as usize).await;
-        self.wrote(&place.volume);
-        if let Err(e) = result {
-            self.give_up(&place).await;
-            return Err(self.write_failure(
-                format!("writing {block} {shard} to {}", place.volume.id),
-                e,
-                place.bytes,
-            ));
-        }
-        let page = (place.offset / PAGE) as u32;
-        let entry = Entry { block, shard, policy, length, volume: place.volume.id, page };
+        let (entry, record) = self.write_record(&new, &place, record, page_crcs).await?;
         place.volume.add_record();
         if let Err(old) = self.index.insert(&entry) {
             // The same put came twice at the same moment, and the other one was quicker.
@@ -92,17 +76,44 @@ impl<D: Device> Store<D> {
         }
         place.volume.settle(place.offset);
         self.counters.shards.fetch_add(1, Ordering::Relaxed);
-        self.counters.shard_bytes.fetch_add(u64::from(length), Ordering::Relaxed);
+        self.counters.shard_bytes.fetch_add(u64::from(new.length), Ordering::Relaxed);
         self.counters.puts.fetch_add(1, Ordering::Relaxed);
         // A deletion that came meanwhile has not seen it.
-        if let Err(e) = self.check_not_deleted(block) {
+        if let Err(e) = self.check_not_deleted(new.block) {
             self.delete_one(&entry).await?;
             return Err(e);
         }
         Ok(())
     }
 
-    fn check_not_deleted(&self, block: BlockId) -> Result<(), StoreError> {
+    /// Writes a record to its place, which is given up when that fails. Returns its entry, not yet in the index.
+    pub(super) async fn write_record(
+        &self,
+        new: &NewShard,
+        place: &Place<D::File>,
+        mut record: PageBuf,
+        page_crcs: &[u8],
+    ) -> Result<(Entry, PageBuf), StoreError> {
+        let NewShard { block, shard, policy, length } = *new;
+        fill_table(&mut record, length, page_crcs);
+        let header = RecordHeader { block, shard, policy, length, birth_ms: now_ms() };
+        fill_header(&mut record, &header, place.volume.salt, place.offset);
+        let (result, record) =
+            self.device.write(&place.volume.file, place.offset, record, 0..place.bytes as usize).await;
+        self.wrote(&place.volume);
+        if let Err(e) = result {
+            self.give_up(place).await;
+            return Err(self.write_failure(
+                format!("writing {block} {shard} to {}", place.volume.id),
+                e,
+                place.bytes,
+            ));
+        }
+        let page = (place.offset / PAGE) as u32;
+        Ok((Entry { block, shard, policy, length, volume: place.volume.id, page }, record))
+    }
+
+    pub(super) fn check_not_deleted(&self, block: BlockId) -> Result<(), StoreError> {
         let deleted = || StoreError::Deleted { path: self.path().to_owned(), block };
         if self.deleted.contains(block) { Err(deleted()) } else { Ok(()) }
     }
@@ -126,7 +137,7 @@ impl<D: Device> Store<D> {
     }
 
     /// Frees the place of a record that is not to be believed.
-    async fn give_up(&self, place: &Place<D::File>) {
+    pub(super) async fn give_up(&self, place: &Place<D::File>) {
         let span = place.offset..place.offset + place.bytes;
         match self.device.punch(&place.volume.file, span).await {
             Ok(()) => {
@@ -145,6 +156,11 @@ impl<D: Device> Store<D> {
         if self.counters.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, within).is_err() {
             return Err(self.full(bytes));
         }
+        self.reserve_counted(bytes).await
+    }
+
+    /// Reserves what `used` counts already.
+    pub(super) async fn reserve_counted(&self, bytes: u64) -> Result<Place<D::File>, StoreError> {
         let result = self.reserve_in_volume(bytes).await;
         if result.is_err() {
             self.counters.used.fetch_sub(bytes, Ordering::SeqCst);

@@ -14,6 +14,10 @@
 //!
 //! What the scan found and did not believe becomes a hole, and every scanned volume is synced, before anything is
 //! written behind it: so a later crash cannot bring an old header back to light.
+//!
+//! **After a kill** the holes and records of the process before are all seen, though the device may not have them yet.
+//! Records are power-safe once they are believed: those of a checkpoint were synced before it, the others by the scan.
+//! Holes are by the first sync, for which every volume counts as written to ([`super::Store::open`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -262,8 +266,9 @@ impl<D: Device> Recovery<'_, D> {
                 page: (offset / PAGE) as u32,
             };
             end = end.max(entry.span().end);
-            // The same shard twice: an unsynced deletion and a new put, or a put repeated at the same moment. The bytes
-            // are the same, since a block id is used once; the later record may be the one that a sync has covered.
+            // The same shard twice: an unsynced deletion and a new put, a put repeated at the same moment, or a damaged
+            // record and the one that replaces it. The bytes are the same but for damage, since a block id is used once; the
+            // later record is the undamaged one, and may be the one that a sync has covered.
             if let Err(old) = self.index.insert(&entry) {
                 self.index.remove(&old);
                 if self.index.insert(&entry).is_ok()

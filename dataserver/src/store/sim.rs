@@ -50,8 +50,11 @@ pub(super) struct SimDevice {
     /// Writes begun while this is set reach the device's cache but never complete.
     pub(super) stall: AtomicBool,
     pub(super) stalled: AtomicUsize,
+    /// Holes begun while this is set are never made.
+    pub(super) stall_punch: AtomicBool,
     pub(super) fail_sync: AtomicBool,
     pub(super) fail_write: AtomicBool,
+    pub(super) fail_punch: AtomicBool,
     pub(super) syncs: AtomicUsize,
     /// Offset of a page, in any file, that cannot be read.
     pub(super) bad_sector: Mutex<Option<u64>>,
@@ -75,8 +78,10 @@ impl SimDevice {
             holes_visible,
             stall: AtomicBool::new(false),
             stalled: AtomicUsize::new(0),
+            stall_punch: AtomicBool::new(false),
             fail_sync: AtomicBool::new(false),
             fail_write: AtomicBool::new(false),
+            fail_punch: AtomicBool::new(false),
             syncs: AtomicUsize::new(0),
             bad_sector: Mutex::new(None),
         }
@@ -326,6 +331,13 @@ impl Device for SimDevice {
     }
 
     async fn punch(&self, file: &Arc<SimFile>, range: Range<u64>) -> io::Result<()> {
+        if self.fail_punch.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if self.stall_punch.load(Ordering::SeqCst) {
+            self.stalled.fetch_add(1, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
         self.punch_now(file, range)
     }
 

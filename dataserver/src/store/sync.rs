@@ -60,4 +60,10 @@ impl<D: Device> Store<D> {
         *covered = covering;
         Ok(())
     }
+
+    /// Whether a power failure would lose nothing.
+    #[cfg(test)]
+    pub(crate) fn is_power_safe(&self) -> bool {
+        self.volumes.read().values().all(|volume| volume.unsynced().is_none())
+    }
 }

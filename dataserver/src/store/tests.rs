@@ -1,5 +1,8 @@
 //! The store on the crashing device: whatever happens, synced shards stay, synced deletions stay, bytes are right.
 
+mod killed;
+mod repair;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering::SeqCst},
@@ -34,13 +37,23 @@ fn bytes_of(block: u64, length: u32) -> Vec<u8> {
     bytes
 }
 
-async fn put(store: &Store<SimDevice>, block: u64, data: &[u8]) -> Result<(), StoreError> {
+fn new_shard(block: u64, data: &[u8]) -> (NewShard, PageBuf) {
     let length = data.len() as u32;
     let mut record = PageBuf::unpooled(record_pages(length));
     record.fill(0xaa);
     record[PAGE_SIZE..PAGE_SIZE + data.len()].copy_from_slice(data);
-    let new = NewShard { block: BlockId(block), shard: ShardNo(0), policy: 2, length };
+    (NewShard { block: BlockId(block), shard: ShardNo(0), policy: 2, length }, record)
+}
+
+async fn put(store: &Store<SimDevice>, block: u64, data: &[u8]) -> Result<(), StoreError> {
+    let (new, record) = new_shard(block, data);
     store.put(new, record, &page_crcs(data)).await
+}
+
+/// Puts the same shard again in the place of its record.
+async fn replace(store: &Store<SimDevice>, old: &Entry, data: &[u8]) -> Result<(), StoreError> {
+    let (new, record) = new_shard(old.block.0, data);
+    store.replace(old, new, record, &page_crcs(data)).await
 }
 
 /// The bytes of a shard, if they verify.
@@ -71,6 +84,7 @@ enum Op {
     PutStalled(u32),
     Repeat(prop::sample::Index),
     Delete(prop::sample::Index),
+    Replace(prop::sample::Index),
     Sync,
     Checkpoint,
     DamageCheckpoint,
@@ -85,6 +99,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => length.prop_map(Op::PutStalled),
         1 => any::<prop::sample::Index>().prop_map(Op::Repeat),
         4 => any::<prop::sample::Index>().prop_map(Op::Delete),
+        1 => any::<prop::sample::Index>().prop_map(Op::Replace),
         2 => Just(Op::Sync),
         2 => Just(Op::Checkpoint),
         1 => Just(Op::DamageCheckpoint),
@@ -215,7 +230,15 @@ async fn play(ops: Vec<Op>, holes_visible: bool) {
                     assert!(matches!(refused, Err(StoreError::Deleted { .. })), "{late}: {refused:?}");
                 }
             }
-            Op::Repeat(_) | Op::Delete(_) => {}
+            Op::Replace(at) if !oracle.present.is_empty() => {
+                let block = *oracle.present.iter().nth(at.index(oracle.present.len())).unwrap();
+                let old = store.find(BlockId(block), ShardNo(0)).unwrap();
+                replace(&store, &old, &bytes_of(block, oracle.length[&block])).await.unwrap();
+                assert_ne!(store.find(BlockId(block), ShardNo(0)).unwrap(), old);
+                oracle.half.remove(&block);
+                oracle.synced();
+            }
+            Op::Repeat(_) | Op::Delete(_) | Op::Replace(_) => {}
             Op::Sync => {
                 store.sync().await.unwrap();
                 oracle.synced();

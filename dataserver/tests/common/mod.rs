@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, reason = "shared by several test programs")]
 #![allow(clippy::unwrap_used, reason = "a panic is the report of a test")]
 
+pub mod peer;
+
 use std::{
     collections::BTreeMap,
     io::{Read, Write},
