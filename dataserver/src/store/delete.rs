@@ -24,9 +24,21 @@ impl<D: Device> Store<D> {
         self.check_alive()?;
         // First: a put that is under way finds it, or is found here.
         self.deleted.add(blocks);
-        let entries: Vec<Entry> = blocks.iter().flat_map(|block| self.index.of_block(*block)).collect();
+        let mut deleted = 0;
+        loop {
+            let entries: Vec<Entry> = blocks.iter().flat_map(|block| self.index.of_block(*block)).collect();
+            deleted += self.delete_all(&entries).await?;
+            // What others had taken out before has its hole now, or is back.
+            drop(self.deleting.write().await);
+            if blocks.iter().all(|block| self.index.of_block(*block).is_empty()) {
+                return Ok(deleted);
+            }
+        }
+    }
+
+    async fn delete_all(&self, entries: &[Entry]) -> Result<u32, StoreError> {
         let mut deletions =
-            stream::iter(&entries).map(|entry| self.delete_one(entry)).buffer_unordered(AT_ONCE);
+            stream::iter(entries).map(|entry| self.delete_one(entry)).buffer_unordered(AT_ONCE);
         let (mut deleted, mut failure) = (0, Ok(()));
         while let Some(result) = deletions.next().await {
             match result {

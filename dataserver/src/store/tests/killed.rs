@@ -81,3 +81,25 @@ fn a_put_that_is_found_after_a_kill_and_synced_is_power_safe() {
         });
     }
 }
+
+#[test]
+fn a_deletion_that_finds_nothing_waits_for_the_hole_that_another_makes() {
+    run(async {
+        let (device, store) = open(SimDevice::new(1 << 30, true), OPTIONS);
+        put(&store, 1, &bytes_of(1, 60_000)).await.unwrap();
+        device.stall_punch.store(true, SeqCst);
+        let blocks = [BlockId(1)];
+        let mut first = Box::pin(store.delete(&blocks));
+        while device.stalled.load(SeqCst) == 0 {
+            assert!(futures_util::poll!(first.as_mut()).is_pending());
+        }
+        assert!(store.find(BlockId(1), ShardNo(0)).is_err());
+        let mut second = Box::pin(store.delete(&blocks));
+        for _ in 0..100 {
+            assert!(futures_util::poll!(second.as_mut()).is_pending(), "confirmed, and the shard is there");
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        assert_eq!(second.await.unwrap(), 0, "when the other is over, so is this one");
+    });
+}
