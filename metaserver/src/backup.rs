@@ -312,7 +312,7 @@ pub fn restore(
     match store {
         None => {
             let name = data.display().to_string();
-            let folder = Folder::claim_unlabelled(data, &about.cluster_id).map_err(|e| match e {
+            let mut folder = Folder::claim_unlabelled(data, &about.cluster_id).map_err(|e| match e {
                 FolderError::Locked(_) => BackupError::NotEmpty(name.clone()),
                 other => other.into(),
             })?;

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! DATA/
-//!   fjord-meta.json    {"kind": "meta", "format_version": 2, "cluster_id": "..."}   written before anything else (by a restore:
-//!                      when its store is closed), and by the first release that writes newer records
+//!   fjord-meta.json    {"kind": "meta", "format_version": 2, "cluster_id": "..."}   written before anything else, with "new": true
+//!                      until there is a store (by a restore: when its store is closed), and by the first release that writes
+//!                      newer records
 //!   fjord-meta.lock    locked (flock) by the running metaserver
 //!   store/             the storage engine's
 //! ```
@@ -29,6 +30,9 @@ struct Label {
     kind: String,
     format_version: u32,
     cluster_id: String,
+    /// There is no store yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    new: bool,
 }
 
 /// Why a folder cannot be used.
@@ -72,6 +76,11 @@ pub enum FolderError {
         /// Its cluster.
         found: String,
     },
+    /// There was metadata in it.
+    #[error(
+        "{} has lost its metadata: there is no {STORE} in it. Bring it back, or restore a backup: `fjord meta restore`", .0.display()
+    )]
+    StoreLost(PathBuf),
     /// There is no metadata in it.
     #[error("{} holds no metadata: name the metaserver's data folder", .0.display())]
     Empty(PathBuf),
@@ -90,6 +99,7 @@ pub enum FolderError {
 pub(crate) struct Folder {
     pub(crate) cluster_id: String,
     pub(crate) store: PathBuf,
+    new: bool,
     /// Holds the lock.
     _lock: File,
 }
@@ -112,12 +122,15 @@ impl Folder {
     fn claim_or_make(folder: &Path, cluster_id: impl FnOnce() -> String) -> Result<Folder, FolderError> {
         let lock = occupy(folder)?;
         let label = match read(folder)? {
+            Some(label) if !label.new && !folder.join(STORE).is_dir() => {
+                return Err(FolderError::StoreLost(folder.to_owned()));
+            }
             Some(label) if label.format_version == FORMAT_VERSION => label,
             // From here on an older release would take the records for damaged.
-            Some(older) => write(folder, older.cluster_id)?,
-            None => write(folder, cluster_id())?,
+            Some(older) => write(folder, older.cluster_id, older.new)?,
+            None => write(folder, cluster_id(), true)?,
         };
-        Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), _lock: lock })
+        Ok(Folder { cluster_id: label.cluster_id, store: folder.join(STORE), new: label.new, _lock: lock })
     }
 
     /// Claims a folder that is new, or a cluster's already, without a label: that follows when its store cannot be taken for an empty one
@@ -127,13 +140,16 @@ impl Folder {
         if let Some(label) = read(folder)?.filter(|label| label.cluster_id != cluster_id) {
             return Err(FolderError::OtherCluster { folder: folder.to_owned(), found: label.cluster_id });
         }
-        Ok(Folder { cluster_id: cluster_id.to_owned(), store: folder.join(STORE), _lock: lock })
+        Ok(Folder { cluster_id: cluster_id.to_owned(), store: folder.join(STORE), new: true, _lock: lock })
     }
 
-    /// Writes the label.
-    pub(crate) fn label(&self) -> Result<(), FolderError> {
+    /// Notes that there is a store now, and writes the label if need be.
+    pub(crate) fn label(&mut self) -> Result<(), FolderError> {
+        if !std::mem::take(&mut self.new) {
+            return Ok(());
+        }
         let folder = self.store.parent().unwrap_or(&self.store);
-        write(folder, self.cluster_id.clone()).map(drop)
+        write(folder, self.cluster_id.clone(), false).map(drop)
     }
 
     /// Claims a folder that must hold metadata already.
@@ -157,7 +173,10 @@ fn occupy(folder: &Path) -> Result<File, FolderError> {
         Err(source) => return Err(FolderError::Io { path: folder.to_owned(), source }),
         Ok(()) => {}
     }
-    refuse_targets(folder)?;
+    // A data server may have been started on it by mistake: what is ours stays ours.
+    if read(folder)?.is_none() {
+        refuse_targets(folder)?;
+    }
     lock(folder)
 }
 
@@ -200,8 +219,8 @@ fn read(folder: &Path) -> Result<Option<Label>, FolderError> {
 }
 
 /// Whole or not at all: a metaserver that starts after a crash must not make a second cluster id.
-fn write(folder: &Path, cluster_id: String) -> Result<Label, FolderError> {
-    let label = Label { kind: KIND.into(), format_version: FORMAT_VERSION, cluster_id };
+fn write(folder: &Path, cluster_id: String, new: bool) -> Result<Label, FolderError> {
+    let label = Label { kind: KIND.into(), format_version: FORMAT_VERSION, cluster_id, new };
     let write = || {
         let temporary = folder.join(format!("{LABEL}.new"));
         let mut file = File::create(&temporary)?;
@@ -246,7 +265,15 @@ mod tests {
         let id = first.cluster_id.clone();
         drop(first);
         assert_eq!(Folder::claim(&path).unwrap().cluster_id, id);
-        assert_eq!(Folder::claim_existing(&path).unwrap().cluster_id, id);
+        let mut claimed = Folder::claim_existing(&path).unwrap();
+        assert_eq!(claimed.cluster_id, id);
+        fs::create_dir(&claimed.store).unwrap();
+        claimed.label().unwrap();
+        drop(claimed);
+        assert_eq!(Folder::claim(&path).unwrap().cluster_id, id);
+        // What had a store once is never opened without it.
+        fs::remove_dir(path.join(STORE)).unwrap();
+        assert!(matches!(Folder::claim(&path), Err(FolderError::StoreLost(_))));
         assert!(matches!(Folder::claim_existing(folder.path()), Err(FolderError::Empty(_))));
     }
 
@@ -255,6 +282,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let older = r#"{"kind": "meta", "format_version": 1, "cluster_id": "c"}"#;
         fs::write(folder.path().join(LABEL), older).unwrap();
+        fs::create_dir(folder.path().join(STORE)).unwrap();
         assert_eq!(Folder::claim(folder.path()).unwrap().cluster_id, "c");
         assert_eq!(read(folder.path()).unwrap().unwrap().format_version, FORMAT_VERSION);
     }
@@ -279,5 +307,10 @@ mod tests {
         fs::create_dir(&target).unwrap();
         fs::write(target.join("fjord-target.json"), r#"{"format_version": 1, "uuid": "u"}"#).unwrap();
         assert!(matches!(Folder::claim(&target), Err(FolderError::HoldsTarget { .. })));
+        // Unless a metaserver's folder was given to a data server by mistake.
+        let ours = folder.path().join("ours");
+        drop(Folder::claim(&ours).unwrap());
+        fs::copy(target.join("fjord-target.json"), ours.join("label.json")).unwrap();
+        drop(Folder::claim(&ours).unwrap());
     }
 }

@@ -92,11 +92,13 @@ impl Open {
         let options = FjallOptions::default();
         let (store, folder): (Box<dyn MetaStore>, _) = match place {
             Place::Fjall(path) => {
-                let folder = match cluster {
+                let mut folder = match cluster {
                     None => Folder::claim_existing(path)?,
                     Some(id) => Folder::claim_for(path, id)?,
                 };
-                (Box::new(FjallStore::open(&folder.store, options)?), Some(folder))
+                let store = FjallStore::open(&folder.store, options)?;
+                folder.label()?;
+                (Box::new(store), Some(folder))
             }
             _ => {
                 let store = RemoteStore::open(place, options.cache_bytes)?;

@@ -193,6 +193,29 @@ fn unmounting_tells_who_else_has_it_mounted() {
     assert!(mount.process().wait().success());
 }
 
+/// A mount that was detached while in use has nothing to do with the next one on its folder.
+#[test]
+fn a_detached_mount_and_the_next_one_leave_each_other_alone() {
+    let cluster = Cluster::start("umount-again", Setup::default());
+    let mut old = cluster.mount();
+    fs::write(old.join("f"), "f").unwrap();
+    let held = File::open(old.join("f")).unwrap();
+    let dir = old.path().to_str().unwrap().to_owned();
+    cluster.fjord(["umount", "--lazy", &dir]).ok();
+    let again = || MountPoint::start(&cluster.meta_address(), Path::new(&dir), "", &cluster.dir("again"));
+    let new = again();
+    let told = unmount(&cluster, &new).ok().stderr;
+    assert!(!told.contains("waiting"), "{told}");
+    old.process().assert_running();
+    drop(new);
+    let new = again();
+    old.process().signal(Signal::TERM);
+    assert!(old.process().wait().success());
+    assert_eq!(fs::read_to_string(new.join("f")).unwrap(), "f");
+    drop(held);
+    new.unmount();
+}
+
 #[test]
 fn no_file_is_larger_than_an_offset_can_say() {
     let cluster = Cluster::start("efbig", Setup::default());

@@ -68,8 +68,9 @@ pub(crate) fn describe(holders: &[Holder]) -> String {
     text
 }
 
-/// The `fjord mount` processes that serve `mountpoint`.
-pub(crate) fn servers_of(mountpoint: &Path) -> Vec<u32> {
+/// The `fjord mount` processes that serve the filesystem with this device number, which is seen on `mountpoint`: others may serve one
+/// that was detached there before, and is still in use.
+pub(crate) fn servers_of(mountpoint: &Path, device: &str) -> Vec<u32> {
     pids()
         .filter(|pid| *pid != std::process::id())
         .filter(|pid| {
@@ -82,9 +83,39 @@ pub(crate) fn servers_of(mountpoint: &Path) -> Vec<u32> {
                     word == mountpoint.as_os_str().as_bytes()
                         || cwd.join(OsStr::from_bytes(word)) == mountpoint
                 })
-                && has_open(*pid, Path::new("/dev/fuse"))
+                && Fuse::of(*pid).is_some_and(|fuse| fuse.may_be(device))
         })
         .collect()
+}
+
+/// The filesystems that a process serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Fuse {
+    /// Their device numbers; none when the kernel does not tell.
+    devices: HashSet<String>,
+}
+
+impl Fuse {
+    /// `None` when it has no `/dev/fuse` open. See `fuse_dev_show_fdinfo` in Linux: the number of the connection is that of the
+    /// device.
+    pub(crate) fn of(pid: u32) -> Option<Fuse> {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let fuse = |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target == Path::new("/dev/fuse"));
+        let mut open = open.map(|entry| entry.path()).filter(fuse).peekable();
+        open.peek()?;
+        let connection = |path: PathBuf| {
+            let info =
+                fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", path.file_name()?.to_str()?)).ok()?;
+            let number = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"))?;
+            Some(format!("0:{}", number.trim()))
+        };
+        Some(Fuse { devices: open.filter_map(connection).collect() })
+    }
+
+    /// False when it is another one for certain.
+    pub(crate) fn may_be(&self, device: &str) -> bool {
+        self.devices.is_empty() || self.devices.contains(device)
+    }
 }
 
 /// Waits until none of the processes exists any more; false when `patience` was not enough.
@@ -115,11 +146,6 @@ fn pids() -> impl Iterator<Item = u32> {
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
-}
-
-fn has_open(pid: u32, file: &Path) -> bool {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|path| path == file)
 }
 
 fn program(pid: u32) -> String {

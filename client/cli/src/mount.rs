@@ -14,7 +14,8 @@ use fjordfs_fuse::Remount;
 
 use crate::{
     daemon::{self, Signals, Stop},
-    holders, mounts,
+    holders::{self, Fuse},
+    mounts,
     umount::{self, Refused},
 };
 
@@ -228,6 +229,7 @@ async fn serve(
         None => daemon::announce(&format!("{}{}", background::READY, dir.display())),
     }
     let departure = mount.departure();
+    let own = Fuse::of(std::process::id());
 
     let mut gone = tokio::task::spawn_blocking(move || {
         mount.wait();
@@ -245,7 +247,7 @@ async fn serve(
             () = tokio::time::sleep(Duration::from_millis(500)), if leaving.asked > 0 => {}
             worker = told_to_leave(worker.as_mut()) => worker.leave(&client, departure).await,
         }
-        if leaving.asked > 0 && leaving.attempt(dir) {
+        if leaving.asked > 0 && leaving.attempt(dir, own.as_ref()) {
             break;
         }
     }
@@ -295,8 +297,8 @@ struct Leaving {
 
 impl Leaving {
     /// Tries once; true when there is nothing left to wait for.
-    fn attempt(&mut self, dir: &Path) -> bool {
-        match umount::detach(dir, self.lazy) {
+    fn attempt(&mut self, dir: &Path, own: Option<&Fuse>) -> bool {
+        match umount::detach_own(dir, own, self.lazy) {
             // A plain unmount ends the session with the kernel, and `gone` reports that. After a lazy one users may
             // go on for as long as they like: end it here.
             Ok(()) => self.lazy,

@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use fjordfs_fuse::MountError;
 
 use crate::{
-    holders,
+    holders::{self, Fuse},
     mount::outcome::{Note, Outcome},
     mounts,
 };
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         Some(mount) => mount,
     };
-    let servers = holders::servers_of(&dir);
+    let servers = holders::servers_of(&dir, &mount.device);
     let note = Note::of(&servers);
     match detach(&dir, args.lazy) {
         Ok(()) => {}
@@ -127,6 +127,16 @@ impl std::fmt::Display for Refused {
 }
 
 impl std::error::Error for Refused {}
+
+/// Unmounts what this process serves; another mount that is seen there by now is left alone.
+pub(crate) fn detach_own(dir: &Path, own: Option<&Fuse>, lazy: bool) -> Result<(), Refused> {
+    let table = mounts::read().unwrap_or_default();
+    let seen = mounts::at(&table, dir);
+    if seen.zip(own).is_some_and(|(seen, own)| !own.may_be(&seen.device)) {
+        return Err(Refused::NotMounted);
+    }
+    detach(dir, lazy)
+}
 
 /// Unmounts; `lazy` takes it out of sight at once even if it is in use.
 pub(crate) fn detach(dir: &Path, lazy: bool) -> Result<(), Refused> {

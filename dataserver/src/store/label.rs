@@ -51,6 +51,8 @@ pub enum LabelError {
         "target {path} has format version {found}, this build knows {FORMAT_VERSION}: install the release that wrote it"
     )]
     Newer { path: PathBuf, found: u32 },
+    #[error("target {path} holds something else ({found}): give the data server an empty folder of its own")]
+    Foreign { path: PathBuf, found: String },
     #[error(
         "target {path} holds volumes but no label.json: restore the label, or empty the folder to format it anew"
     )]
@@ -83,6 +85,9 @@ impl Folder {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 if path.join("volumes").exists() {
                     return Err(LabelError::Unlabelled { path: path.to_owned() });
+                }
+                if let Some(found) = foreign(path).map_err(io("cannot look into the folder"))? {
+                    return Err(LabelError::Foreign { path: path.to_owned(), found });
                 }
                 let label = Label {
                     format_version: FORMAT_VERSION,
@@ -120,6 +125,18 @@ impl Folder {
         }
         Ok(())
     }
+}
+
+/// What is not ours in a folder without a label: another program's files, a metaserver's.
+fn foreign(path: &Path) -> io::Result<Option<String>> {
+    let ours = [LOCK, "lost+found", &format!("{LABEL}.new")];
+    for entry in std::fs::read_dir(path)? {
+        let name = entry?.file_name();
+        if !ours.iter().any(|known| name == *known) {
+            return Ok(Some(name.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(None)
 }
 
 fn parse(path: &Path, raw: &[u8]) -> Result<Label, LabelError> {
@@ -178,5 +195,13 @@ mod tests {
         let lost = at("lost");
         std::fs::create_dir(lost.join("volumes")).unwrap();
         assert!(matches!(Folder::claim(&lost), Err(LabelError::Unlabelled { .. })));
+        let metaserver = at("metaserver");
+        std::fs::write(metaserver.join("fjord-meta.json"), "{}").unwrap();
+        let refused = Folder::claim(&metaserver).err().unwrap().to_string();
+        assert!(refused.contains("fjord-meta.json"), "{refused}");
+        assert!(!metaserver.join(LABEL).exists());
+        let mounted = at("mounted");
+        std::fs::create_dir(mounted.join("lost+found")).unwrap();
+        drop(Folder::claim(&mounted).unwrap());
     }
 }

@@ -112,7 +112,7 @@ fn a_restore_that_was_interrupted_is_begun_again_when_that_is_asked_for() {
     for labelled in [false, true] {
         let data = dir.path().join(format!("meta-{labelled}"));
         {
-            let folder = Folder::claim_unlabelled(&data, "cluster").unwrap();
+            let mut folder = Folder::claim_unlabelled(&data, "cluster").unwrap();
             let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
             let fence = close(&store, "it", false).unwrap();
             if labelled {

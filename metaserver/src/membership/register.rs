@@ -127,14 +127,23 @@ impl Membership {
         self.targets.iter().find(|(_, info)| info.record.uuid == report.uuid).map(|(id, _)| *id)
     }
 
-    /// The id it has, else the one its targets remember, else a new one.
+    /// The id it has, else the one its targets remember, else that of the server that was there before with no target that is up:
+    /// its only disk may have been replaced. Else a new one.
     fn server_id(&self, txn: &mut Txn, request: &RegisterRequest) -> ServerId {
         let claimed = Some(ServerId(request.server)).filter(|id| self.map.servers.contains_key(id));
         let remembered = || {
             let id = request.targets.iter().find_map(|report| self.target_id(report))?;
             Some(ServerId(self.targets.get(&id)?.record.server))
         };
-        claimed.or_else(remembered).unwrap_or_else(|| {
+        let gone = |id: &ServerId| {
+            let mut targets = self.map.targets.values().filter(|target| target.server == *id);
+            targets.all(|target| target.state != TargetState::Up)
+        };
+        let before = || {
+            let same = |server: &Server| server.name == request.name && server.address == request.address;
+            self.map.servers.iter().find(|(id, server)| same(server) && gone(id)).map(|(id, _)| *id)
+        };
+        claimed.or_else(remembered).or_else(before).unwrap_or_else(|| {
             txn.counters().next_server += 1;
             ServerId(txn.counters().next_server - 1)
         })

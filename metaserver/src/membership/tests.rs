@@ -60,6 +60,19 @@ fn registering_again_keeps_the_ids() {
 }
 
 #[test]
+fn a_server_whose_only_disk_was_replaced_is_the_same_server() {
+    let mut w = bare();
+    register(&mut w, &registration("a", &["x"]));
+    register(&mut w, &registration("b", &["old"]));
+    assert_eq!(register(&mut w, &registration("b", &["other"])).server, 3, "the one there is up");
+    w.idle(w.config.down_after + Duration::from_secs(2));
+    let elsewhere = RegisterRequest { address: "elsewhere:9".into(), ..registration("b", &["more"]) };
+    assert_eq!(register(&mut w, &elsewhere).server, 4, "two hosts may have one name");
+    let replaced = register(&mut w, &registration("b", &["new"]));
+    assert_eq!((replaced.server, replaced.targets), (2, vec![5]));
+}
+
+#[test]
 fn strangers_are_turned_away() {
     let mut w = bare();
     register(&mut w, &registration("a", &["x"]));

@@ -126,6 +126,9 @@ pub(crate) fn make_root(txn: &mut Txn, policy: Policy, now: Time) {
         kind: FileKind::Directory.into(),
         mode: 0o755,
         nlink: 2,
+        // Whoever makes a filesystem may write to it.
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
         atime: Some(now),
         mtime: Some(now),
         ctime: Some(now),

@@ -37,8 +37,10 @@ use tokio::process::{Child, Command};
 
 use crate::{
     daemon::{self, PARENT_ENV, Signals, Stop},
+    holders::Fuse,
     mount::background,
-    mounts, umount,
+    mounts::{self, MountEntry},
+    umount,
     up::backoff::Backoff,
 };
 
@@ -322,8 +324,9 @@ impl Supervisor {
     /// Ends what waits in the mount, and the mount.
     fn give_up(&mut self) -> Next {
         // The last descriptors: the kernel ends every request. Only then can nothing about unmounting hang.
+        let own = Fuse::of(std::process::id());
         self.kept = None;
-        match umount::detach(&self.dir, true) {
+        match umount::detach_own(&self.dir, own.as_ref(), true) {
             Ok(()) | Err(umount::Refused::NotMounted) => {}
             Err(e) => tracing::error!("cannot detach {}: {e}", self.dir.display()),
         }
@@ -331,8 +334,11 @@ impl Supervisor {
     }
 
     fn is_mounted(&self) -> bool {
-        mounts::read()
-            .is_ok_and(|table| mounts::at(&table, &self.dir).is_some_and(mounts::MountEntry::is_ours))
+        let own = Fuse::of(std::process::id());
+        let is_own = |seen: &MountEntry| own.as_ref().is_none_or(|own| own.may_be(&seen.device));
+        mounts::read().is_ok_and(|table| {
+            mounts::at(&table, &self.dir).is_some_and(|seen| seen.is_ours() && is_own(seen))
+        })
     }
 }
 
