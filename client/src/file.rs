@@ -279,7 +279,16 @@ impl File {
     /// Data versions between which nobody but this client changed the file: who cached its bytes as of the first, and
     /// wrote through this client only, has them as of the last.
     pub fn own_versions(&self) -> RangeInclusive<u64> {
-        self.handle.state.lock().view.own_versions()
+        // An answer may show a commit of this client before it has come to the view, or when there is another view already.
+        let committed = self.handle.client.meta.leases().own_versions(self.ino());
+        let seen = self.handle.state.lock().view.own_versions();
+        match committed {
+            Some(own) if own.end() >= seen.start() && seen.end() >= own.start() => {
+                *own.start().min(seen.start())..=*own.end().max(seen.end())
+            }
+            Some(own) if own.end() > seen.end() => own,
+            _ => seen,
+        }
     }
 
     /// What is written from now on is written by somebody who may not keep the file's suid and sgid: they go with the

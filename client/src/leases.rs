@@ -28,6 +28,7 @@ mod openings;
 mod table;
 
 use std::{
+    ops::RangeInclusive,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -246,6 +247,11 @@ impl Leases {
         let mut state = self.state.lock();
         state.left()?;
         state.table.attr(ino)
+    }
+
+    /// Data versions between which nobody but this client changed a file that it has committed to.
+    pub(crate) fn own_versions(&self, ino: InodeId) -> Option<RangeInclusive<u64>> {
+        self.state.lock().table.own_versions(ino)
     }
 
     /// Attributes that an answer shows, unless this client has committed to the file since they were so.

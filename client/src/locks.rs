@@ -78,6 +78,12 @@ impl Locks {
         state.held.contains_key(&(ino.0, flock, owner)) || state.asked.iter().any(is_its)
     }
 
+    /// Whether any owner may hold a `flock` on an inode.
+    pub(crate) fn has_flock(&self, ino: InodeId) -> bool {
+        let state = self.state.lock();
+        state.held.keys().any(|key| (key.0, key.1) == (ino.0, true))
+    }
+
     /// Owners of locks other than those of `flock`.
     pub(crate) fn owners(&self) -> Vec<(InodeId, u64)> {
         let state = self.state.lock();

@@ -202,7 +202,7 @@ fn a_detached_mount_and_the_next_one_leave_each_other_alone() {
     let held = File::open(old.join("f")).unwrap();
     let dir = old.path().to_str().unwrap().to_owned();
     cluster.fjord(["umount", "--lazy", &dir]).ok();
-    let again = || MountPoint::start(&cluster.meta_address(), Path::new(&dir), "", &cluster.dir("again"));
+    let again = || MountPoint::start(&cluster.meta_address(), dir.as_ref(), "", &cluster.dir("again"));
     let new = again();
     let told = unmount(&cluster, &new).ok().stderr;
     assert!(!told.contains("waiting"), "{told}");

@@ -260,3 +260,64 @@ fn umask() -> u32 {
     rustix::process::umask(umask);
     umask.as_raw_mode()
 }
+
+#[test]
+fn what_was_written_through_a_mapping_is_data_for_seek() {
+    same_story("seek-mapped", |dir| {
+        let path = dir.join("f");
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        // SAFETY: nobody truncates the file while the map lives.
+        let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+        let reader = File::open(&path).unwrap();
+        let empty = seek(&reader, SeekFrom::Data(0)) == Err(Errno::NXIO);
+        assert_eq!(map[500_000], 0);
+        map[500_000..500_005].copy_from_slice(b"hello");
+        let data = seek(&reader, SeekFrom::Data(0)).unwrap();
+        let copy = dir.join("copy");
+        assert!(Command::new("cp").args([&path, &copy]).status().unwrap().success());
+        vec![
+            format!("empty at first: {empty}"),
+            format!("data is found before it: {}", (1..=500_000).contains(&data)),
+            format!("a copy has it: {}", fs::read(&copy).unwrap() == fs::read(&path).unwrap()),
+        ]
+    });
+}
+
+#[test]
+fn an_append_takes_the_capabilities_of_a_file() {
+    same_story("capability", |dir| {
+        let path = dir.join("f");
+        let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let has = || rustix::fs::getxattr(&path, "security.capability", &mut [0u8; 64][..]).is_ok();
+        fs::write(&path, "program").unwrap();
+        let mut lines = Vec::new();
+        for append in [false, true] {
+            rustix::fs::setxattr(&path, "security.capability", &capability, rustix::fs::XattrFlags::empty())
+                .unwrap();
+            lines.push(format!("set: {}", has()));
+            File::options().write(true).append(append).open(&path).unwrap().write_all(b"more").unwrap();
+            lines.push(format!("written, appending {append}: {}", has()));
+        }
+        let mut log = File::options().append(true).open(&path).unwrap();
+        for _ in 0..2 {
+            log.write_all(b"more").unwrap();
+            let capabilities = rustix::fs::XattrFlags::empty();
+            rustix::fs::setxattr(&path, "security.capability", &capability, capabilities).unwrap();
+        }
+        log.write_all(b"more").unwrap();
+        lines.push(format!("set while it was open: {}", has()));
+        lines
+    });
+}
+
+#[test]
+fn a_current_directory_that_was_removed_is_empty_and_has_attributes() {
+    same_story("removed-directory", |dir| {
+        let line = "mkdir d && cd d && rmdir ../d && stat -c '%F %A' . && ls -A; stat x; echo x >x; echo end";
+        let mut command = Command::new("bash");
+        command.args(["-c", line]).current_dir(dir);
+        let run = run(command);
+        vec![run.stdout.clone(), run.stderr.clone()]
+    });
+}

@@ -497,3 +497,66 @@ fn a_lock_brings_the_others_bytes_into_an_open_file() {
         lock(reader, Process, Unlock, 0, 0).unwrap();
     }
 }
+
+/// The kernel closes an open file in the background, and gives the next one the place in memory that it takes for its owner.
+#[test]
+fn a_close_under_way_takes_no_lock_from_the_next_open_file() {
+    let cluster = Cluster::start("closing", Setup::default());
+    let mount = cluster.mount();
+    let probe = open(&mount, "f");
+    for round in 0..100 {
+        for owner in [None, Some(OpenFile)] {
+            let wait = |file: &File| match owner {
+                None => flock(file, W, true),
+                Some(owner) => lock(file, owner, W, 0, 0),
+            };
+            let attempt = |file: &File, kind| match owner {
+                None => flock(file, kind, false),
+                Some(owner) => try_lock(file, owner, kind, 0, 0),
+            };
+            let mut first = open(&mount, "f");
+            wait(&first).unwrap();
+            // So that there is something to commit before the lock is given up.
+            first.write_all(b"x").unwrap();
+            drop(first);
+            let second = open(&mount, "f");
+            wait(&second).unwrap();
+            thread::sleep(Duration::from_millis(10));
+            assert_eq!(attempt(&probe, W), AGAIN, "round {round}, {owner:?}");
+            attempt(&second, Unlock).unwrap();
+            attempt(&probe, W).unwrap();
+            attempt(&probe, Unlock).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_crowd_that_waits_for_a_lock_does_not_hold_up_the_unlock() {
+    let cluster = Cluster::start("crowd", Setup::default());
+    let mount = cluster.mount();
+    let holder = open(&mount, "f");
+    flock(&holder, W, true).unwrap();
+    let (waiting, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..700 {
+            let file = open(&mount, "f");
+            let (waiting, done) = (&waiting, &done);
+            thread::Builder::new()
+                .stack_size(64 << 10)
+                .spawn_scoped(scope, move || {
+                    waiting.fetch_add(1, Ordering::SeqCst);
+                    match flock(&file, W, true) {
+                        Ok(()) => flock(&file, Unlock, true).unwrap(),
+                        Err(errno) => assert_eq!(errno, libc::ENOLCK),
+                    }
+                    done.fetch_add(1, Ordering::SeqCst);
+                })
+                .unwrap();
+        }
+        wait::wait_until("all to wait", SOON, || waiting.load(Ordering::SeqCst) == 700);
+        thread::sleep(Duration::from_secs(2));
+        flock(&holder, Unlock, true).unwrap();
+        wait::wait_until("all to have had it", 3 * SOON, || done.load(Ordering::SeqCst) == 700);
+    });
+    mount.unmount();
+}

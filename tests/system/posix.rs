@@ -526,3 +526,76 @@ fn sync_of_everything() {
     assert!(fs::read(mount.join("f")).unwrap() == rng::bytes(1, 1 << 20));
     mount.unmount();
 }
+
+/// Others open and close the file meanwhile, which may make the kernel read its pages anew.
+#[test]
+fn a_process_reads_what_it_has_written_while_others_open_the_file() {
+    let cluster = Cluster::start("counter", Setup::default());
+    let mount = cluster.mount();
+    let path = mount.join("counter");
+    fs::write(&path, 0u64.to_le_bytes()).unwrap();
+    let over = AtomicBool::new(false);
+    let number = |file: &File| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let mut last = 0;
+                while !over.load(Relaxed) {
+                    let now = number(&File::open(&path).unwrap());
+                    assert!(now >= last, "{now} after {last}");
+                    last = now;
+                }
+            });
+        }
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let began = std::time::Instant::now();
+        let mut count = 0;
+        while began.elapsed() < Duration::from_secs(8) {
+            let read = number(&file);
+            if read != count {
+                over.store(true, Relaxed);
+                panic!("{read} was read, {count} written");
+            }
+            count += 1;
+            file.write_all_at(&u64::to_le_bytes(count), 0).unwrap();
+        }
+        over.store(true, Relaxed);
+    });
+    mount.unmount();
+}
+
+/// Whether all pages of a file are in the page cache.
+fn is_cached(path: &Path) -> bool {
+    let file = File::open(path).unwrap();
+    // SAFETY: nobody truncates the file while the map lives.
+    let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
+    let mut pages = vec![0u8; map.len().div_ceil(4096)];
+    // SAFETY: the map is as long as is said, and the vector has a byte for each of its pages.
+    let asked = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
+    assert_eq!(asked, 0);
+    pages.iter().all(|page| page & 1 == 1)
+}
+
+/// Its commit comes after the close, and makes a version that the pages are not known to have.
+#[test]
+fn what_was_written_here_is_not_fetched_again() {
+    let cluster = Cluster::start("written-here", Setup::default());
+    let mount = cluster.mount();
+    let path = mount.join("f");
+    let data = rng::bytes(1, 4 << 20);
+    fs::write(&path, &data).unwrap();
+    assert!(is_cached(&path));
+    // Until it is committed, and forgotten here.
+    cluster.wait_status("the file to be committed", |s| s.shards() > 0);
+    thread::sleep(Duration::from_secs(2));
+    assert!(is_cached(&path), "the first open has thrown it away");
+    let other = cluster.mount();
+    fs::write(other.join("f"), rng::bytes(2, 4 << 20)).unwrap();
+    assert!(fs::read(&path).unwrap() == rng::bytes(2, 4 << 20), "what others have written is");
+    other.unmount();
+    mount.unmount();
+}

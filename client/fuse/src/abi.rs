@@ -206,8 +206,6 @@ pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 
 /// `LkIn::lk_flags`: a lock of flock(2).
 pub(crate) const LK_FLOCK: u32 = 1 << 0;
-/// `ReleaseIn::release_flags`: the open file has, or had, a lock of flock(2).
-pub(crate) const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 
 /// Notification codes, sent in `OutHeader::error` with `unique` 0.
 pub(crate) mod notify_code {

@@ -226,6 +226,14 @@ impl Filesystem for Adapter {
         file.unlock(to_client(lock)).await
     }
 
+    async fn unlock_flushed(&self, file: &File, lock: Lock) -> FsResult<()> {
+        file.unlock_flushed(to_client(lock)).await
+    }
+
+    fn holds_flock(&self, file: &File) -> bool {
+        file.has_flock()
+    }
+
     async fn test_lock(&self, file: &File, lock: Lock) -> FsResult<Option<Lock>> {
         let held = file.test_lock(to_client(lock)).await?;
         Ok(held.map(|fjordfs_client::Lock { owner, start, end, write, pid }| {

@@ -25,7 +25,7 @@ use crate::kernel_cache::KernelCache;
 use crate::lock_owners::LockOwners;
 use crate::notify::Notifier;
 use crate::overtaken::Overtaken;
-use crate::removed::OpenDirectories;
+use crate::removed::RemovedDirectories;
 use crate::reply::{self, Reply, Validity};
 use crate::request::{Caller, Operation, Request};
 
@@ -53,7 +53,7 @@ pub(crate) struct Dispatcher<F: Filesystem> {
     size_max: usize,
     files: Handles<OpenFile<F::File>>,
     directories: Handles<OpenDirectory>,
-    open_directories: OpenDirectories,
+    removed: RemovedDirectories,
     kernel_cache: KernelCache,
     held: Arc<Held>,
     ends: Arc<Ends>,
@@ -130,7 +130,7 @@ impl<F: Filesystem> Dispatcher<F> {
             size_max,
             files: Handles::new(first_number),
             directories: Handles::new(first_number),
-            open_directories: OpenDirectories::default(),
+            removed: RemovedDirectories::default(),
             kernel_cache: KernelCache::new(),
             held,
             ends: Arc::default(),
@@ -220,7 +220,6 @@ impl<F: Filesystem> Dispatcher<F> {
             }
             Operation::Opendir => {
                 let fh = self.directories.insert(OpenDirectory::new(node));
-                self.open_directories.opened(node);
                 let reply = Reply::of(&abi::OpenOut { fh, ..abi::OpenOut::default() });
                 return Ok(Answer { opened: Some(Opened::Directory(fh)), ..reply.into() });
             }
@@ -256,9 +255,9 @@ impl<F: Filesystem> Dispatcher<F> {
                 Reply::Empty
             }
             Operation::Rmdir { name } => {
-                let last = self.open_directory_at(node, &name).await;
+                let last = self.directory_at(node, &name).await;
                 self.fs.rmdir(node, &name).await?;
-                last.into_iter().for_each(|attr| self.open_directories.removed(attr));
+                last.into_iter().for_each(|attr| self.removed.removed(attr));
                 Reply::Empty
             }
             Operation::Rename { name, new_parent, new_name, flags } => {
@@ -269,11 +268,12 @@ impl<F: Filesystem> Dispatcher<F> {
                     ));
                 }
                 let replaced = match flags & RENAME_EXCHANGE {
-                    0 => self.open_directory_at(new_parent, &new_name).await,
+                    // Most renames replace a file, or nothing, and to look costs a round trip where the name is not known.
+                    0 if !self.directories.is_empty() => self.directory_at(new_parent, &new_name).await,
                     _ => None,
                 };
                 self.fs.rename(node, &name, new_parent, &new_name, flags).await?;
-                replaced.into_iter().for_each(|attr| self.open_directories.removed(attr));
+                replaced.into_iter().for_each(|attr| self.removed.removed(attr));
                 Reply::Empty
             }
 
@@ -313,17 +313,16 @@ impl<F: Filesystem> Dispatcher<F> {
             Operation::Setlk { fh, lock, wait } => self.setlk(unique, fh, lock, wait).await?,
             Operation::Flush { fh, lock_owner } => self.flush(fh, lock_owner).await?,
             Operation::Fsync { fh } => self.fsync(fh).await?,
-            Operation::Release { fh, flock_owner } => {
+            Operation::Release { fh } => {
                 if fh < self.first_number {
                     // It may have locks. One that is lost has none.
                     let _lost = self.file(fh).await;
                 }
-                if let Some(open) = self.files.remove(fh) {
+                if let Some(open) = self.files.get(fh) {
                     self.open_was_taken_in(fh, &open);
-                    self.unlock_open_file(fh, &open, flock_owner).await;
-                    self.release(&open).await;
+                    self.unlock_open_file(fh, &open).await;
                 }
-                self.fs.leave_closed(fh);
+                self.close(Opened::File(fh)).await;
                 Reply::Empty
             }
 
@@ -349,6 +348,7 @@ impl<F: Filesystem> Dispatcher<F> {
                     if self.held.lookups.subtract(ino, answers) {
                         self.kernel_cache.forget(ino);
                         self.ends.forget(ino);
+                        self.removed.forget(ino);
                         for (owner, fh) in self.lock_owners.forget(ino) {
                             self.fs.leave_lock_user(ino, owner, fh, false);
                         }
@@ -384,6 +384,7 @@ impl<F: Filesystem> Dispatcher<F> {
         };
         match found {
             Ok(attr) => Ok(self.found(parent, name, &attr)),
+            Err(e) if self.was_removed(parent, &e) => Err(FsError::new(Errno::ENOENT, e.message)),
             Err(e) if e.errno == Errno::ENOENT => match self.name_left(parent, name, None) {
                 Duration::ZERO => Err(e),
                 left => Ok(Reply::of(&reply::absent_out(left)).into()),
@@ -429,31 +430,36 @@ impl<F: Filesystem> Dispatcher<F> {
         if fh < self.first_number && self.directories.get(fh).is_none() {
             // Offsets say all that a former process may have kept.
             self.directories.insert_as(fh, OpenDirectory::new(node));
-            self.open_directories.opened(node);
         }
         let directory = self.directories.get(fh).ok_or_else(|| unknown_handle(fh))?;
         self.held.unsettled.settle_listing(directory.ino(), fh);
         let plus = plus.then_some(Plus { held: &self.held, handle: fh, least: self.validity });
         let mut listing = Listing::new((size as usize).min(self.size_max), plus);
-        directory.list(&self.fs, offset, &mut listing).await?;
+        match directory.list(&self.fs, offset, &mut listing).await {
+            Err(e) if self.was_removed(node, &e) => {}
+            listed => listed?,
+        }
         let (reply, lists) = listing.into_reply();
         Ok(Answer { lists, ..reply.into() })
     }
 
     async fn attr_of(&self, node: InodeId) -> FsResult<Attr> {
         match self.fs.getattr(node).await {
-            Err(e) if e.errno == Errno::ESTALE => self.open_directories.last_of(node).ok_or(e),
+            Err(e) if e.errno == Errno::ESTALE => self.removed.last_of(node).ok_or(e),
             result => result,
         }
     }
 
-    /// The directory of this name, if any is open that is perhaps about to be removed.
-    async fn open_directory_at(&self, parent: InodeId, name: &Bytes) -> Option<Attr> {
-        if !self.open_directories.are_any() {
-            return None;
-        }
-        let found = self.fs.lookup(parent, name).await.ok();
-        found.filter(|attr| attr.kind() == FileKind::Directory)
+    /// Whether an error says that a directory is gone which this mount has removed.
+    fn was_removed(&self, node: InodeId, e: &FsError) -> bool {
+        e.errno == Errno::ESTALE && self.removed.last_of(node).is_some()
+    }
+
+    /// The directory of this name, which is perhaps about to be removed. Mostly known here: the kernel has looked it up.
+    async fn directory_at(&self, parent: InodeId, name: &Bytes) -> Option<Attr> {
+        let found = self.fs.lookup(parent, name).await.ok()?;
+        let is_held = || self.held.lookups.count(InodeId(found.ino)) > 0;
+        (found.kind() == FileKind::Directory && is_held()).then_some(found)
     }
 
     /// Undoes what an answer began that the kernel did not take.
@@ -473,7 +479,6 @@ impl<F: Filesystem> Dispatcher<F> {
             Opened::Directory(fh) => {
                 if let Some(directory) = self.directories.remove(fh) {
                     self.held.unsettled.settle_listing(directory.ino(), fh);
-                    self.open_directories.closed(directory.ino());
                 }
             }
             Opened::File(fh) => {

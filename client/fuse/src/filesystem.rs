@@ -363,6 +363,16 @@ pub trait Filesystem: Send + Sync + 'static {
         let _ = (file, lock);
         async { Err(not_served()) }
     }
+    /// As [`Filesystem::unlock`], of what was flushed. It has taken effect before what is asked for after the first poll of it.
+    fn unlock_flushed(&self, file: &Self::File, lock: Lock) -> impl Future<Output = FsResult<()>> {
+        let _ = (file, lock);
+        async { Err(not_served()) }
+    }
+    /// Whether anybody on this mount may hold a `flock` on the file.
+    fn holds_flock(&self, file: &Self::File) -> bool {
+        let _ = file;
+        false
+    }
     /// The first lock that is in the way of this one.
     fn test_lock(&self, file: &Self::File, lock: Lock) -> impl Future<Output = FsResult<Option<Lock>>> {
         let _ = (file, lock);

@@ -57,6 +57,10 @@ impl<T> Handles<T> {
         self.shard(fh).write().remove(&fh)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.shards.iter().all(|shard| shard.read().is_empty())
+    }
+
     /// Empties the table.
     pub(crate) fn drain(&self) -> Vec<Arc<T>> {
         self.shards.iter().flat_map(|shard| std::mem::take(&mut *shard.write()).into_values()).collect()

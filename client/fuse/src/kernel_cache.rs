@@ -51,14 +51,31 @@ impl KernelCache {
         &self.shards[(ino.0 % SHARDS as u64) as usize]
     }
 
-    /// A file is being opened as `fh` while its bytes have this version: whether cached pages may stay. If not, [`KernelCache::dropped`]
-    /// is to be told when the kernel has dropped them.
-    pub(crate) fn keep_at_open(&self, ino: InodeId, data_version: u64, fh: u64) -> bool {
-        let keep = self.is_current(ino, data_version);
-        if !keep {
-            self.label(ino, Label { version: data_version, dropping: Some(fh), filled: false });
+    /// A file is being opened as `fh`, and its bytes had this version when it was looked up: whether cached pages may stay. If not,
+    /// [`KernelCache::dropped`] is to be told when the kernel has dropped them. What only this mount has changed since, and since the
+    /// last open, is in the pages: `own` says which versions those are by now.
+    pub(crate) fn keep_at_open(
+        &self,
+        ino: InodeId,
+        data_version: u64,
+        fh: u64,
+        own: impl FnOnce() -> RangeInclusive<u64>,
+    ) -> bool {
+        let mut shard = self.shard(ino).lock();
+        // Not before: another open may have labelled the pages with a version that was not known then.
+        let own = own();
+        let newest = |version: u64| if own.contains(&version) { *own.end() } else { version };
+        let version = newest(data_version);
+        match shard.get_mut(&ino) {
+            Some(label) if label.dropping.is_none() && newest(label.version) == version => {
+                label.version = version;
+                true
+            }
+            _ => {
+                put(&mut shard, ino, Label { version, dropping: Some(fh), filled: false });
+                false
+            }
         }
-        keep
     }
 
     /// A request with this handle came, so the kernel has taken in the answer to its open.
@@ -84,15 +101,8 @@ impl KernelCache {
 
     /// No page is older than this version.
     pub(crate) fn set_current(&self, ino: InodeId, data_version: u64) {
-        self.label(ino, Label { version: data_version, dropping: None, filled: true });
-    }
-
-    fn label(&self, ino: InodeId, label: Label) {
-        let mut shard = self.shard(ino).lock();
-        if shard.len() >= SHARD_ENTRIES_MAX && !shard.contains_key(&ino) {
-            shard.clear();
-        }
-        shard.insert(ino, label);
+        let label = Label { version: data_version, dropping: None, filled: true };
+        put(&mut self.shard(ino).lock(), ino, label);
     }
 
     /// Whether the pages have this version, which an open would keep.
@@ -116,15 +126,27 @@ impl KernelCache {
     }
 }
 
+fn put(shard: &mut Shard, ino: InodeId, label: Label) {
+    if shard.len() >= SHARD_ENTRIES_MAX && !shard.contains_key(&ino) {
+        shard.clear();
+    }
+    shard.insert(ino, label);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     /// An open whose answer the kernel takes in at once.
     fn open(cache: &KernelCache, ino: InodeId, version: u64) -> bool {
-        let keep = cache.keep_at_open(ino, version, 1);
+        let keep = keep_at_open(cache, ino, version, 1);
         cache.dropped(ino, 1);
         keep
+    }
+
+    /// Of a file that others may have changed.
+    fn keep_at_open(cache: &KernelCache, ino: InodeId, version: u64, fh: u64) -> bool {
+        cache.keep_at_open(ino, version, fh, || version..=version)
     }
 
     #[test]
@@ -148,12 +170,12 @@ mod tests {
         let cache = KernelCache::new();
         let ino = InodeId(33);
         assert!(open(&cache, ino, 1) || open(&cache, ino, 1));
-        assert!(!cache.keep_at_open(ino, 2, 7));
-        assert!(!cache.keep_at_open(ino, 2, 8), "handle 7's pages may still be there");
+        assert!(!keep_at_open(&cache, ino, 2, 7));
+        assert!(!keep_at_open(&cache, ino, 2, 8), "handle 7's pages may still be there");
         cache.dropped(ino, 7);
         assert!(!cache.is_current(ino, 2), "the last to open is waited for");
         cache.dropped(ino, 8);
-        assert!(cache.keep_at_open(ino, 2, 9));
+        assert!(keep_at_open(&cache, ino, 2, 9));
     }
 
     #[test]
@@ -163,6 +185,10 @@ mod tests {
         open(&cache, ino, 3);
         cache.changed_here(ino, 2..=5);
         assert!(open(&cache, ino, 5));
+        // Opens that were looked up at different moments of changes made here.
+        assert!(cache.keep_at_open(ino, 7, 1, || 5..=8) && cache.keep_at_open(ino, 6, 2, || 5..=8));
+        assert!(!cache.keep_at_open(ino, 4, 3, || 5..=8), "an older one is somebody else's");
+        cache.set_current(ino, 5);
         // Somebody else made version 6.
         cache.changed_here(ino, 6..=8);
         assert!(!open(&cache, ino, 8));

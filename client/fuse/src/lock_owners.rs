@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `fcntl` of a process | the process | FLUSH by this owner, of *any* open file of the inode |
 //! | `fcntl` of an open file (OFD) | the open file | RELEASE of the open file through which it was taken |
-//! | `flock` | the open file | RELEASE, which names it |
+//! | `flock` | the open file, by its handle | its RELEASE |
 //!
 //! The first two look alike when they are taken, so RELEASE gives up whatever was taken through the open file, unless its owner
 //! has used another one since.

@@ -2,7 +2,8 @@
 //!
 //! A notification can block in the kernel on a page that a request holds, so notifications are written by a thread of
 //! their own and never while answering a request. The queue is bounded; what does not fit is dropped, which is sound for pages
-//! because the next `open` drops them anyway ([`crate::kernel_cache`] is told first).
+//! because the next `open` drops them anyway ([`crate::kernel_cache`] is told first). Where somebody waits for one while the thread is
+//! blocked on a page of another file, more threads come, and go when there is nothing to do.
 //!
 //! # Recalls
 //! Others wait until a recalled name or attribute is out of use, so recalls must not wait for requests of this mount, which
@@ -17,6 +18,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -36,6 +38,13 @@ use recaller::Recaller;
 const QUEUE_MAX: usize = 4096;
 /// Until who must not lose a notification looks for room again.
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(1);
+
+/// Until who waits for a notification looks whether anybody can write it.
+const STUCK: Duration = Duration::from_millis(20);
+/// How long a thread beside the first stays without work.
+const LINGER: Duration = Duration::from_secs(10);
+/// Most threads: so many files whose pages are held may hold up nobody else.
+const WRITERS_MAX: usize = 64;
 
 #[derive(Debug)]
 enum Notification {
@@ -60,7 +69,17 @@ pub struct Notifier {
     queue: Sender<Notification>,
     /// As long as the leases that can be recalled, which the metaserver bounds.
     recalls: Sender<Option<Recall>>,
+    writers: Arc<Writers>,
     overtaken: Arc<Overtaken>,
+}
+
+/// The threads that write notifications.
+#[derive(Debug)]
+struct Writers {
+    fd: Arc<OwnedFd>,
+    notifications: Receiver<Notification>,
+    idle: AtomicUsize,
+    count: AtomicUsize,
 }
 
 impl Notifier {
@@ -86,14 +105,16 @@ impl Notifier {
     /// requests of this mount.
     pub async fn drop_pages(&self, ino: InodeId, bytes: Range<u64>) {
         self.overtaken.dropped(ino);
-        let (done, dropped) = oneshot::channel();
+        let (done, mut dropped) = oneshot::channel();
         let mut notification = Notification::Pages(ino, bytes, done);
         while let Err(TrySendError::Full(again)) = self.queue.try_send(notification) {
             notification = again;
             tokio::time::sleep(QUEUE_FULL_WAIT).await;
         }
-        // Without the thread there is no kernel left that caches anything.
-        let _ended = dropped.await;
+        // Without the threads there is no kernel left that caches anything.
+        while tokio::time::timeout(STUCK, &mut dropped).await.is_err() {
+            self.writers.reinforce();
+        }
     }
 
     /// What is cached under a name is stale. Returns at once.
@@ -116,7 +137,9 @@ impl Notifier {
 
     /// Ends the threads after what is queued. Waits for room, which there is since the connection is closed by then.
     pub(crate) fn stop(&self) {
-        let _already_gone = self.queue.send(Notification::Stop);
+        for _ in 0..self.writers.count.load(Ordering::SeqCst) {
+            let _already_gone = self.queue.send(Notification::Stop);
+        }
         let _already_gone = self.recalls.send(None);
     }
 }
@@ -127,13 +150,51 @@ pub(crate) fn start(fd: OwnedFd, held: Arc<Held>) -> io::Result<(Notifier, [Join
     let (queue, notifications) = bounded(QUEUE_MAX);
     let (recalls, recalled) = unbounded();
     let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
-    let notifier = {
-        let fd = fd.clone();
-        thread("fjord-fuse-notify").spawn(move || write_notifications(&fd, &notifications))?
-    };
+    let (idle, count) = (AtomicUsize::new(0), AtomicUsize::new(1));
+    let writers = Arc::new(Writers { fd: fd.clone(), notifications, idle, count });
+    let first = writers.clone();
+    let notifier = thread("fjord-fuse-notify").spawn(move || first.write(None))?;
     let mut recaller = Recaller::new(fd, held);
     let recaller = thread("fjord-fuse-recall").spawn(move || recaller.obey(&recalled))?;
-    Ok((Notifier { queue, recalls, overtaken: Arc::default() }, [notifier, recaller]))
+    Ok((Notifier { queue, recalls, writers, overtaken: Arc::default() }, [notifier, recaller]))
+}
+
+impl Writers {
+    /// Adds a thread if all are blocked.
+    fn reinforce(self: &Arc<Self>) {
+        if self.idle.load(Ordering::SeqCst) > 0 {
+            return;
+        }
+        if self.count.fetch_add(1, Ordering::SeqCst) >= WRITERS_MAX {
+            self.count.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
+        let writers = self.clone();
+        let spawned = std::thread::Builder::new().name("fjord-fuse-notify+".to_owned()).spawn(move || {
+            writers.write(Some(LINGER));
+            writers.count.fetch_sub(1, Ordering::SeqCst);
+        });
+        if let Err(e) = spawned {
+            self.count.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!("no thread for notifications beside those that are blocked: {e}");
+        }
+    }
+
+    /// Writes what comes, until told to stop; those with a time for lingering also when nothing has come for so long.
+    fn write(&self, linger: Option<Duration>) {
+        loop {
+            self.idle.fetch_add(1, Ordering::SeqCst);
+            let next = match linger {
+                None => self.notifications.recv().ok(),
+                Some(linger) => self.notifications.recv_timeout(linger).ok(),
+            };
+            self.idle.fetch_sub(1, Ordering::SeqCst);
+            match next {
+                None | Some(Notification::Stop) => return,
+                Some(notification) => write_notification(&self.fd, notification),
+            }
+        }
+    }
 }
 
 /// A process takes over from one that has ended: the kernel sends again what that one has read and not answered, and asks for every
@@ -145,22 +206,20 @@ pub(crate) fn take_over(fd: &OwnedFd, kernel_minor: u32) -> io::Result<()> {
     notify(fd, notify_code::RESEND, &[])
 }
 
-fn write_notifications(fd: &OwnedFd, notifications: &Receiver<Notification>) {
-    while let Ok(notification) = notifications.recv() {
-        let written = match &notification {
-            Notification::Inode(ino) => drop_pages(fd, *ino, 0..u64::MAX),
-            Notification::Pages(ino, bytes, _) => drop_pages(fd, *ino, bytes.clone()),
-            Notification::Entry(parent, name) => {
-                let head = NotifyInvalEntry { parent: parent.0, namelen: name.len() as u32, flags: 0 };
-                notify(fd, notify_code::INVAL_ENTRY, &[head.as_bytes(), name, &[0]])
-            }
-            Notification::Stop => return,
-        };
-        log_refusal(&notification, written);
-        if let Notification::Pages(.., done) = notification {
-            // The request may have been given up.
-            let _ = done.send(());
+fn write_notification(fd: &OwnedFd, notification: Notification) {
+    let written = match &notification {
+        Notification::Inode(ino) => drop_pages(fd, *ino, 0..u64::MAX),
+        Notification::Pages(ino, bytes, _) => drop_pages(fd, *ino, bytes.clone()),
+        Notification::Entry(parent, name) => {
+            let head = NotifyInvalEntry { parent: parent.0, namelen: name.len() as u32, flags: 0 };
+            notify(fd, notify_code::INVAL_ENTRY, &[head.as_bytes(), name, &[0]])
         }
+        Notification::Stop => Ok(()),
+    };
+    log_refusal(&notification, written);
+    if let Notification::Pages(.., done) = notification {
+        // The request may have been given up.
+        let _ = done.send(());
     }
 }
 

@@ -88,6 +88,11 @@ impl Overtaken {
         }
     }
 
+    /// Whether anybody has it open for writing.
+    pub(crate) fn is_written(&self, ino: InodeId) -> bool {
+        self.shard(ino).lock().contains_key(&ino)
+    }
+
     /// The kernel is told to drop pages.
     pub(crate) fn dropped(&self, ino: InodeId) {
         if let Some(written) = self.shard(ino).lock().get_mut(&ino) {

@@ -1,7 +1,7 @@
-//! Directories that this mount has removed while they were open.
+//! Directories that this mount has removed and the kernel still holds: open, or as the current directory of a process.
 //!
 //! The metaserver keeps removed files for those who have them open. A removed directory it does not keep: all that can still be
-//! done with one is to look at its attributes, so those are kept here until it is closed.
+//! done with one is to look at its attributes and to find it empty, so those are kept here until the kernel forgets it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,52 +12,33 @@ use parking_lot::Mutex;
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct OpenDirectories {
-    open: Mutex<HashMap<InodeId, Open>>,
-    /// Of `open`, for a look without the lock.
+pub(crate) struct RemovedDirectories {
+    last: Mutex<HashMap<InodeId, Attr>>,
+    /// Of `last`, for a look without the lock.
     count: AtomicUsize,
 }
 
-#[derive(Debug, Default)]
-struct Open {
-    handles: usize,
-    /// Once it is removed.
-    last: Option<Attr>,
-}
-
-impl OpenDirectories {
-    pub(crate) fn opened(&self, ino: InodeId) {
-        let mut open = self.open.lock();
-        open.entry(ino).or_default().handles += 1;
-        self.count.store(open.len(), Ordering::Release);
-    }
-
-    pub(crate) fn closed(&self, ino: InodeId) {
-        let mut open = self.open.lock();
-        if let Some(directory) = open.get_mut(&ino) {
-            directory.handles -= 1;
-            if directory.handles == 0 {
-                open.remove(&ino);
-            }
-        }
-        self.count.store(open.len(), Ordering::Release);
-    }
-
-    /// Whether any directory is open.
-    pub(crate) fn are_any(&self) -> bool {
-        self.count.load(Ordering::Acquire) > 0
-    }
-
-    /// A directory is removed, which had these attributes.
+impl RemovedDirectories {
+    /// A directory is removed, which had these attributes. The kernel knows it, and has not heard of it.
     pub(crate) fn removed(&self, attr: Attr) {
-        if let Some(directory) = self.open.lock().get_mut(&InodeId(attr.ino)) {
-            directory.last = Some(Attr { nlink: 0, ..attr });
-        }
+        let mut last = self.last.lock();
+        last.insert(InodeId(attr.ino), Attr { nlink: 0, ..attr });
+        self.count.store(last.len(), Ordering::Release);
     }
 
-    /// Attributes of a directory that was removed while it was open.
+    /// The kernel has forgotten an inode.
+    pub(crate) fn forget(&self, ino: InodeId) {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut last = self.last.lock();
+        last.remove(&ino);
+        self.count.store(last.len(), Ordering::Release);
+    }
+
+    /// Attributes of a directory that was removed.
     pub(crate) fn last_of(&self, ino: InodeId) -> Option<Attr> {
-        self.open.lock().get(&ino)?.last
+        self.last.lock().get(&ino).copied()
     }
 }
 
@@ -66,18 +47,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_kept_until_the_last_handle_is_closed() {
-        let directories = OpenDirectories::default();
+    fn attributes_are_kept_until_the_kernel_forgets_it() {
+        let directories = RemovedDirectories::default();
         let attr = |ino| Attr { ino, nlink: 2, mode: 0o750, ..Attr::default() };
+        directories.forget(InodeId(5));
         directories.removed(attr(5));
-        assert!(!directories.are_any() && directories.last_of(InodeId(5)).is_none());
-        directories.opened(InodeId(5));
-        directories.opened(InodeId(5));
-        assert!(directories.last_of(InodeId(5)).is_none());
-        directories.removed(attr(5));
-        directories.closed(InodeId(5));
         assert_eq!(directories.last_of(InodeId(5)), Some(Attr { nlink: 0, ..attr(5) }));
-        directories.closed(InodeId(5));
-        assert!(directories.last_of(InodeId(5)).is_none() && !directories.are_any());
+        assert!(directories.last_of(InodeId(6)).is_none());
+        directories.forget(InodeId(5));
+        assert!(directories.last_of(InodeId(5)).is_none());
     }
 }

@@ -163,8 +163,6 @@ pub(crate) enum Operation {
     },
     Release {
         fh: u64,
-        /// Who may have a lock of flock(2) through this open file.
-        flock_owner: Option<u64>,
     },
     Opendir,
     Readdir {
@@ -389,11 +387,7 @@ impl Arguments<'_> {
                 Operation::Flush { fh, lock_owner }
             }
             opcode::FSYNC => Operation::Fsync { fh: self.fixed::<abi::FsyncIn>()?.fh },
-            opcode::RELEASE => {
-                let abi::ReleaseIn { fh, release_flags, lock_owner, .. } = self.fixed()?;
-                let flock_owner = (release_flags & abi::RELEASE_FLOCK_UNLOCK != 0).then_some(lock_owner);
-                Operation::Release { fh, flock_owner }
-            }
+            opcode::RELEASE => Operation::Release { fh: self.fixed::<abi::ReleaseIn>()?.fh },
             opcode::OPENDIR => Operation::Opendir,
             code @ (opcode::READDIR | opcode::READDIRPLUS) => {
                 let input: abi::ReadIn = self.fixed()?;

@@ -51,8 +51,11 @@ pub(crate) trait Slot: 'static {
     /// Memory from which the kernel takes the data of a READ ([`Reply::InPayload`]); empty where the transport has none.
     fn payload(&mut self) -> &mut [u8];
 
-    /// The answer depends on others' requests and may take for ever: it must not use up what those need.
-    fn may_be_kept_long(&mut self) {}
+    /// The answer depends on others' requests and may take for ever: it must not use up what those need. False when there is nothing
+    /// to be had in its place.
+    fn may_be_kept_long(&mut self) -> bool {
+        true
+    }
 
     /// To be dropped when the kernel has taken in the answer that was sent.
     fn drop_when_taken_in(&mut self, short: ShortAnswer) {

@@ -111,8 +111,12 @@ async fn serve<F: Filesystem, S: Slot>(
 ) {
     let opcode = message.header.opcode;
     let request = message.header.unique & !UNIQUE_RESEND;
-    if opcode == opcode::SETLKW {
-        slot.may_be_kept_long();
+    if opcode == opcode::SETLKW && !slot.may_be_kept_long() {
+        // Else those who wait would hold up the unlock that they wait for.
+        if let Err(e) = slot.answer(&Reply::Error(libc::ENOLCK)) {
+            tracing::debug!("a wait for a lock was not refused: {e}");
+        }
+        return;
     }
     // Pinned here, as is each request's work below: moved into what awaits it, it would have its place twice, and every level
     // of that doubles what is allocated and copied for each request.

@@ -24,6 +24,7 @@ over_each_transport! {
     a_growing_file_is_followed_without_opening_it_again
     a_reader_of_a_growing_file_sees_no_zeros_at_its_old_end
     a_new_size_is_told_only_when_the_old_end_is_dropped
+    a_file_whose_pages_are_held_holds_up_no_other
     a_reader_beside_an_append_keeps_no_zeros_at_the_old_end
     leased_names_and_attributes_are_not_asked_for_until_they_are_recalled
     a_recall_waits_for_no_request_of_its_directory
@@ -266,6 +267,32 @@ fn a_new_size_is_told_only_when_the_old_end_is_dropped(transport: TransportChoic
     });
     assert!(fs::read(&path).unwrap() == [7; 8000]);
     drop(file);
+    mounted.end();
+}
+
+/// An invalidation waits for the pages that a slow READ has locked; who appends to another file waits for its own.
+fn a_file_whose_pages_are_held_holds_up_no_other(transport: TransportChoice) {
+    let Some(mounted) = Mounted::new(transport, "") else { return };
+    mounted.control.make_file("slow", &[7; 5000]);
+    mounted.control.make_file("log", &[7; 10]);
+    let (slow, log) = (mounted.path("slow"), mounted.path("log"));
+    assert_eq!(fs::read(&log).unwrap(), [7; 10]);
+    let slow = File::open(slow).unwrap();
+    let reads = mounted.control.reads.load(Ordering::SeqCst);
+    *mounted.control.slow.lock() = Duration::from_secs(20);
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| slow.read_at(&mut [1; 100], 0).unwrap());
+        while mounted.control.reads.load(Ordering::SeqCst) == reads {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let notifier = mounted.control.notifier.lock().clone().unwrap();
+        notifier.invalidate_inode(fjordfs_proto::InodeId(slow.metadata().unwrap().ino()));
+        OpenOptions::new().append(true).open(&log).unwrap().write_all(&[7; 10]).unwrap();
+        assert_eq!(fs::metadata(&log).unwrap().len(), 20);
+        assert!(!reading.is_finished(), "the append waited for another file's READ");
+        assert_eq!(reading.join().unwrap(), 100);
+    });
+    drop(slow);
     mounted.end();
 }
 

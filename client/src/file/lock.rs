@@ -110,8 +110,13 @@ impl File {
         let client = &self.handle.client;
         // Also what nobody else uses yet: who takes turns by a lock is about to.
         client.flush(&self.handle.state).await?;
+        self.unlock_flushed(lock).await
+    }
+
+    /// As [`File::unlock`], of what has been flushed. It is sent at the first poll.
+    pub async fn unlock_flushed(&self, lock: Lock) -> FsResult<()> {
         let op = Unlock { lock: Some(self.to_pb(&lock)) };
-        reply_of(client.meta.call(Op::Unlock(op)).await).map(drop)
+        reply_of(self.handle.client.meta.call(Op::Unlock(op)).await).map(drop)
     }
 
     /// The first lock that is in the way of this one.
@@ -133,6 +138,11 @@ impl File {
     /// Whether an owner may hold locks on this file.
     pub fn may_hold_locks(&self, owner: LockOwner) -> bool {
         self.handle.client.meta.locks().may_hold(self.ino(), owner.flock, owner.id)
+    }
+
+    /// Whether anybody at this client may hold a `flock` on this file.
+    pub fn has_flock(&self) -> bool {
+        self.handle.client.meta.locks().has_flock(self.ino())
     }
 
     /// What others have committed is seen from now on; otherwise nothing is locked.

@@ -266,11 +266,11 @@ impl View {
         self.attr.atime = Some(time);
     }
 
-    /// Suid and sgid go with the next commit; says whether there are any.
+    /// Suid and sgid go with the next commit, also those that another client has set since; says whether there are any as far as
+    /// is known here.
     pub(crate) fn drop_suid(&mut self) -> bool {
-        let had = without_suid(self.attr.mode) != self.attr.mode;
-        self.clear_suid |= had;
-        had
+        self.clear_suid = true;
+        without_suid(self.attr.mode) != self.attr.mode
     }
 
     /// Whether the next commit takes suid and sgid away.

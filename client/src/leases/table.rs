@@ -10,7 +10,7 @@
 //! - A name or an inode that an unanswered operation of this client is about to change is not shown: somebody else
 //!   may have been told of the change before this client is.
 
-use std::{collections::HashMap, num::NonZeroUsize};
+use std::{collections::HashMap, num::NonZeroUsize, ops::RangeInclusive};
 
 use bytes::Bytes;
 use fjordfs_proto::{
@@ -33,6 +33,14 @@ const TARGETS_MAX: usize = 1 << 14;
 
 /// Files of which it is remembered what this client committed last: what counts are those of the last seconds.
 const COMMITTED_MAX: usize = 1 << 12;
+
+/// What this client committed last to a file.
+struct Committed {
+    /// As its answer shows the file.
+    attr: Attr,
+    /// Since this version of the bytes nobody else has changed them.
+    own_since: u64,
+}
 
 /// What is known under a name; `None` is that nothing is there.
 pub(super) type Named = Option<InodeId>;
@@ -92,7 +100,7 @@ pub(crate) struct Table {
     /// Of files that were looked up, until they are opened.
     extents: Extents,
     /// Attributes of files as this client's last commits left them, leased or not.
-    committed: LruCache<InodeId, Attr>,
+    committed: LruCache<InodeId, Committed>,
     /// Highest serial of an answer taken in.
     serial: u64,
     /// Sequence of the operation whose answer is being taken in.
@@ -167,9 +175,28 @@ impl Table {
     /// before.
     pub(super) fn newest(&mut self, attr: Attr) -> Attr {
         match self.committed.peek(&InodeId(attr.ino)) {
-            Some(committed) if committed.data_version > attr.data_version => *committed,
+            Some(committed) if committed.attr.data_version > attr.data_version => committed.attr,
             _ => attr,
         }
+    }
+
+    /// Data versions between which nobody but this client changed a file that it has committed to.
+    pub(super) fn own_versions(&self, ino: InodeId) -> Option<RangeInclusive<u64>> {
+        let committed = self.committed.peek(&ino)?;
+        Some(committed.own_since..=committed.attr.data_version)
+    }
+
+    /// A commit was answered. Of two answers out of order the later version counts.
+    fn has_committed(&mut self, attr: Attr, appended_shift: i64) {
+        let version = attr.data_version;
+        let own_since = match self.committed.peek(&InodeId(attr.ino)) {
+            Some(last) if last.attr.data_version > version => return,
+            Some(last) if version - last.attr.data_version <= 1 && appended_shift == 0 => last.own_since,
+            // Whoever has cached appended bytes that moved has them where they are not.
+            _ if appended_shift != 0 => version,
+            _ => version.saturating_sub(1),
+        };
+        self.committed.put(InodeId(attr.ino), Committed { attr, own_since });
     }
 
     pub(super) fn serial(&self) -> u64 {
@@ -221,9 +248,8 @@ impl Table {
             self.lasting(entry);
         }
         if let Ok(Reply::Commit(commit)) = result {
-            for attr in commit.files.iter().filter_map(|file| file.attr) {
-                let attr = self.newest(attr);
-                self.committed.put(InodeId(attr.ino), attr);
+            for (attr, file) in commit.files.iter().filter_map(|file| Some((file.attr?, file))) {
+                self.has_committed(attr, file.appended_shift);
             }
         }
         if serial == 0 {

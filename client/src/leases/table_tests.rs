@@ -271,3 +271,24 @@ fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
     t.clear();
     assert_eq!(t.newest(version(1)), version(1), "a metaserver may have lost it in a power failure");
 }
+
+#[test]
+fn versions_that_only_this_client_has_made_are_known() {
+    let mut t = table();
+    let file = |version| Attr { data_version: version, ..attr(8, FileKind::Regular, 0o644) };
+    let mut commit = |version, appended_shift| {
+        let file = FileCommitReply { attr: Some(file(version)), appended_shift, errno: 0 };
+        let reply = Ok(Reply::Commit(CommitReply { files: vec![file] }));
+        told(&mut t, &Op::Commit(Commit::default()), &reply, 0, &[]);
+        t.own_versions(InodeId(8)).unwrap()
+    };
+    assert_eq!(commit(5, 0), 4..=5);
+    assert_eq!(commit(6, 0), 4..=6);
+    assert_eq!(commit(5, 0), 4..=6, "an answer that comes late");
+    assert_eq!(commit(6, 0), 4..=6, "nothing has changed");
+    assert_eq!(commit(8, 0), 7..=8, "somebody else made one");
+    assert_eq!(commit(9, 100), 9..=9, "what was appended has moved");
+    assert_eq!(commit(10, 0), 9..=10);
+    t.clear();
+    assert_eq!(t.own_versions(InodeId(8)), None, "the metaserver may have lost them");
+}

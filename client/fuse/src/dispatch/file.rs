@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
+use fjordfs_proto::error::Errno;
 use fjordfs_proto::mode::PERMISSIONS;
 use fjordfs_proto::pb::meta::Attr;
 use fjordfs_proto::{FsResult, InodeId};
@@ -20,6 +21,8 @@ use crate::ends::{ShortAnswer, Told};
 use crate::filesystem::{Filesystem, NewFile};
 use crate::reply::{self, Reply, Validity};
 use crate::request::Caller;
+
+const CAPABILITY: &[u8] = b"security.capability";
 
 /// An open regular file.
 pub(super) struct OpenFile<T> {
@@ -109,7 +112,7 @@ impl<F: Filesystem> Dispatcher<F> {
         let fh = self.files.number();
         let open = OpenFile::new(file, ino, !is_read_only(flags));
         let mut open_flags = 0;
-        if self.kernel_cache.keep_at_open(ino, data_version, fh) {
+        if self.kernel_cache.keep_at_open(ino, data_version, fh, || self.fs.own_versions(&open.file)) {
             open_flags |= fopen::KEEP_CACHE;
         } else {
             open.drops_pages.store(true, Relaxed);
@@ -235,6 +238,7 @@ impl<F: Filesystem> Dispatcher<F> {
         if appends(flags) && !is_write_back {
             // The kernel holds no page of it meanwhile, and takes the file to end there afterwards.
             tells = Some(Told { ino: open.ino, size: offset + size as u64 });
+            self.drop_capability(&open).await?;
             let (at, until) = self.fs.append(&open.file, data).await?;
             unanswered = Some(Box::new(until));
             if at != offset {
@@ -262,6 +266,24 @@ impl<F: Filesystem> Dispatcher<F> {
         }
         let reply = Reply::of(&WriteOut { size: size as u32, padding: 0 });
         Ok(Answer { tells, unanswered, overtaken, ..reply.into() })
+    }
+
+    /// What is written may not have the rights that the file had. The kernel sees to it elsewhere, and leaves it to us with handles that
+    /// are marked direct.
+    async fn drop_capability(&self, open: &OpenFile<F::File>) -> FsResult<()> {
+        // Mostly known from here: a lease says whether there are any attributes.
+        let found = match self.fs.get_xattr(open.ino, CAPABILITY).await {
+            Ok(_) => self.fs.remove_xattr(open.ino, CAPABILITY).await,
+            Err(e) => Err(e),
+        };
+        match found {
+            Err(e)
+                if matches!(e.errno, Errno::ENODATA | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ESTALE) =>
+            {
+                Ok(())
+            }
+            found => found,
+        }
     }
 
     /// Each `close` of a descriptor that can write, or of a file that was locked. Not skipped for a handle that did not write itself: pages

@@ -67,6 +67,10 @@ impl<F: Filesystem> Dispatcher<F> {
             libc::SEEK_HOLE => false,
             _ => return Err(FsError::new(Errno::EINVAL, format!("lseek from {whence}"))),
         };
+        if self.overtaken.is_written(open.ino) {
+            // Pages dirtied through a mapping have bytes that nobody has sent yet. The kernel writes them back before it drops them.
+            self.notifier.drop_pages(open.ino, offset..u64::MAX).await;
+        }
         let offset = self.fs.seek(&open.file, data, offset).await?;
         Ok(Reply::of(&LseekOut { offset }))
     }

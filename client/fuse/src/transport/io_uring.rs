@@ -244,13 +244,14 @@ impl Slot for UringSlot {
         self.buffers.payload_mut()
     }
 
-    fn may_be_kept_long(&mut self) {
+    fn may_be_kept_long(&mut self) -> bool {
         self.is_kept = true;
-        if let Err(e) = self.shared.ring.keep(self.index) {
+        self.shared.ring.keep(self.index).unwrap_or_else(|e| {
             tracing::warn!(
                 "one request fewer can be in flight on a CPU while this one waits for others: {e}"
             );
-        }
+            false
+        })
     }
 
     fn drop_when_taken_in(&mut self, short: ShortAnswer) {

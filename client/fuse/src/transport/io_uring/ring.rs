@@ -13,7 +13,7 @@ use io_uring_06::{IoUring, cqueue, opcode, types};
 use memmap2::MmapMut;
 
 use super::memory::{self, EntryBuffers};
-use super::spares::Spares;
+use super::spares::{Place, Spares};
 use crate::abi::{Pod, UringCommand, uring};
 use crate::options::Busy;
 
@@ -163,11 +163,12 @@ impl Ring {
     }
 
     /// The entry's request may take for ever: its queue gets another entry, at the next `submit`.
-    pub(super) fn keep(&self, index: usize) -> io::Result<()> {
+    pub(super) fn keep(&self, index: usize) -> io::Result<bool> {
         let (queue, _) = self.entry(index).ok_or(io::ErrorKind::InvalidInput)?;
         match self.spares.keep(queue) {
-            Some(number) => self.register_again(self.entries.len() + number),
-            None => Ok(()),
+            Place::New(number) => self.register_again(self.entries.len() + number).map(|()| true),
+            Place::Free => Ok(true),
+            Place::Nothing => Ok(false),
         }
     }
 

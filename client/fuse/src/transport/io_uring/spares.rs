@@ -16,8 +16,19 @@ use memmap2::MmapMut;
 
 use super::memory::{self, EntryBuffers};
 
-/// Most spares of one queue: who waits beyond uses up the queue's own entries.
-const SPARES_MAX: usize = 256;
+/// Most spares of one queue. They are little more than addresses.
+const SPARES_MAX: usize = 4096;
+
+/// What there is in the place of an entry that is kept for long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A spare that is free.
+    Free,
+    /// A new one of this number, to be registered.
+    New(usize),
+    /// Nothing: an entry less is left.
+    Nothing,
+}
 
 /// One more entry.
 struct Spare {
@@ -48,20 +59,20 @@ impl Spares {
         Spares { size_max, spares, counts, out_of_memory: Cell::new(false) }
     }
 
-    /// An entry of this queue will be kept for long. The number of a spare that is to be registered in its place, unless one is
-    /// free.
-    pub(super) fn keep(&self, queue: u16) -> Option<usize> {
+    /// An entry of this queue will be kept for long.
+    pub(super) fn keep(&self, queue: u16) -> Place {
         let mut counts = self.counts.borrow_mut();
         let count = counts.entry(queue).or_default();
         count.waiting += 1;
-        if count.waiting <= count.spares || count.spares >= SPARES_MAX {
-            return None;
+        if count.waiting <= count.spares {
+            return Place::Free;
         }
-        let spare = self.make(queue)?;
+        let made = if count.spares < SPARES_MAX { self.make(queue) } else { None };
+        let Some(spare) = made else { return Place::Nothing };
         count.spares += 1;
         let mut spares = self.spares.borrow_mut();
         spares.push(spare);
-        Some(spares.len() - 1)
+        Place::New(spares.len() - 1)
     }
 
     /// Such an entry is back.
@@ -105,14 +116,16 @@ mod tests {
     #[test]
     fn there_are_as_many_as_are_kept_at_once() {
         let spares = Spares::new(4096);
-        assert_eq!((spares.keep(3), spares.keep(3), spares.keep(5)), (Some(0), Some(1), Some(2)));
+        let new = Place::New;
+        assert_eq!((spares.keep(3), spares.keep(3), spares.keep(5)), (new(0), new(1), new(2)));
         spares.back(3);
-        assert_eq!((spares.keep(3), spares.keep(3)), (None, Some(3)));
+        assert_eq!((spares.keep(3), spares.keep(3)), (Place::Free, new(3)));
         assert_eq!(spares.get(2).map(|(queue, _)| queue), Some(5));
         assert!(spares.iovecs(3).is_some() && spares.iovecs(4).is_none());
         for _ in 0..2 * SPARES_MAX {
             spares.keep(3);
         }
         assert_eq!(spares.spares.borrow().len(), SPARES_MAX + 1);
+        assert_eq!((spares.keep(3), spares.keep(5)), (Place::Nothing, new(SPARES_MAX + 1)));
     }
 }
