@@ -558,5 +558,6 @@ fn a_crowd_that_waits_for_a_lock_does_not_hold_up_the_unlock() {
         flock(&holder, Unlock, true).unwrap();
         wait::wait_until("all to have had it", 3 * SOON, || done.load(Ordering::SeqCst) == 700);
     });
+    drop(holder);
     mount.unmount();
 }

@@ -207,6 +207,12 @@ pub(crate) const WRITE_CACHE: u32 = 1 << 0;
 /// `LkIn::lk_flags`: a lock of flock(2).
 pub(crate) const LK_FLOCK: u32 = 1 << 0;
 
+/// The kernel's pages, bytes: 64 KiB on some ARM machines.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: asks for a number.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 /// Notification codes, sent in `OutHeader::error` with `unique` 0.
 pub(crate) mod notify_code {
     pub(crate) const INVAL_INODE: i32 = 2;

@@ -37,8 +37,6 @@ const BACKGROUND_MAX: u16 = 512;
 /// From here on the kernel holds back readahead.
 const CONGESTION_THRESHOLD: u16 = 384;
 
-const PAGE: usize = 4096;
-
 /// The kernel's INIT, to be answered.
 pub(super) struct Init {
     unique: u64,
@@ -166,7 +164,7 @@ fn negotiate(init: &InitIn, size_max: usize, uring: bool) -> InitOut {
         max_write: size_max as u32,
         time_gran: 1,
         // The kernel lowers it to fs.fuse.max_pages_limit.
-        max_pages: size_max.div_ceil(PAGE).min(usize::from(u16::MAX)) as u16,
+        max_pages: (size_max / abi::page_size()).max(1).min(usize::from(u16::MAX)) as u16,
         ..InitOut::default()
     }
 }

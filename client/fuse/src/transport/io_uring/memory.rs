@@ -19,16 +19,16 @@ use std::ptr::NonNull;
 
 use memmap2::{Advice, MmapMut};
 
-use crate::abi::{InHeader, OutHeader, Pod, UringInOut, uring};
+use crate::abi::{self, InHeader, OutHeader, Pod, UringInOut, uring};
 
-const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 const HEADERS_STRIDE: usize = 512;
 const _: () = assert!(HEADERS_STRIDE >= uring::HEADERS_SIZE);
 
-/// The payload buffer for requests of up to `size_max` bytes.
+/// The payload buffer for requests of up to `size_max` bytes. The kernel takes none with less room than the pages that INIT was answered
+/// with (fs/fuse/dev_uring.c, `fuse_uring_create`).
 pub(crate) fn payload_len(size_max: usize) -> usize {
-    size_max.next_multiple_of(PAGE).max(uring::PAYLOAD_MIN)
+    size_max.next_multiple_of(abi::page_size()).max(uring::PAYLOAD_MIN)
 }
 
 /// Memory of one entry for requests of up to `size_max` bytes.
@@ -38,10 +38,10 @@ pub(crate) fn entry_len(size_max: usize) -> usize {
 
 /// Maps the buffers of `entries` entries for requests of up to `size_max` bytes; they are valid as long as the map.
 pub(super) fn map(entries: usize, size_max: usize) -> io::Result<(MmapMut, Vec<EntryBuffers>)> {
-    let headers_len = (entries * HEADERS_STRIDE).next_multiple_of(PAGE);
+    let headers_len = (entries * HEADERS_STRIDE).next_multiple_of(abi::page_size());
     let payload_len = payload_len(size_max);
     let is_large = payload_len >= HUGE_PAGE / 2;
-    let align = if is_large { HUGE_PAGE } else { PAGE };
+    let align = if is_large { HUGE_PAGE } else { abi::page_size() };
     let mut map = MmapMut::map_anon(headers_len + align + entries * payload_len)?;
     let payloads_offset = headers_len + map[headers_len..].as_ptr().align_offset(align);
     if is_large {
@@ -135,7 +135,7 @@ mod tests {
         for entry in &entries {
             let [headers, payload] = entry.iovecs();
             assert_eq!((headers.iov_len, payload.iov_len), (288, 12_288));
-            assert_eq!(payload.iov_base.addr() % PAGE, 0);
+            assert_eq!(payload.iov_base.addr() % abi::page_size(), 0);
             parts.extend(
                 [headers, payload].map(|part| (part.iov_base.addr(), part.iov_base.addr() + part.iov_len)),
             );
