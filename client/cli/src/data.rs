@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use fjordfs_dataserver::{
     Config, DataServer, TargetConfig,
     added::{self, Added},
@@ -141,30 +141,50 @@ async fn until_added(config: &mut Config, added: &mut Signal) {
     }
 }
 
-/// Adds what was added since the configuration was written; how many. `fresh`: a folder that is no target yet is made one. A target that
-/// was one and whose folder is empty now is left out: its disk is not there.
+/// Adds what was added since the configuration was written; how many. `fresh`: a folder that is no target yet is made one. What cannot
+/// be used is left out: a server that does not start for it would keep the others from being read.
 fn take_in_added(config: &mut Config, fresh: bool) -> anyhow::Result<usize> {
+    // Links are followed, as when the server starts.
+    let path_of = |target: &TargetConfig| target.path.canonicalize().unwrap_or_else(|_| target.path.clone());
+    let mut known: Vec<PathBuf> = config.targets.iter().map(path_of).collect();
     let mut more = Vec::new();
-    for target in &config.targets {
-        let listed = added::list(&target.path)
-            .with_context(|| format!("cannot read {}", target.path.join(added::LIST).display()))?;
-        for Added { path, domain } in listed {
-            if config.targets.iter().chain(&more).any(|known| known.path == path) {
+    for folder in known.clone() {
+        let list = folder.join(added::LIST);
+        let listed =
+            added::list(&folder).with_context(|| format!("cannot read {}", list.display()))?;
+        for added in listed {
+            if known.contains(&added.path) {
                 continue;
             }
-            if fresh {
-                added::make_target(&path)?;
-            } else if !added::is_target(&path) {
-                tracing::error!("target {} was added and is not there: going on without it", path.display());
-                continue;
+            match usable(&added, &known, &config.name, fresh) {
+                Ok(target) => {
+                    known.push(added.path);
+                    more.push(target);
+                }
+                Err(e) => tracing::error!(
+                    "target {} was added and cannot be used: going on without it; it is listed in {}: {e:#}",
+                    added.path.display(),
+                    list.display()
+                ),
             }
-            let domain = domain.map(|text| Domain::of_server(&text, &config.name)).transpose()?;
-            more.push(TargetConfig { path, domain });
         }
     }
     let count = more.len();
     config.targets.extend(more);
     Ok(count)
+}
+
+/// Whether a target that was added can be one of this server now.
+fn usable(added: &Added, known: &[PathBuf], name: &str, fresh: bool) -> anyhow::Result<TargetConfig> {
+    let path = &added.path;
+    if let Some(other) = known.iter().find(|other| path.starts_with(other) || other.starts_with(path)) {
+        bail!("it and {} lie one inside the other", other.display());
+    }
+    // A folder that was one and is empty now: its disk is not there.
+    ensure!(fresh || added::is_target(path), "it is not there");
+    added::make_target(path)?;
+    let domain = added.domain.as_deref().map(|text| Domain::of_server(text, name)).transpose()?;
+    Ok(TargetConfig { path: path.clone(), domain })
 }
 
 /// Flags over file over defaults.
