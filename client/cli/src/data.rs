@@ -1,6 +1,6 @@
 //! `fjord data`: a data server.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail, ensure};
 use fjordfs_dataserver::{
@@ -14,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::{
     config::{self, DataFile, TargetEntry},
     daemon::{self, Signals, Stop},
-    units::{ByteSize, Span},
+    units::{self, ByteSize, Span, within},
 };
 
 /// Sent by `fjord target add`.
@@ -79,6 +79,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE")]
     scrub_rate: Option<ByteSize>,
 }
+
+/// What a target has to have room for: a volume of the smallest kind.
+const CAPACITIES: RangeInclusive<ByteSize> = ByteSize(64 << 20)..=ByteSize(1 << 60);
+const CORES_MAX: usize = 1024;
+const NO_LIMIT: (ByteSize, &str) = (ByteSize(0), "no limit");
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut config = settings(args)?;
@@ -211,9 +216,11 @@ fn settings(args: Args) -> anyhow::Result<Config> {
         |t: TargetEntry| Ok(TargetConfig { path: t.path, domain: t.domain.map(in_full).transpose()? });
     let targets: Result<Vec<TargetConfig>, DomainError> = targets.into_iter().map(target).collect();
     config.targets = targets?;
-    config.capacity_max = args.capacity_max.or(file.capacity_max).map(|size| size.0);
+    if let Some(size) = args.capacity_max.or(file.capacity_max) {
+        config.capacity_max = Some(within("capacity-max", size, CAPACITIES)?.0);
+    }
     if let Some(cores) = args.cores.or(file.cores) {
-        config.cores = cores;
+        config.cores = within("cores", cores, 0..=CORES_MAX)?;
     }
     if let Some(us) = args.poll_us.or(file.poll_us) {
         config.poll = Duration::from_micros(us.into());
@@ -222,13 +229,13 @@ fn settings(args: Args) -> anyhow::Result<Config> {
         config.volume_size = size.0;
     }
     if let Some(rate) = args.rebuild_rate.or(file.rebuild_rate) {
-        config.rebuild_rate = rate.0;
+        config.rebuild_rate = units::zero_or_within("rebuild-rate", rate, NO_LIMIT, units::RATES)?.0;
     }
     if let Some(time) = args.scrub_interval.or(file.scrub_interval) {
         config.scrub_interval = time.0;
     }
     if let Some(rate) = args.scrub_rate.or(file.scrub_rate) {
-        config.scrub_rate = rate.0;
+        config.scrub_rate = units::zero_or_within("scrub-rate", rate, NO_LIMIT, units::RATES)?.0;
     }
     if let Some(time) = args.checkpoint_interval.or(file.checkpoint_interval) {
         config.checkpoint_interval = time.0;

@@ -28,7 +28,7 @@ use crate::{
 
 /// Show servers, targets, placement groups and clients of a cluster.
 ///
-/// Exit status 1 when a server or a target is not up.
+/// Exit status 1 when a server or a target is not up, when there is none, or when the metaserver cannot take changes.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -66,6 +66,8 @@ pub(crate) struct Status {
     pub(crate) engine: String,
     pub(crate) epoch: u64,
     pub(crate) healthy: bool,
+    /// Why the metaserver refuses changes; empty: it does not.
+    pub(crate) trouble: String,
     pub(crate) default_policy: String,
     pub(crate) capacity: u64,
     pub(crate) free: u64,
@@ -201,9 +203,11 @@ impl Status {
         Ok(Status {
             meta,
             epoch: map.epoch.0,
-            healthy: !targets.is_empty()
+            healthy: reply.trouble.is_empty()
+                && !targets.is_empty()
                 && servers.iter().all(|s| s.state == "up")
                 && map.targets.values().all(|t| matches!(t.state, TargetState::Up | TargetState::Draining)),
+            trouble: reply.trouble,
             default_policy: map.default_policy.to_string(),
             capacity: targets.iter().filter(up).map(|t| t.capacity).sum(),
             free: targets.iter().filter(up).map(|t| t.free).sum(),
@@ -253,6 +257,9 @@ impl Status {
             units::count(self.inodes, "inode"),
             self.default_policy
         );
+        if !self.trouble.is_empty() {
+            let _ = writeln!(out, "the metaserver has TROUBLE: {}\n", self.trouble);
+        }
         out += &report::lines(&self.target_table());
         let _ = writeln!(
             out,
@@ -539,6 +546,13 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_metaserver_that_takes_no_changes_is_not_healthy() {
+        let full = StatusReply { trouble: "the metadata disk is full".into(), ..reply([TargetState::Up; 3]) };
+        let status = Status::new("m:1".into(), full).unwrap();
+        assert!(!status.healthy && status.text().contains("TROUBLE: the metadata disk is full"));
+    }
+
+    #[test]
     fn a_cluster_without_targets_is_not_healthy() {
         let mut empty = reply([TargetState::Up; 3]);
         let map = empty.map.as_mut().unwrap();
@@ -586,7 +600,7 @@ pub(crate) mod tests {
         assert_eq!(
             keys(&json),
             "blocks_to_delete capacity cluster_id default_policy engine epoch free healing healthy inodes meta orphans \
-             placement servers sessions targets version"
+             placement servers sessions targets trouble version"
         );
         assert_eq!(keys(&json["servers"][0]), "address id name state");
         assert_eq!(
