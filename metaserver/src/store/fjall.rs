@@ -293,7 +293,10 @@ fn wrap(folder: &Path, e: fjall::Error) -> StoreError {
             io::Error::other("an earlier write failed; see the log, then restart the metaserver"),
         ),
         fjall::Error::Locked => StoreError::Locked { folder: folder.to_owned() },
-        other => StoreError::Damaged { folder: folder.to_owned(), what: other.to_string() },
+        other => StoreError::Damaged {
+            folder: folder.to_owned(),
+            what: format!("{other}: restore it from a backup (`fjord meta restore`)"),
+        },
     }
 }
 
