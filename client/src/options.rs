@@ -83,10 +83,7 @@ impl Options {
 
     /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory() * 7 / 8
-            - self.tables_max()
-            - 2 * self.arena_max()
-            - 2 * self.parity_max()
+        self.memory() * 7 / 8 - self.tables_max() - 2 * self.arena_max() - 2 * self.parity_max()
     }
 
     /// Share of the memory for the places and checksums of shards on this host: a thousandth of the data read at random, so this is

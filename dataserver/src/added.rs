@@ -31,7 +31,10 @@ pub struct Added {
 pub fn list(folder: &Path) -> io::Result<Vec<Added>> {
     match std::fs::read(folder.join(LIST)) {
         Ok(raw) => Ok(serde_json::from_slice(&raw)?),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        // That it is no folder is said where it is used.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Vec::new())
+        }
         Err(e) => Err(e),
     }
 }

@@ -192,7 +192,10 @@ mod tests {
             (Config { volume_size: 1 << 20, ..Config::new(meta, [a.clone()]) }, "volume size"),
             (Config { advertise: Some(":1".into()), ..Config::new(meta, [a.clone()]) }, "advertised"),
             (Config { advertise: Some("h:0".into()), ..Config::new(meta, [a.clone()]) }, "connected to"),
-            (Config { advertise: Some("0.0.0.0:1".into()), ..Config::new(meta, [a.clone()]) }, "connected to"),
+            (
+                Config { advertise: Some("0.0.0.0:1".into()), ..Config::new(meta, [a.clone()]) },
+                "connected to",
+            ),
             (Config { advertise: Some("[::]:1".into()), ..Config::new(meta, [a.clone()]) }, "connected to"),
             (Config { advertise: Some("h".into()), ..Config::new(meta, [a.clone()]) }, "host:port"),
             (Config { checkpoint_interval: Duration::ZERO, ..Config::new(meta, [a]) }, "interval"),

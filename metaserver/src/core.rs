@@ -270,7 +270,9 @@ impl Core {
     fn trouble(&self) -> String {
         match (&self.failed, &self.low_space) {
             (Some(e), _) => {
-                format!("the metadata store failed, nothing can be changed until the metaserver is restarted: {e}")
+                format!(
+                    "the metadata store failed, nothing can be changed until the metaserver is restarted: {e}"
+                )
             }
             (None, Some(why)) => format!("nothing that needs space can be made: {why}"),
             (None, None) => String::new(),

@@ -83,7 +83,7 @@ fn wrong_usage_exits_with_2_and_names_the_word() {
     // What no cluster works with.
     let out_of_bounds = |args: &[&str], words: &[&str]| refuses(fjord(args), words);
     for (option, value, possible) in [
-        ("--session-timeout", "0s", "from 1s to 1day"),
+        ("--session-timeout", "0s", "from 1s to 1 day"),
         ("--heartbeat", "0s", "from 100ms to 1m"),
         ("--heartbeat", "10s", "down-after (at least two heartbeats) is 5s: from 20s"),
         ("--down-after", "1s", "from 2s to 1h"),

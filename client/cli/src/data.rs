@@ -14,6 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::{
     config::{self, DataFile, TargetEntry},
     daemon::{self, Signals, Stop},
+    report,
     units::{self, ByteSize, Span, within},
 };
 
@@ -141,7 +142,7 @@ async fn until_added(config: &mut Config, added: &mut Signal) {
         match take_in_added(config, true) {
             Ok(0) => tracing::warn!("no target was added"),
             Ok(_) => return,
-            Err(e) => tracing::error!("a target cannot be added: {e:#}"),
+            Err(e) => tracing::error!("a target cannot be added: {}", report::causes(&e)),
         }
     }
 }
@@ -155,8 +156,7 @@ fn take_in_added(config: &mut Config, fresh: bool) -> anyhow::Result<usize> {
     let mut more = Vec::new();
     for folder in known.clone() {
         let list = folder.join(added::LIST);
-        let listed =
-            added::list(&folder).with_context(|| format!("cannot read {}", list.display()))?;
+        let listed = added::list(&folder).with_context(|| format!("cannot read {}", list.display()))?;
         for added in listed {
             if known.contains(&added.path) {
                 continue;
@@ -167,9 +167,10 @@ fn take_in_added(config: &mut Config, fresh: bool) -> anyhow::Result<usize> {
                     more.push(target);
                 }
                 Err(e) => tracing::error!(
-                    "target {} was added and cannot be used: going on without it; it is listed in {}: {e:#}",
+                    "target {} was added and cannot be used: going on without it; it is listed in {}: {}",
                     added.path.display(),
-                    list.display()
+                    list.display(),
+                    report::causes(&e)
                 ),
             }
         }

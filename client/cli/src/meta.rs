@@ -190,7 +190,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
                 }
                 (None, Ok(())) => tracing::info!("handed over"),
                 (None, Err(e)) if config.store.is_none() => return Err(e).context("the metaserver ended"),
-                (None, Err(e)) => tracing::error!("not the owner any more: {:#}", anyhow::Error::from(e)),
+                (None, Err(e)) => tracing::error!("not the owner any more: {}", report::causes(&e.into())),
             }
             tokio::time::sleep(YIELD).await;
         }
@@ -216,7 +216,13 @@ impl Drop for AbortOnDrop {
 fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
     let address = locate::cluster(meta, None)?;
     let mut writer = backup::Writer::create(file)?;
-    daemon::control_runtime()?.block_on(rpc::backup(&address, |piece| Ok(writer.write(piece)?)))?;
+    daemon::control_runtime()?.block_on(async {
+        let mut signals = Signals::listen()?;
+        tokio::select! {
+            written = rpc::backup(&address, |piece| Ok(writer.write(piece)?)) => written,
+            _ = signals.next() => anyhow::bail!("stopped before the backup was whole: {} is not made", file.display()),
+        }
+    })?;
     let (about, records) = writer.finish()?;
     report::print(&format!(
         "backup of cluster {}: {} records in {}\n",

@@ -277,7 +277,8 @@ impl Status {
             };
             if p.lacking > 0 {
                 let (lacking, k) = (p.lacking, p.width - 1);
-                let _ = write!(out, ", {lacking} lack 2 or more members: ec:{k}+1 blocks there CANNOT BE READ");
+                let _ =
+                    write!(out, ", {lacking} lack 2 or more members: ec:{k}+1 blocks there CANNOT BE READ");
             }
             out.push('\n');
         }
@@ -493,7 +494,10 @@ pub(crate) mod tests {
         let status = Status::new("m:1".into(), reply([TargetState::Up; 3])).unwrap();
         assert!(status.healthy);
         assert_eq!((status.capacity, status.free), (300 << 30, 180 << 30));
-        assert_eq!(status.placement, [Placement { width: 2, groups: 4, degraded: 0, unavailable: 0, lacking: 0 }]);
+        assert_eq!(
+            status.placement,
+            [Placement { width: 2, groups: 4, degraded: 0, unavailable: 0, lacking: 0 }]
+        );
         let text = status.text();
         for part in [
             "healthy",
@@ -513,7 +517,10 @@ pub(crate) mod tests {
         let one =
             Status::new("m:1".into(), reply([TargetState::Down, TargetState::Up, TargetState::Up])).unwrap();
         assert!(!one.healthy);
-        assert_eq!(one.placement, [Placement { width: 2, groups: 4, degraded: 3, unavailable: 0, lacking: 0 }]);
+        assert_eq!(
+            one.placement,
+            [Placement { width: 2, groups: 4, degraded: 3, unavailable: 0, lacking: 0 }]
+        );
         assert!(one.text().contains("every block can be read"));
         let two = Status::new("m:1".into(), reply([TargetState::Down, TargetState::Down, TargetState::Up]))
             .unwrap();
@@ -528,8 +535,7 @@ pub(crate) mod tests {
             let mut reply = reply([TargetState::Up, TargetState::Down, TargetState::Down]);
             let map = reply.map.as_mut().unwrap();
             map.default_policy = policy.code().into();
-            let table =
-                common::PgTable { width: 3, pg_count: 1, members: vec![1, 2, 3], moves: Vec::new() };
+            let table = common::PgTable { width: 3, pg_count: 1, members: vec![1, 2, 3], moves: Vec::new() };
             map.eras = vec![common::Era { first_block: 1, tables: vec![table] }];
             Status::new("m:1".into(), reply).unwrap()
         };

@@ -103,7 +103,16 @@ impl FromStr for Span {
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&humantime::format_duration(self.0).to_string())
+        let text = humantime::format_duration(self.0).to_string();
+        // 7 days, but 500ms.
+        let mut spaced = String::with_capacity(text.len() + 2);
+        for part in text.split_inclusive(' ') {
+            let unit = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+            let (number, unit) = part.split_at(unit);
+            let gap = if ["day", "mon", "yea"].iter().any(|word| unit.starts_with(word)) { " " } else { "" };
+            spaced += &format!("{number}{gap}{unit}");
+        }
+        f.pad(&spaced)
     }
 }
 
@@ -245,6 +254,10 @@ mod tests {
     fn durations_and_counts() {
         assert_eq!("1h 30m".parse(), Ok(Span(Duration::from_secs(5400))));
         assert!("soon".parse::<Span>().is_err());
+        for (seconds, text) in [(5400, "1h 30m"), (604_800, "7 days"), (90_000, "1 day 1h")] {
+            let span = Span(Duration::from_secs(seconds));
+            assert_eq!((span.to_string().as_str(), text.parse()), (text, Ok(span)));
+        }
         assert_eq!(count(1, "file"), "1 file");
         assert_eq!(count(1_234_567, "file"), "1,234,567 files");
         assert_eq!(grouped(999), "999");

@@ -30,7 +30,9 @@ impl Membership {
             match moves {
                 0 => match self.map.targets.values().filter(|target| !target.writable()).count() {
                     0 => "the targets are in balance".to_owned(),
-                    n => format!("the targets that take blocks are in balance; {n} that do not (`fjord status`) are not looked at"),
+                    n => format!(
+                        "the targets that take blocks are in balance; {n} that do not (`fjord status`) are not looked at"
+                    ),
                 },
                 n => format!("{n} group members are to move, `fjord status` shows how they get on"),
             }

@@ -414,7 +414,11 @@ mod tests {
                 }
                 fs::write(&journal, bad).unwrap();
                 match FjallStore::open(&at.join("store"), FjallOptions::default()) {
-                    Err(StoreError::Damaged { .. } | StoreError::Io { .. }) => refused += 1,
+                    Err(StoreError::Damaged { what, .. }) => {
+                        assert!(what.contains("fjord meta restore"), "{what}");
+                        refused += 1;
+                    }
+                    Err(StoreError::Io { .. }) => refused += 1,
                     Err(e) => panic!("{e}"),
                     // Only a byte that nothing is read from may be damaged unnoticed.
                     Ok(store) => {

@@ -95,7 +95,8 @@ mod tests {
         assert_eq!(reason(log).unwrap(), "cannot reach m:1\n  caused by x");
         assert_eq!(reason("odd\nnote: y\n").unwrap(), "odd\nnote: y");
         let backtrace: String = (0..20).map(|n| format!("  {n}: some::function\n")).collect();
-        let log = format!("INFO x\nthread 'main' (7) panicked at a.rs:1:2:\nwhy\nstack backtrace:\n{backtrace}");
+        let log =
+            format!("INFO x\nthread 'main' (7) panicked at a.rs:1:2:\nwhy\nstack backtrace:\n{backtrace}");
         assert_eq!(reason(&log).unwrap(), "thread 'main' (7) panicked at a.rs:1:2:\nwhy");
         assert_eq!(reason(" \n"), None);
     }

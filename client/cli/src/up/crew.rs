@@ -15,7 +15,7 @@ use super::{
     folder::Folder,
     plan::Plan,
 };
-use crate::{daemon::Signals, holders, rpc, status::Status, umount};
+use crate::{daemon::Signals, holders, mounts, report, rpc, status::Status, umount};
 
 /// How long the data servers may take to register.
 const HEALTHY_PATIENCE: Duration = Duration::from_secs(90);
@@ -101,7 +101,7 @@ impl Crew {
                     }
                     format!("{up} of {servers} targets are up")
                 }
-                Err(e) => format!("{e:#}"),
+                Err(e) => report::causes(&e),
             };
             if Instant::now() >= deadline {
                 bail!(
@@ -187,6 +187,10 @@ fn words<'a>(words: &'a [&'a str]) -> impl Iterator<Item = OsString> + 'a {
 
 /// Unmounts; while that is refused because of users, names them whenever they change.
 async fn unmount(dir: &Path, signals: &mut Signals) {
+    // It may have ended, or failed to begin.
+    if mounts::read().is_ok_and(|table| !mounts::at(&table, dir).is_some_and(mounts::MountEntry::is_ours)) {
+        return;
+    }
     let mut known = None;
     let mut lazy = false;
     loop {
