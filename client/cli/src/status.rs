@@ -203,10 +203,7 @@ impl Status {
         Ok(Status {
             meta,
             epoch: map.epoch.0,
-            healthy: reply.trouble.is_empty()
-                && !targets.is_empty()
-                && servers.iter().all(|s| s.state == "up")
-                && map.targets.values().all(|t| matches!(t.state, TargetState::Up | TargetState::Draining)),
+            healthy: reply.trouble.is_empty() && all_up(&servers, &targets),
             trouble: reply.trouble,
             default_policy: map.default_policy.to_string(),
             capacity: targets.iter().filter(up).map(|t| t.capacity).sum(),
@@ -236,6 +233,11 @@ impl Status {
             servers,
             targets,
         })
+    }
+
+    /// Whether everything serves, if the metaserver takes changes or not.
+    pub(crate) fn is_up(&self) -> bool {
+        all_up(&self.servers, &self.targets)
     }
 
     fn text(&self) -> String {
@@ -367,6 +369,13 @@ impl Status {
         }
         table
     }
+}
+
+/// There is something, and nothing of it is away.
+fn all_up(servers: &[Server], targets: &[Target]) -> bool {
+    !targets.is_empty()
+        && servers.iter().all(|s| s.state == "up")
+        && targets.iter().all(|t| matches!(t.state, "up" | "draining"))
 }
 
 fn placement(map: &ClusterMap) -> Vec<Placement> {
