@@ -86,7 +86,11 @@ fn lost_blocks_are_told_and_what_can_be_is_restored() {
     fs::create_dir(mount.join("once")).unwrap();
     cluster.fjord(["layout", "set", mount.join("once").to_str().unwrap(), "replica:1"]).ok();
     write(mount.path(), 0..3);
-    write(&mount.join("once"), 0..8);
+    // Each in a block of its own, so that some are on either server.
+    for i in 0..8 {
+        write(&mount.join("once"), i..i + 1);
+        fs::File::open(mount.join(format!("once/f{i}"))).and_then(|file| file.sync_all()).unwrap();
+    }
     mount.unmount();
     cluster.fjord(["fsck"]).ok();
     // One of the two disks comes back empty.
