@@ -444,10 +444,11 @@ impl Core {
             core.txn.counters().scrubs += 1;
             let targets = &core.members.map().targets;
             let begins = targets.values().filter(|target| target.readable()).count();
+            let of = if begins == 1 { "target" } else { "targets" };
             let mut message =
-                format!("scrub of {begins} targets begins, `fjord scrub status` shows how far it is");
+                format!("scrub of {begins} {of} begins, `fjord scrub status` shows how far it is");
             if begins < targets.len() {
-                message += &format!("; {} are not up and are left out", targets.len() - begins);
+                message += &format!("; not of those that are not up: {}", targets.len() - begins);
             }
             Ok(ScrubReply { message })
         })

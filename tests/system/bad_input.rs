@@ -149,6 +149,15 @@ fn daemons_refuse_ports_and_folders_that_are_in_use() {
         fjord(["data", "--meta", &meta, "--listen", &taken, "--target", text(&other)]),
         &[&taken, "in use"],
     );
+    // A store that nobody answers for is not one that somebody owns.
+    let backup = cluster.folder().join("backup");
+    cluster.fjord(["meta", "backup", text(&backup)]).ok();
+    let nowhere = format!("etcd://127.0.0.1:{}/x", free_port());
+    let restored = fjord_run(["meta", "restore", text(&backup), "--store", &nowhere]);
+    restored.fails_saying(&[&nowhere, "Connection refused"]);
+    // A backup that comes to nothing leaves nothing.
+    cluster.fjord(["meta", "backup", text(&other)]).fails_saying(&[text(&other)]);
+    assert!(!other.with_extension("part").exists());
     cluster.assert_running();
     cluster.wait_healthy();
 }

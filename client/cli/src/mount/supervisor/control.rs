@@ -132,8 +132,13 @@ pub(crate) fn upgrade(dir: &Path) -> anyhow::Result<ExitCode> {
         }
         _ => {}
     }
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).context("the supervisor did not answer")?;
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        // The end is a reset when it has not read all.
+        Err(e) if answer.is_empty() => return Err(e).context("the supervisor did not answer"),
+        _ => {}
+    }
+    let answer = String::from_utf8_lossy(&answer);
     ensure!(answer == DONE, "{} was not upgraded: {answer}", dir.display());
     Ok(ExitCode::SUCCESS)
 }
