@@ -7,10 +7,22 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
+usage() {
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
 systemd=no
 if [[ ${1:-} == --systemd ]]; then
     systemd=yes
     shift
+fi
+if [[ ${1:-} == -* ]]; then
+    usage >&2
+    exit 2
 fi
 binary=${1:-$here/../target/release/fjord}
 root=${DESTDIR:-}

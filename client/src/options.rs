@@ -67,45 +67,63 @@ impl Default for Options {
 impl Options {
     /// Least memory a client works with: a few blocks in flight.
     pub const MEMORY_MIN: u64 = 128 << 20;
+    /// Most memory that can be named: more than any machine has.
+    pub const MEMORY_MAX: u64 = 1 << 50;
+
+    /// Within the bounds.
+    fn memory(&self) -> u64 {
+        self.memory_max.clamp(Self::MEMORY_MIN, Self::MEMORY_MAX)
+    }
 
     /// Share of the memory that dirty data may take: an eighth is left for buffers in flight, and readers keep more than half of the
     /// rest.
     pub(crate) fn dirty_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) * 3 / 8
+        self.memory() * 3 / 8
     }
 
     /// Share of the memory for block data already read while there is no dirty data, which takes its share from this.
     pub(crate) fn cache_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) * 7 / 8
-            - self.tables_max()
-            - 2 * self.arena_max()
-            - 2 * self.parity_max()
+        self.memory() * 7 / 8 - self.tables_max() - 2 * self.arena_max() - 2 * self.parity_max()
     }
 
     /// Share of the memory for the places and checksums of shards on this host: a thousandth of the data read at random, so this is
     /// enough for 16 times the whole memory.
     pub(crate) fn tables_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 64
+        self.memory() / 64
     }
 
     /// Share of the memory for parity shards under way; as much is kept for the next ones. Four blocks of `ec:2+1` by
     /// default, as many bytes as are on the wire at a time.
     pub(crate) fn parity_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 64
+        self.memory() / 64
     }
 
     /// Share of the memory that reads of shards on this host are done in: what a few streams have under way. As much is kept idle.
     pub(crate) fn arena_max(&self) -> u64 {
-        (self.memory_max.max(Self::MEMORY_MIN) / 64).min(32 << 20)
+        (self.memory() / 64).min(32 << 20)
     }
 
     /// Share of the memory for reads under way that nobody waits for yet: half of what is left for buffers in flight.
     pub(crate) fn prefetch_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 16
+        self.memory() / 16
     }
 
     /// Share of the memory for results of batches that are not taken yet: the other half.
     pub(crate) fn batch_max(&self) -> u64 {
-        self.memory_max.max(Self::MEMORY_MIN) / 16
+        self.memory() / 16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_of_any_memory_are_part_of_it() {
+        for memory_max in [0, Options::MEMORY_MIN, 2 << 30, Options::MEMORY_MAX, u64::MAX] {
+            let options = Options { memory_max, ..Options::default() };
+            let sum = options.dirty_max() + options.prefetch_max() + options.batch_max();
+            assert!(sum < options.memory() && options.cache_max() < options.memory(), "{memory_max}");
+        }
     }
 }

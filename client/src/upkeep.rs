@@ -9,6 +9,7 @@
 //! | `admin` | the metaserver's calls that this takes |
 //! | `holdings` | shards against extents: missing, lost, garbage, mostly dead |
 //! | `collect` | garbage is deleted |
+//! | `files` | which files blocks belong to, by name |
 //! | `compact` | what is left of mostly dead blocks is moved |
 //!
 //! **What can never be deleted** is a block that something reaches, or may come to reach. Nothing is deleted here: the metaserver is told
@@ -17,16 +18,21 @@
 mod admin;
 mod collect;
 mod compact;
+mod files;
 mod holdings;
 
 use std::time::{Duration, Instant};
 
 pub use collect::{Collected, collect};
 pub use compact::{Compacted, Compaction, compact};
+pub use files::files_of;
 pub use holdings::{Findings, Missing, compare};
 
 use crate::{Client, FsResult};
 use fjordfs_proto::pb::meta::MendRequest;
+
+/// Blocks that are asked about at a time.
+const BLOCKS: usize = 65_536;
 
 /// Hears what is being done, for people.
 pub type Tell<'a> = &'a (dyn Fn(String) + Sync);

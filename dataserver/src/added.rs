@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use fjordfs_proto::TargetId;
 use serde::{Deserialize, Serialize};
 
 use crate::store::label::{Folder, LABEL, LabelError, replace};
@@ -30,7 +31,10 @@ pub struct Added {
 pub fn list(folder: &Path) -> io::Result<Vec<Added>> {
     match std::fs::read(folder.join(LIST)) {
         Ok(raw) => Ok(serde_json::from_slice(&raw)?),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        // That it is no folder is said where it is used.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Vec::new())
+        }
         Err(e) => Err(e),
     }
 }
@@ -58,6 +62,26 @@ pub fn make_target(path: &Path) -> Result<(), LabelError> {
     Folder::claim(path).map(drop)
 }
 
+/// Whose target the folder was last, as its label says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Owner {
+    /// The cluster.
+    pub cluster_id: String,
+    /// The target in it.
+    pub target: TargetId,
+}
+
+/// Whose target the folder was; `None` when it has served nobody yet. It is made a target, if it is none.
+///
+/// # Errors
+/// When it is in use, or cannot be one.
+pub fn owner(path: &Path) -> Result<Option<Owner>, LabelError> {
+    let folder = Folder::claim(path)?;
+    let label = folder.label();
+    Ok((label.target > 0)
+        .then(|| Owner { cluster_id: label.cluster_id.clone(), target: TargetId(label.target) }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,6 +99,13 @@ mod tests {
         assert!(!is_target(&added("b").path));
         make_target(&added("b").path).unwrap();
         assert!(is_target(&added("b").path));
+        assert_eq!(owner(&added("b").path).unwrap(), None);
+        let mut folder = Folder::claim(&added("b").path).unwrap();
+        folder.assign("c1", 2, 3).unwrap();
+        assert!(matches!(owner(&added("b").path), Err(LabelError::InUse { .. })));
+        drop(folder);
+        let of_c1 = Owner { cluster_id: "c1".into(), target: TargetId(3) };
+        assert_eq!(owner(&added("b").path).unwrap(), Some(of_c1));
         std::fs::write(dir.path().join(LIST), "{").unwrap();
         assert!(list(dir.path()).is_err() && change(dir.path(), |_| {}).is_err());
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -103,12 +103,16 @@ impl Config {
                 return invalid(format!("metaserver address '{meta}' is not host:port"));
             }
         }
-        if let Some(advertise) = &self.advertise
-            && !advertise
-                .rsplit_once(':')
-                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        {
-            return invalid(format!("advertised address '{advertise}' is not host:port"));
+        if let Some(advertise) = &self.advertise {
+            let Some((host, port)) = advertise.rsplit_once(':').filter(|(host, _)| !host.is_empty()) else {
+                return invalid(format!("advertised address '{advertise}' is not host:port"));
+            };
+            let nowhere = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified());
+            if nowhere || !port.parse::<u16>().is_ok_and(|port| port > 0) {
+                return invalid(format!(
+                    "advertised address '{advertise}' cannot be connected to: write the host and the port that clients reach this server by"
+                ));
+            }
         }
         if !VOLUME_SIZES.contains(&self.volume_size) {
             return invalid(format!("volume size {} is not between 64 MiB and 4 GiB", self.volume_size));
@@ -187,6 +191,13 @@ mod tests {
             (Config::new("localhost", [a.clone()]), "host:port"),
             (Config { volume_size: 1 << 20, ..Config::new(meta, [a.clone()]) }, "volume size"),
             (Config { advertise: Some(":1".into()), ..Config::new(meta, [a.clone()]) }, "advertised"),
+            (Config { advertise: Some("h:0".into()), ..Config::new(meta, [a.clone()]) }, "connected to"),
+            (
+                Config { advertise: Some("0.0.0.0:1".into()), ..Config::new(meta, [a.clone()]) },
+                "connected to",
+            ),
+            (Config { advertise: Some("[::]:1".into()), ..Config::new(meta, [a.clone()]) }, "connected to"),
+            (Config { advertise: Some("h".into()), ..Config::new(meta, [a.clone()]) }, "host:port"),
             (Config { checkpoint_interval: Duration::ZERO, ..Config::new(meta, [a]) }, "interval"),
         ];
         for (config, reason) in refused {

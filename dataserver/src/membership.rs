@@ -343,11 +343,11 @@ impl Member {
             let failure = match self.client().heartbeat(request).await.map_err(Failure::from) {
                 Ok(reply) => {
                     let reply: HeartbeatReply = reply.into_inner();
-                    if !pause.said.is_empty() {
-                        tracing::info!("metaserver {meta} answers again");
-                        pause = Pause::default();
-                    }
                     if !reply.unknown {
+                        if !pause.said.is_empty() {
+                            tracing::info!("metaserver {meta} answers again");
+                            pause = Pause::default();
+                        }
                         // First, since the checks go by it.
                         if let Some(map) = reply.map {
                             epoch = map.epoch;

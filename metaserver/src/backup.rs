@@ -394,11 +394,23 @@ fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
     }
 }
 
-/// Writes pieces of a backup into a file that appears under its name when it is whole and safe.
+/// Writes pieces of a backup into a file that appears under its name when it is whole and safe. One that is dropped before leaves nothing.
 pub struct Writer {
     path: PathBuf,
     new: PathBuf,
     file: std::fs::File,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // After the end it has another name.
+        match std::fs::remove_file(&self.new) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {e}", self.new.display());
+            }
+            _ => {}
+        }
+    }
 }
 
 impl Writer {

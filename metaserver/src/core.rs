@@ -266,6 +266,19 @@ impl Core {
         self.low_space = low;
     }
 
+    /// Why changes are refused, all of them or those that need space; empty when they are not.
+    fn trouble(&self) -> String {
+        match (&self.failed, &self.low_space) {
+            (Some(e), _) => {
+                format!(
+                    "the metadata store failed, nothing can be changed until the metaserver is restarted: {e}"
+                )
+            }
+            (None, Some(why)) => format!("nothing that needs space can be made: {why}"),
+            (None, None) => String::new(),
+        }
+    }
+
     // ---- bursts ----
 
     /// Writes of the burst so far.
@@ -429,9 +442,14 @@ impl Core {
     pub(crate) fn scrub(&mut self) -> Result<ScrubReply, Refusal> {
         self.operation(|core| {
             core.txn.counters().scrubs += 1;
-            let targets = core.members.map().targets.len();
-            let message =
-                format!("scrub of {targets} targets begins, `fjord scrub status` shows how far it is");
+            let targets = &core.members.map().targets;
+            let begins = targets.values().filter(|target| target.readable()).count();
+            let of = if begins == 1 { "target" } else { "targets" };
+            let mut message =
+                format!("scrub of {begins} {of} begins, `fjord scrub status` shows how far it is");
+            if begins < targets.len() {
+                message += &format!("; not of those that are not up: {}", targets.len() - begins);
+            }
             Ok(ScrubReply { message })
         })
     }
@@ -461,6 +479,7 @@ impl Core {
                 ..self.healing(now)
             }),
             gc: None,
+            trouble: self.trouble(),
         }
     }
 
@@ -472,6 +491,7 @@ impl Core {
             fence: self.fence.0,
             inodes: self.txn.counters().inodes,
             sessions: self.sessions.ids().count() as u64,
+            trouble: self.trouble(),
             ..MetaStatusReply::default()
         }
     }

@@ -43,7 +43,9 @@ fn a_mount_says_what_is_wrong_with_it() {
         fjord_run(["mount", meta, text(dir)].into_iter().chain(options))
     };
     mount(&nobody, &empty, "").fails_saying(&[&nobody]);
-    mount("nonsense", &empty, "").fails_saying(&["nonsense"]);
+    mount("nonsense", &empty, "").fails_saying(&["'nonsense' is not the address of a metaserver"]);
+    mount("127.0.0.1:18650:", &empty, "").fails_saying(&["is not the address of a metaserver"]);
+    mount(&meta, &empty, "memory=15E").fails_saying(&["`memory`", "is possible"]);
     mount("no.such.host.invalid:7440", &empty, "").fails_saying(&["no.such.host.invalid"]);
     // The address of a data server instead of the metaserver's.
     let data = cluster.data_address(0);
@@ -78,6 +80,30 @@ fn wrong_usage_exits_with_2_and_names_the_word() {
         let run = fjord_run(args).fails_saying(&[word]);
         assert_eq!(run.code(), 2, "{run}");
     }
+    // What no cluster works with.
+    let out_of_bounds = |args: &[&str], words: &[&str]| refuses(fjord(args), words);
+    for (option, value, possible) in [
+        ("--session-timeout", "0s", "from 1s to 1 day"),
+        ("--heartbeat", "0s", "from 100ms to 1m"),
+        ("--heartbeat", "10s", "down-after (at least two heartbeats) is 5s: from 20s"),
+        ("--down-after", "1s", "from 2s to 1h"),
+        ("--log-sync", "100years", "from 1ms to 1m"),
+        ("--gc-interval", "1ms", "only by `fjord gc`"),
+    ] {
+        let words = [option.trim_start_matches('-'), possible];
+        out_of_bounds(&["meta", "--data", text(&dir), option, value], &words);
+    }
+    for (option, value, possible) in [
+        ("--capacity-max", "0", "from 64.0 MiB"),
+        ("--rebuild-rate", "1", "no limit"),
+        ("--scrub-rate", "1", "no limit"),
+        ("--cores", "4096", "from 0 to 1024"),
+        ("--advertise", "0.0.0.0:1", "0.0.0.0:1"),
+        ("--advertise", "host:0", "host:0"),
+    ] {
+        let words = [option.trim_start_matches('-'), possible];
+        out_of_bounds(&["data", "--meta", "127.0.0.1:1", "--target", text(&dir), option, value], &words);
+    }
     // Right as such, but not here. The default data folder may hold somebody's filesystem.
     let data = scratch.path().join("data");
     fjord_run(["up", text(&dir), "--data", text(&data), "--policy", "ec:8+2"])
@@ -93,6 +119,8 @@ fn a_bad_configuration_file_is_named_with_its_line() {
         ("meta", "data = \n", vec!["fjord.toml", "line 1"]),
         ("meta", "data = \"/x\"\npolicy = \"raid\"\n", vec!["fjord.toml", "raid", "line 2"]),
         ("data", "volume_size = -1\n", vec!["fjord.toml", "line 1"]),
+        ("meta", "data = \"/x\"\nstore = \"fjall:/y\"\n", vec!["`data`", "`store`"]),
+        ("meta", "heartbeat = 1\n", vec!["line 1", "\"1s\""]),
     ] {
         fs::write(&file, content).unwrap();
         fjord_run([verb, "--config", text(&file)]).fails_saying(&words);
@@ -121,6 +149,15 @@ fn daemons_refuse_ports_and_folders_that_are_in_use() {
         fjord(["data", "--meta", &meta, "--listen", &taken, "--target", text(&other)]),
         &[&taken, "in use"],
     );
+    // A store that nobody answers for is not one that somebody owns.
+    let backup = cluster.folder().join("backup");
+    cluster.fjord(["meta", "backup", text(&backup)]).ok();
+    let nowhere = format!("etcd://127.0.0.1:{}/x", free_port());
+    let restored = fjord_run(["meta", "restore", text(&backup), "--store", &nowhere]);
+    restored.fails_saying(&[&nowhere, "Connection refused"]);
+    // A backup that comes to nothing leaves nothing.
+    cluster.fjord(["meta", "backup", text(&other)]).fails_saying(&[text(&other)]);
+    assert!(!other.with_extension("part").exists());
     cluster.assert_running();
     cluster.wait_healthy();
 }

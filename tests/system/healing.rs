@@ -351,6 +351,9 @@ fn a_target_is_added_to_a_server_in_use() {
         fs::write(used.join("thesis.txt"), "mine").unwrap();
         let refused = add(&used);
         assert!(refused.code() != 0 && refused.stderr.contains("is not empty"), "{}", refused.stderr);
+        let list = cluster.target_folder(1, 0).join("targets.json");
+        add(&cluster.target_folder(0, 0)).fails_saying(&["in use by another data server"]);
+        assert!(!list.exists(), "what cannot be added is not listed");
         let told = add(&path).ok().stdout;
         assert!(told.contains("is target t4 of data1"), "{told}");
         let again = add(&path);
@@ -374,10 +377,17 @@ fn a_target_is_added_to_a_server_in_use() {
     // A disk that is not there keeps nobody from the others.
     cluster.stop_data(1);
     fs::rename(&path, path.with_extension("gone")).unwrap();
+    // Nor does a target of another server, or one that is named twice.
+    let listed = [&path, &cluster.target_folder(0, 0), &cluster.target_folder(1, 0)];
+    let listed: Vec<_> = listed.map(|path| serde_json::json!({ "path": path })).into();
+    let list = cluster.target_folder(1, 0).join("targets.json");
+    fs::write(&list, serde_json::json!(listed).to_string()).unwrap();
     cluster.start_data(1);
     cluster
         .wait_status("the server without it", |status| status.servers_up() == 3 && status.targets_up() == 3);
     assert!(!path.exists(), "nothing is written to the disk below");
+    let log = cluster.data(1).log();
+    assert!(log.contains("in use by another data server") && log.contains(list.to_str().unwrap()), "{log}");
     other.unmount();
     mount.unmount();
     cluster.assert_running();

@@ -86,7 +86,11 @@ fn lost_blocks_are_told_and_what_can_be_is_restored() {
     fs::create_dir(mount.join("once")).unwrap();
     cluster.fjord(["layout", "set", mount.join("once").to_str().unwrap(), "replica:1"]).ok();
     write(mount.path(), 0..3);
-    write(&mount.join("once"), 0..8);
+    // Each in a block of its own, so that some are on either server.
+    for i in 0..8 {
+        write(&mount.join("once"), i..i + 1);
+        fs::File::open(mount.join(format!("once/f{i}"))).and_then(|file| file.sync_all()).unwrap();
+    }
     mount.unmount();
     cluster.fjord(["fsck"]).ok();
     // One of the two disks comes back empty.
@@ -115,8 +119,14 @@ fn lost_blocks_are_told_and_what_can_be_is_restored() {
     assert!(got.code() == 1 && got.stdout.contains("LOST"), "{}", got.stdout);
     let mount = cluster.mount();
     assert_same(mount.path(), 0..3);
-    let unreadable = (0..8).filter(|i| fs::read(mount.join(format!("once/f{i}"))).is_err()).count();
-    assert!(unreadable > 0);
+    let unreadable: Vec<String> = (0..8)
+        .map(|i| format!("once/f{i}"))
+        .filter(|name| fs::read(mount.join(name)).is_err())
+        .map(|name| format!("/{name}"))
+        .collect();
+    assert!(!unreadable.is_empty());
+    assert_eq!(told["shards"]["lost_files"], serde_json::json!(unreadable), "{}", got.stdout);
+    assert!(unreadable.iter().all(|file| got.stdout.contains(file)), "{}", got.stdout);
     fs::remove_dir_all(mount.join("once")).unwrap();
     mount.unmount();
     wait_for("nothing to be lost any more", 2 * SOON, || {

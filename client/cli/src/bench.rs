@@ -154,7 +154,7 @@ impl Drop for Scratch {
         for target in &self.0 {
             // The reason why this ends early is what the exit status tells.
             if let Err(e) = target.remove() {
-                eprintln!("fjord: {e:#}");
+                eprintln!("fjord: {}", crate::report::causes(&e));
             }
         }
     }

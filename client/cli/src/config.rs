@@ -193,6 +193,8 @@ mod tests {
         assert!(error.contains("line 1") && error.contains("mirror"), "{error}");
         let error = parse::<DataFile>("volume_size = -4\n").unwrap_err();
         assert!(error.contains("line 1") && error.contains("negative"), "{error}");
+        let error = parse::<MetaFile>("heartbeat = 1\n").unwrap_err();
+        assert!(error.contains("line 1") && error.contains("\"1s\""), "{error}");
         let error = load::<MetaFile>(Some(Path::new("/nonexistent/meta.toml"))).unwrap_err();
         assert!(format!("{error:#}").contains("/nonexistent/meta.toml"));
     }

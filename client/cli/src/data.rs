@@ -1,8 +1,8 @@
 //! `fjord data`: a data server.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use fjordfs_dataserver::{
     Config, DataServer, TargetConfig,
     added::{self, Added},
@@ -14,7 +14,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::{
     config::{self, DataFile, TargetEntry},
     daemon::{self, Signals, Stop},
-    units::{ByteSize, Span},
+    report,
+    units::{self, ByteSize, Span, within},
 };
 
 /// Sent by `fjord target add`.
@@ -80,6 +81,11 @@ pub(crate) struct Args {
     scrub_rate: Option<ByteSize>,
 }
 
+/// What a target has to have room for: a volume of the smallest kind.
+const CAPACITIES: RangeInclusive<ByteSize> = ByteSize(64 << 20)..=ByteSize(1 << 60);
+const CORES_MAX: usize = 1024;
+const NO_LIMIT: (ByteSize, &str) = (ByteSize(0), "no limit");
+
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut config = settings(args)?;
     daemon::control_runtime()?.block_on(async {
@@ -136,35 +142,55 @@ async fn until_added(config: &mut Config, added: &mut Signal) {
         match take_in_added(config, true) {
             Ok(0) => tracing::warn!("no target was added"),
             Ok(_) => return,
-            Err(e) => tracing::error!("a target cannot be added: {e:#}"),
+            Err(e) => tracing::error!("a target cannot be added: {}", report::causes(&e)),
         }
     }
 }
 
-/// Adds what was added since the configuration was written; how many. `fresh`: a folder that is no target yet is made one. A target that
-/// was one and whose folder is empty now is left out: its disk is not there.
+/// Adds what was added since the configuration was written; how many. `fresh`: a folder that is no target yet is made one. What cannot
+/// be used is left out: a server that does not start for it would keep the others from being read.
 fn take_in_added(config: &mut Config, fresh: bool) -> anyhow::Result<usize> {
+    // Links are followed, as when the server starts.
+    let path_of = |target: &TargetConfig| target.path.canonicalize().unwrap_or_else(|_| target.path.clone());
+    let mut known: Vec<PathBuf> = config.targets.iter().map(path_of).collect();
     let mut more = Vec::new();
-    for target in &config.targets {
-        let listed = added::list(&target.path)
-            .with_context(|| format!("cannot read {}", target.path.join(added::LIST).display()))?;
-        for Added { path, domain } in listed {
-            if config.targets.iter().chain(&more).any(|known| known.path == path) {
+    for folder in known.clone() {
+        let list = folder.join(added::LIST);
+        let listed = added::list(&folder).with_context(|| format!("cannot read {}", list.display()))?;
+        for added in listed {
+            if known.contains(&added.path) {
                 continue;
             }
-            if fresh {
-                added::make_target(&path)?;
-            } else if !added::is_target(&path) {
-                tracing::error!("target {} was added and is not there: going on without it", path.display());
-                continue;
+            match usable(&added, &known, &config.name, fresh) {
+                Ok(target) => {
+                    known.push(added.path);
+                    more.push(target);
+                }
+                Err(e) => tracing::error!(
+                    "target {} was added and cannot be used: going on without it; it is listed in {}: {}",
+                    added.path.display(),
+                    list.display(),
+                    report::causes(&e)
+                ),
             }
-            let domain = domain.map(|text| Domain::of_server(&text, &config.name)).transpose()?;
-            more.push(TargetConfig { path, domain });
         }
     }
     let count = more.len();
     config.targets.extend(more);
     Ok(count)
+}
+
+/// Whether a target that was added can be one of this server now.
+fn usable(added: &Added, known: &[PathBuf], name: &str, fresh: bool) -> anyhow::Result<TargetConfig> {
+    let path = &added.path;
+    if let Some(other) = known.iter().find(|other| path.starts_with(other) || other.starts_with(path)) {
+        bail!("it and {} lie one inside the other", other.display());
+    }
+    // A folder that was one and is empty now: its disk is not there.
+    ensure!(fresh || added::is_target(path), "it is not there");
+    added::make_target(path)?;
+    let domain = added.domain.as_deref().map(|text| Domain::of_server(text, name)).transpose()?;
+    Ok(TargetConfig { path: path.clone(), domain })
 }
 
 /// Flags over file over defaults.
@@ -191,9 +217,11 @@ fn settings(args: Args) -> anyhow::Result<Config> {
         |t: TargetEntry| Ok(TargetConfig { path: t.path, domain: t.domain.map(in_full).transpose()? });
     let targets: Result<Vec<TargetConfig>, DomainError> = targets.into_iter().map(target).collect();
     config.targets = targets?;
-    config.capacity_max = args.capacity_max.or(file.capacity_max).map(|size| size.0);
+    if let Some(size) = args.capacity_max.or(file.capacity_max) {
+        config.capacity_max = Some(within("capacity-max", size, CAPACITIES)?.0);
+    }
     if let Some(cores) = args.cores.or(file.cores) {
-        config.cores = cores;
+        config.cores = within("cores", cores, 0..=CORES_MAX)?;
     }
     if let Some(us) = args.poll_us.or(file.poll_us) {
         config.poll = Duration::from_micros(us.into());
@@ -202,13 +230,13 @@ fn settings(args: Args) -> anyhow::Result<Config> {
         config.volume_size = size.0;
     }
     if let Some(rate) = args.rebuild_rate.or(file.rebuild_rate) {
-        config.rebuild_rate = rate.0;
+        config.rebuild_rate = units::zero_or_within("rebuild-rate", rate, NO_LIMIT, units::RATES)?.0;
     }
     if let Some(time) = args.scrub_interval.or(file.scrub_interval) {
         config.scrub_interval = time.0;
     }
     if let Some(rate) = args.scrub_rate.or(file.scrub_rate) {
-        config.scrub_rate = rate.0;
+        config.scrub_rate = units::zero_or_within("scrub-rate", rate, NO_LIMIT, units::RATES)?.0;
     }
     if let Some(time) = args.checkpoint_interval.or(file.checkpoint_interval) {
         config.checkpoint_interval = time.0;

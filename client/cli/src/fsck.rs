@@ -11,7 +11,7 @@ use crate::{
     daemon,
     locate::{self, MetaArg},
     report, rpc, transfer,
-    units::{self, ByteSize},
+    units::{self, ByteSize, count},
 };
 
 /// Problems and blocks told one by one; --json tells more.
@@ -57,6 +57,8 @@ struct Shards {
     shards: u64,
     missing: Vec<MissingBlock>,
     lost: Vec<u64>,
+    /// Files that had bytes in these.
+    lost_files: Vec<String>,
     garbage: BTreeMap<u64, Vec<u64>>,
     garbage_bytes: u64,
     unseen: BTreeMap<u64, String>,
@@ -68,13 +70,14 @@ struct MissingBlock {
     targets: Vec<u64>,
 }
 
-impl From<Findings> for Shards {
-    fn from(found: Findings) -> Shards {
+impl Shards {
+    fn new(found: Findings, lost_files: Vec<String>) -> Shards {
         let missing = |m: upkeep::Missing| MissingBlock { block: m.block, targets: m.targets };
         Shards {
             shards: found.shards,
             missing: found.missing.into_iter().map(missing).collect(),
             lost: found.lost,
+            lost_files,
             garbage: found.garbage,
             garbage_bytes: found.garbage_bytes,
             unseen: found.unseen,
@@ -166,8 +169,12 @@ async fn shards(meta: &str, repair: bool, bar: &ProgressBar) -> anyhow::Result<S
         };
         upkeep::mend(&client, request).await?;
     }
+    let lost_files = match found.lost.is_empty() {
+        true => Vec::new(),
+        false => upkeep::files_of(&client, &found.lost, &|what| bar.set_message(what)).await?,
+    };
     client.shutdown().await?;
-    Ok(found.into())
+    Ok(Shards::new(found, lost_files))
 }
 
 /// A line that says what is being done; none where nobody looks.
@@ -183,11 +190,11 @@ pub(crate) fn progress() -> ProgressBar {
 fn text(outcome: &Outcome, repair: bool) -> String {
     let Outcome { clean, metadata: m, shards } = outcome;
     let mut lines = vec![format!(
-        "metadata: {} inodes, {} names, {} extents, {} blocks",
-        units::grouped(m.inodes),
-        units::grouped(m.entries),
-        units::grouped(m.extents),
-        units::grouped(m.blocks)
+        "metadata: {}, {}, {}, {}",
+        count(m.inodes, "inode"),
+        count(m.entries, "name"),
+        count(m.extents, "extent"),
+        count(m.blocks, "block")
     )];
     lines.extend(m.problems.iter().take(TOLD).map(|problem| format!("  {problem}")));
     if m.problem_count > TOLD as u64 {
@@ -195,10 +202,15 @@ fn text(outcome: &Outcome, repair: bool) -> String {
     }
     match (m.problem_count, repair) {
         (0, _) => {}
-        (n, false) => lines.push(format!("  {n} problems, {} of them can be repaired", m.repairable)),
-        (n, true) => {
-            lines.push(format!("  {n} problems, {} repairs made, {} problems left", m.repaired, m.left))
+        (n, false) => {
+            lines.push(format!("  {}, {} of them can be repaired", count(n, "problem"), m.repairable));
         }
+        (n, true) => lines.push(format!(
+            "  {}, {} made, {} left",
+            count(n, "problem"),
+            count(m.repaired, "repair"),
+            count(m.left, "problem")
+        )),
     }
     if let Some(found) = shards {
         lines.push(format!("shards: {} on the targets that were listed", units::grouped(found.shards)));
@@ -209,22 +221,32 @@ fn text(outcome: &Outcome, repair: bool) -> String {
             let what =
                 if repair { "being restored, `fjord status` shows how far that is" } else { "not restored" };
             lines.push(format!(
-                "  {} shards of {} blocks are missing: {what}",
-                units::grouped(found.missing_shards() as u64),
-                units::grouped(found.missing.len() as u64)
+                "  missing: {} of {}, {what}",
+                count(found.missing_shards() as u64, "shard"),
+                count(found.missing.len() as u64, "block")
             ));
         }
         if found.garbage_shards() > 0 {
             lines.push(format!(
-                "  {} shards with {} are garbage: {}",
-                units::grouped(found.garbage_shards() as u64),
+                "  garbage: {} with {}, {}",
+                count(found.garbage_shards() as u64, "shard"),
                 ByteSize(found.garbage_bytes),
                 if repair { "being deleted" } else { "`fjord gc run` deletes them" }
             ));
         }
         if !found.lost.is_empty() {
             let blocks: Vec<String> = found.lost.iter().take(TOLD).map(|b| format!("b{b}")).collect();
-            lines.push(format!("  {} blocks are LOST: {} ...", found.lost.len(), blocks.join(", ")));
+            let more = if found.lost.len() > TOLD { ", ..." } else { "" };
+            lines.push(format!(
+                "  LOST: {}: {}{more}",
+                count(found.lost.len() as u64, "block"),
+                blocks.join(", ")
+            ));
+            lines.push(format!("  of {}:", count(found.lost_files.len() as u64, "file")));
+            lines.extend(found.lost_files.iter().take(TOLD).map(|file| format!("    {file}")));
+            if let Some(more) = found.lost_files.len().checked_sub(TOLD).filter(|more| *more > 0) {
+                lines.push(format!("    and {} more", units::grouped(more as u64)));
+            }
         }
     }
     lines.push(if *clean { "all is well".to_owned() } else { "there are problems".to_owned() });

@@ -201,10 +201,9 @@ impl Background {
     fn text(&self) -> String {
         let every = match self.interval_ms {
             0 => "the metaserver collects when it is told to (`fjord gc start`)".to_owned(),
-            ms => format!(
-                "the metaserver collects every {}",
-                humantime::format_duration(std::time::Duration::from_millis(ms))
-            ),
+            ms => {
+                format!("the metaserver collects every {}", units::Span(std::time::Duration::from_millis(ms)))
+            }
         };
         let mut text = every;
         if self.running {
@@ -214,12 +213,12 @@ impl Background {
         let ended = std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_millis(self.ended_ms));
         if let Some(ended) = ended.filter(|_| self.runs > 0) {
             text += &format!(
-                "last at {}: {} shards with {} were garbage, {} moved out of {} mostly dead blocks\n",
+                "last at {}: garbage: {} with {}; {} moved out of {}\n",
                 humantime::format_rfc3339_seconds(ended),
-                units::grouped(self.garbage_shards),
+                units::count(self.garbage_shards, "shard"),
                 ByteSize(self.garbage_bytes),
                 ByteSize(self.moved_bytes),
-                units::grouped(self.sparse_blocks)
+                units::count(self.sparse_blocks, "mostly dead block")
             );
             if !self.problem.is_empty() {
                 text += &format!("  not complete: {}\n", self.problem);
@@ -296,10 +295,10 @@ fn compact(args: &CompactArgs) -> anyhow::Result<ExitCode> {
 
 fn compacted_text(done: &Compacted, dry_run: bool) -> String {
     let mut text = format!(
-        "{} mostly dead blocks with {} that no file uses, {} files in many pieces\n",
-        units::grouped(done.sparse_blocks),
+        "{} with {} that no file uses, {} in many pieces\n",
+        units::count(done.sparse_blocks, "mostly dead block"),
         ByteSize(done.dead_bytes),
-        units::grouped(done.scattered_files)
+        units::count(done.scattered_files, "file")
     );
     if !dry_run {
         text += &format!(

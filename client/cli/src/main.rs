@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     match cli::run(cli::Cli::parse_from(args)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("fjord: {error:#}");
+            eprintln!("fjord: {}", report::causes(&error));
             ExitCode::FAILURE
         }
     }

@@ -5,6 +5,7 @@ mod status;
 mod upkeep;
 
 use std::{
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{
@@ -27,7 +28,7 @@ use crate::{
     daemon::{self, Signals, Stop},
     locate::{self, DEFAULT_META, MetaArg},
     report, rpc,
-    units::{self, ByteSize, Span},
+    units::{self, ByteSize, Span, within},
 };
 
 /// Run the metaserver: the namespace, the cluster map, the sessions.
@@ -67,24 +68,24 @@ pub(crate) struct Args {
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
     /// Redundancy of new files in a new filesystem [default: replica:2]
-    #[arg(long, value_name = "replica:N")]
+    #[arg(long, value_name = "replica:N|ec:K+M")]
     policy: Option<Policy>,
-    /// Placement groups of a new filesystem
+    /// Placement groups of a new filesystem [default: 64]
     #[arg(long, value_name = "N")]
     pg_count: Option<usize>,
-    /// A client that is silent for this long is taken for dead
+    /// A client that is silent for this long is taken for dead [default: 30s]
     #[arg(long, value_name = "TIME")]
     session_timeout: Option<Span>,
-    /// How often data servers report
+    /// How often data servers report [default: 1s]
     #[arg(long, value_name = "TIME")]
     heartbeat: Option<Span>,
-    /// A data server that is silent for this long counts as down
+    /// A data server that is silent for this long counts as down [default: 5s]
     #[arg(long, value_name = "TIME")]
     down_after: Option<Span>,
     /// A target that is down or failed for this long is out: its placement groups are rebuilt on others [default: 10m]
     #[arg(long, value_name = "TIME")]
     out_after: Option<Span>,
-    /// Longest time between acknowledging a namespace change and having it on stable storage
+    /// Longest time between acknowledging a namespace change and having it on stable storage [default: 100ms]
     #[arg(long, value_name = "TIME")]
     log_sync: Option<Span>,
     /// Memory for what it remembers of the namespace [default: 256MiB]
@@ -131,6 +132,15 @@ enum Verb {
     Status(status::Args),
     Migrate(migrate::Args),
 }
+
+/// Clients renew their sessions three times within that.
+const SESSION_TIMEOUTS: RangeInclusive<Span> =
+    Span(Duration::from_secs(1))..=Span(Duration::from_secs(24 * 3600));
+const HEARTBEATS: RangeInclusive<Span> = Span(Duration::from_millis(100))..=Span(Duration::from_secs(60));
+const DOWN_AFTER_MAX: Span = Span(Duration::from_secs(3600));
+const LOG_SYNCS: RangeInclusive<Span> = Span(Duration::from_millis(1))..=Span(Duration::from_secs(60));
+const GC_INTERVALS: RangeInclusive<Span> =
+    Span(Duration::from_secs(1))..=Span(Duration::from_secs(366 * 24 * 3600));
 
 /// With a smaller cache hardly anything is found in it.
 const CACHE_MIN: u64 = 8 << 20;
@@ -180,7 +190,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
                 }
                 (None, Ok(())) => tracing::info!("handed over"),
                 (None, Err(e)) if config.store.is_none() => return Err(e).context("the metaserver ended"),
-                (None, Err(e)) => tracing::error!("not the owner any more: {:#}", anyhow::Error::from(e)),
+                (None, Err(e)) => tracing::error!("not the owner any more: {}", report::causes(&e.into())),
             }
             tokio::time::sleep(YIELD).await;
         }
@@ -206,7 +216,13 @@ impl Drop for AbortOnDrop {
 fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
     let address = locate::cluster(meta, None)?;
     let mut writer = backup::Writer::create(file)?;
-    daemon::control_runtime()?.block_on(rpc::backup(&address, |piece| Ok(writer.write(piece)?)))?;
+    daemon::control_runtime()?.block_on(async {
+        let mut signals = Signals::listen()?;
+        tokio::select! {
+            written = rpc::backup(&address, |piece| Ok(writer.write(piece)?)) => written,
+            _ = signals.next() => anyhow::bail!("stopped before the backup was whole: {} is not made", file.display()),
+        }
+    })?;
     let (about, records) = writer.finish()?;
     report::print(&format!(
         "backup of cluster {}: {} records in {}\n",
@@ -282,6 +298,10 @@ fn settings(args: Args) -> anyhow::Result<(Config, Schedule)> {
     let (data, store) = if args.data.is_some() || args.store.is_some() {
         (args.data, args.store)
     } else {
+        anyhow::ensure!(
+            file.data.is_none() || file.store.is_none(),
+            "the configuration has both `data` and `store`: the namespace is in one place"
+        );
         (file.data, file.store)
     };
     let place = |store: String| if on_command_line { place(&store) } else { Ok(store.parse()?) };
@@ -300,16 +320,24 @@ fn settings(args: Args) -> anyhow::Result<(Config, Schedule)> {
     let mut config = Config::new(data);
     config.store = store;
     config.listen = daemon::listen_address(&listen)?;
-    let set = |to: &mut std::time::Duration, flag: Option<Span>, key: Option<Span>| {
-        if let Some(Span(time)) = flag.or(key) {
-            *to = time;
-        }
-    };
-    set(&mut config.session_timeout, args.session_timeout, file.session_timeout);
-    set(&mut config.heartbeat, args.heartbeat, file.heartbeat);
-    set(&mut config.down_after, args.down_after, file.down_after);
-    set(&mut config.out_after, args.out_after, file.out_after);
-    set(&mut config.log_sync, args.log_sync, file.log_sync);
+    if let Some(time) = args.session_timeout.or(file.session_timeout) {
+        config.session_timeout = within("session-timeout", time, SESSION_TIMEOUTS)?.0;
+    }
+    if let Some(time) = args.heartbeat.or(file.heartbeat) {
+        config.heartbeat = within("heartbeat", time, HEARTBEATS)?.0;
+    }
+    if let Some(Span(time)) = args.down_after.or(file.down_after) {
+        config.down_after = time;
+    }
+    // One that is late is not one that is missing.
+    let down_after = Span(2 * config.heartbeat)..=DOWN_AFTER_MAX;
+    within("down-after (at least two heartbeats)", Span(config.down_after), down_after)?;
+    if let Some(Span(time)) = args.out_after.or(file.out_after) {
+        config.out_after = time;
+    }
+    if let Some(time) = args.log_sync.or(file.log_sync) {
+        config.log_sync = within("log-sync", time, LOG_SYNCS)?.0;
+    }
     if let Some(ByteSize(cache)) = args.cache.or(file.cache) {
         anyhow::ensure!(
             cache >= CACHE_MIN,
@@ -330,9 +358,13 @@ fn settings(args: Args) -> anyhow::Result<(Config, Schedule)> {
         config.pg_count = pg_count;
     }
     let mut schedule = Schedule::default();
-    set(&mut schedule.interval, args.gc_interval, file.gc_interval);
-    if let Some(ByteSize(rate)) = args.gc_rate.or(file.gc_rate) {
-        schedule.rate = rate;
+    if let Some(time) = args.gc_interval.or(file.gc_interval) {
+        let never = (Span(Duration::ZERO), "only by `fjord gc`");
+        schedule.interval = units::zero_or_within("gc-interval", time, never, GC_INTERVALS)?.0;
+    }
+    if let Some(rate) = args.gc_rate.or(file.gc_rate) {
+        let no_limit = (ByteSize(0), "no limit");
+        schedule.rate = units::zero_or_within("gc-rate", rate, no_limit, units::RATES)?.0;
     }
     Ok((config, schedule))
 }

@@ -15,7 +15,7 @@ use fjordfs_fuse::Remount;
 use crate::{
     daemon::{self, Signals, Stop},
     holders::{self, Fuse},
-    mounts,
+    mounts, rpc,
     umount::{self, Refused},
 };
 
@@ -80,6 +80,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         return remount(&dir, &change, &rest);
     }
     let (meta, folder) = split_source(&source);
+    rpc::check_address(meta)?;
     let mut settings = options::parse(&list, meta, &dir, args.sloppy)?;
     settings.fuse.folder = folder.into();
     if let Some(pid) = supervisor::supervisor_pid() {

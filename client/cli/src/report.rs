@@ -21,6 +21,19 @@ pub(crate) fn table(head: &[&str]) -> Table {
     table
 }
 
+/// An error with its causes. Some say what their cause says: that is told once.
+pub(crate) fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
+}
+
 /// Writes to standard output. A reader that went away (`| head`) is not an error.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
@@ -42,4 +55,21 @@ pub(crate) fn print_json<T: Serialize>(value: &T) -> anyhow::Result<()> {
 /// The lines of a table without the blanks that fill the last column.
 pub(crate) fn lines(table: &Table) -> String {
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let denied = || io::Error::from_raw_os_error(13);
+        let named = Err::<(), _>(io::Error::other(format!("/root/x: {}", denied()))).context("backup");
+        assert_eq!(causes(&named.unwrap_err()), "backup: /root/x: Permission denied (os error 13)");
+        let error = anyhow::Error::new(denied()).context(format!("/root/x: {}", denied())).context("backup");
+        assert_eq!(causes(&error), "backup: /root/x: Permission denied (os error 13)");
+        let plain = anyhow::Error::new(denied()).context("cannot write /x");
+        assert_eq!(causes(&plain), "cannot write /x: Permission denied (os error 13)");
+    }
 }

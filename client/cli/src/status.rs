@@ -28,7 +28,7 @@ use crate::{
 
 /// Show servers, targets, placement groups and clients of a cluster.
 ///
-/// Exit status 1 when a server or a target is not up.
+/// Exit status 1 when a server or a target is not up, when there is none, or when the metaserver cannot take changes.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -66,6 +66,8 @@ pub(crate) struct Status {
     pub(crate) engine: String,
     pub(crate) epoch: u64,
     pub(crate) healthy: bool,
+    /// Why the metaserver refuses changes; empty: it does not.
+    pub(crate) trouble: String,
     pub(crate) default_policy: String,
     pub(crate) capacity: u64,
     pub(crate) free: u64,
@@ -124,8 +126,10 @@ pub(crate) struct Placement {
     pub(crate) groups: usize,
     /// Some member cannot be read.
     pub(crate) degraded: usize,
-    /// No member can be read.
+    /// Blocks of the default policy cannot be read, or where its groups are of another width, no block at all.
     pub(crate) unavailable: usize,
+    /// Of the others: so many members cannot be read that blocks with one parity shard, as a directory may have them, cannot.
+    pub(crate) lacking: usize,
 }
 
 #[derive(Serialize, Debug)]
@@ -199,8 +203,8 @@ impl Status {
         Ok(Status {
             meta,
             epoch: map.epoch.0,
-            healthy: servers.iter().all(|s| s.state == "up")
-                && map.targets.values().all(|t| matches!(t.state, TargetState::Up | TargetState::Draining)),
+            healthy: reply.trouble.is_empty() && all_up(&servers, &targets),
+            trouble: reply.trouble,
             default_policy: map.default_policy.to_string(),
             capacity: targets.iter().filter(up).map(|t| t.capacity).sum(),
             free: targets.iter().filter(up).map(|t| t.free).sum(),
@@ -231,9 +235,18 @@ impl Status {
         })
     }
 
+    /// Whether everything serves, if the metaserver takes changes or not.
+    pub(crate) fn is_up(&self) -> bool {
+        all_up(&self.servers, &self.targets)
+    }
+
     fn text(&self) -> String {
         let mut out = String::new();
-        let health = if self.healthy { "healthy" } else { "DEGRADED" };
+        let health = match self.healthy {
+            true => "healthy",
+            false if self.targets.is_empty() => "NO TARGETS, nothing can be stored",
+            false => "DEGRADED",
+        };
         // Writing to a String does not fail.
         let _ = writeln!(
             out,
@@ -246,6 +259,9 @@ impl Status {
             units::count(self.inodes, "inode"),
             self.default_policy
         );
+        if !self.trouble.is_empty() {
+            let _ = writeln!(out, "the metaserver has TROUBLE: {}\n", self.trouble);
+        }
         out += &report::lines(&self.target_table());
         let _ = writeln!(
             out,
@@ -255,11 +271,18 @@ impl Status {
         );
         for p in &self.placement {
             let _ = write!(out, "{} of {}", units::count(p.groups as u64, "placement group"), p.width);
-            let _ = match (p.degraded, p.unavailable) {
-                (0, 0) => writeln!(out, ": all whole"),
-                (degraded, 0) => writeln!(out, ": {degraded} degraded, every block can be read"),
-                (degraded, gone) => writeln!(out, ": {degraded} degraded, of these {gone} CANNOT BE READ"),
+            let _ = match (p.degraded, p.unavailable, p.lacking) {
+                (0, ..) => write!(out, ": all whole"),
+                (degraded, 0, 0) => write!(out, ": {degraded} degraded, every block can be read"),
+                (degraded, 0, _) => write!(out, ": {degraded} degraded"),
+                (degraded, gone, _) => write!(out, ": {degraded} degraded, of these {gone} CANNOT BE READ"),
             };
+            if p.lacking > 0 {
+                let (lacking, k) = (p.lacking, p.width - 1);
+                let _ =
+                    write!(out, ", {lacking} lack 2 or more members: ec:{k}+1 blocks there CANNOT BE READ");
+            }
+            out.push('\n');
         }
         out += &self.healing.text();
         for t in self.targets.iter().filter(|t| t.scrub.shards_bad > 0) {
@@ -348,6 +371,13 @@ impl Status {
     }
 }
 
+/// There is something, and nothing of it is away.
+fn all_up(servers: &[Server], targets: &[Target]) -> bool {
+    !targets.is_empty()
+        && servers.iter().all(|s| s.state == "up")
+        && targets.iter().all(|t| matches!(t.state, "up" | "draining"))
+}
+
 fn placement(map: &ClusterMap) -> Vec<Placement> {
     let readable: BTreeSet<TargetId> =
         map.targets.iter().filter(|(_, t)| t.readable()).map(|(id, _)| *id).collect();
@@ -358,12 +388,19 @@ fn placement(map: &ClusterMap) -> Vec<Placement> {
             groups: 0,
             degraded: 0,
             unavailable: 0,
+            lacking: 0,
         });
+        // The map knows widths, not policies: another policy may have groups of the same width, also as copies of small blocks.
+        let needed = match map.default_policy {
+            policy if policy.width() == *width => policy.data_shards().into(),
+            _ => 1,
+        };
         for group in table.members.chunks(*width) {
             let alive = group.iter().filter(|t| readable.contains(t)).count();
             sum.groups += 1;
             sum.degraded += usize::from(alive < *width);
-            sum.unavailable += usize::from(alive == 0);
+            sum.unavailable += usize::from(alive < needed);
+            sum.lacking += usize::from(alive >= needed && alive + 1 < *width);
         }
     }
     by_width.into_values().collect()
@@ -391,7 +428,10 @@ pub(crate) fn target_state(state: TargetState) -> &'static str {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use fjordfs_proto::pb::{common, meta};
+    use fjordfs_proto::{
+        Policy,
+        pb::{common, meta},
+    };
 
     /// Three servers with a target of `capacity` and `free` each, two eras of `replica:2` groups.
     pub(crate) fn reply(states: [TargetState; 3]) -> StatusReply {
@@ -463,7 +503,10 @@ pub(crate) mod tests {
         let status = Status::new("m:1".into(), reply([TargetState::Up; 3])).unwrap();
         assert!(status.healthy);
         assert_eq!((status.capacity, status.free), (300 << 30, 180 << 30));
-        assert_eq!(status.placement, [Placement { width: 2, groups: 4, degraded: 0, unavailable: 0 }]);
+        assert_eq!(
+            status.placement,
+            [Placement { width: 2, groups: 4, degraded: 0, unavailable: 0, lacking: 0 }]
+        );
         let text = status.text();
         for part in [
             "healthy",
@@ -483,12 +526,54 @@ pub(crate) mod tests {
         let one =
             Status::new("m:1".into(), reply([TargetState::Down, TargetState::Up, TargetState::Up])).unwrap();
         assert!(!one.healthy);
-        assert_eq!(one.placement, [Placement { width: 2, groups: 4, degraded: 3, unavailable: 0 }]);
+        assert_eq!(
+            one.placement,
+            [Placement { width: 2, groups: 4, degraded: 3, unavailable: 0, lacking: 0 }]
+        );
         assert!(one.text().contains("every block can be read"));
         let two = Status::new("m:1".into(), reply([TargetState::Down, TargetState::Down, TargetState::Up]))
             .unwrap();
         assert_eq!(two.placement[0].unavailable, 2);
         assert!(two.text().contains("CANNOT BE READ"));
+    }
+
+    /// Groups of three: what two losses mean depends on the policy of the blocks.
+    #[test]
+    fn what_cannot_be_read_is_counted_by_policy() {
+        let groups_of_three = |policy: Policy| {
+            let mut reply = reply([TargetState::Up, TargetState::Down, TargetState::Down]);
+            let map = reply.map.as_mut().unwrap();
+            map.default_policy = policy.code().into();
+            let table = common::PgTable { width: 3, pg_count: 1, members: vec![1, 2, 3], moves: Vec::new() };
+            map.eras = vec![common::Era { first_block: 1, tables: vec![table] }];
+            Status::new("m:1".into(), reply).unwrap()
+        };
+        let ec = groups_of_three(Policy::ec(2, 1).unwrap());
+        assert_eq!((ec.placement[0].unavailable, ec.placement[0].lacking), (1, 0));
+        assert!(ec.text().contains("of these 1 CANNOT BE READ"), "{}", ec.text());
+        for copies in [2, 3] {
+            let status = groups_of_three(Policy::replica(copies).unwrap());
+            assert_eq!((status.placement[0].unavailable, status.placement[0].lacking), (0, 1));
+            let text = status.text();
+            assert!(!text.contains("every block can be read"), "{text}");
+            assert!(text.contains("1 lack 2 or more members: ec:2+1 blocks"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_metaserver_that_takes_no_changes_is_not_healthy() {
+        let full = StatusReply { trouble: "the metadata disk is full".into(), ..reply([TargetState::Up; 3]) };
+        let status = Status::new("m:1".into(), full).unwrap();
+        assert!(!status.healthy && status.text().contains("TROUBLE: the metadata disk is full"));
+    }
+
+    #[test]
+    fn a_cluster_without_targets_is_not_healthy() {
+        let mut empty = reply([TargetState::Up; 3]);
+        let map = empty.map.as_mut().unwrap();
+        (map.targets, map.servers, map.eras) = Default::default();
+        let status = Status::new("m:1".into(), empty).unwrap();
+        assert!(!status.healthy && status.text().contains("NO TARGETS"), "{}", status.text());
     }
 
     #[test]
@@ -530,7 +615,7 @@ pub(crate) mod tests {
         assert_eq!(
             keys(&json),
             "blocks_to_delete capacity cluster_id default_policy engine epoch free healing healthy inodes meta orphans \
-             placement servers sessions targets version"
+             placement servers sessions targets trouble version"
         );
         assert_eq!(keys(&json["servers"][0]), "address id name state");
         assert_eq!(
@@ -546,7 +631,7 @@ pub(crate) mod tests {
             "bytes_copied checks_left elapsed_ms eta_ms moves_done moves_left problems rates rebalancing \
              shards_copied shards_lost"
         );
-        assert_eq!(keys(&json["placement"][0]), "degraded groups unavailable width");
+        assert_eq!(keys(&json["placement"][0]), "degraded groups lacking unavailable width");
         assert_eq!(keys(&json["sessions"][0]), "attached client handles id idle_ms leases lock_waits locks");
     }
 

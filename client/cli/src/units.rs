@@ -1,6 +1,6 @@
 //! Sizes and durations as people write them, and the other way round.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, ops::RangeInclusive, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
@@ -88,7 +88,7 @@ impl<'de> Deserialize<'de> for ByteSize {
 }
 
 /// A duration; written `500ms`, `30s`, `5m`, `1h 30m`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Span(pub(crate) Duration);
 
 impl FromStr for Span {
@@ -103,14 +103,63 @@ impl FromStr for Span {
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&humantime::format_duration(self.0).to_string())
+        let text = humantime::format_duration(self.0).to_string();
+        // 7 days, but 500ms.
+        let mut spaced = String::with_capacity(text.len() + 2);
+        for part in text.split_inclusive(' ') {
+            let unit = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+            let (number, unit) = part.split_at(unit);
+            let gap = if ["day", "mon", "yea"].iter().any(|word| unit.starts_with(word)) { " " } else { "" };
+            spaced += &format!("{number}{gap}{unit}");
+        }
+        f.pad(&spaced)
     }
 }
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Span, D::Error> {
-        String::deserialize(input)?.parse().map_err(de::Error::custom)
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Span;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a time with its unit, such as \"500ms\" or \"1s\"")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Span, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        input.deserialize_any(Visitor)
     }
+}
+
+/// Bytes per second that something may be bound to: below, it would never end.
+pub(crate) const RATES: RangeInclusive<ByteSize> = ByteSize(64 << 10)..=ByteSize(1 << 50);
+
+/// A setting that has bounds.
+///
+/// # Errors
+/// Names it, and what is possible.
+pub(crate) fn within<T: PartialOrd + fmt::Display>(
+    name: &str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> anyhow::Result<T> {
+    let (least, most) = (range.start(), range.end());
+    anyhow::ensure!(range.contains(&value), "{name} is {value}: from {least} to {most} is possible");
+    Ok(value)
+}
+
+/// The same where 0 means something else.
+pub(crate) fn zero_or_within<T: PartialOrd + fmt::Display>(
+    name: &str,
+    value: T,
+    (zero, meaning): (T, &str),
+    range: RangeInclusive<T>,
+) -> anyhow::Result<T> {
+    if value == zero {
+        return Ok(value);
+    }
+    within(name, value, range).map_err(|e| anyhow::anyhow!("{e}, and 0: {meaning}"))
 }
 
 /// `1 file`, `2 files`.
@@ -190,9 +239,25 @@ mod tests {
     }
 
     #[test]
+    fn bounds_are_told() {
+        let sizes = ByteSize(1 << 20)..=ByteSize(1 << 30);
+        assert_eq!(within("x", ByteSize(1 << 20), sizes.clone()).unwrap(), ByteSize(1 << 20));
+        let error = within("x", ByteSize(5), sizes.clone()).unwrap_err().to_string();
+        assert_eq!(error, "x is 5 B: from 1.00 MiB to 1.00 GiB is possible");
+        let no_limit = (ByteSize(0), "no limit");
+        assert_eq!(zero_or_within("x", ByteSize(0), no_limit, sizes.clone()).unwrap(), ByteSize(0));
+        let error = zero_or_within("x", ByteSize(u64::MAX), no_limit, sizes).unwrap_err().to_string();
+        assert!(error.ends_with("is possible, and 0: no limit"), "{error}");
+    }
+
+    #[test]
     fn durations_and_counts() {
         assert_eq!("1h 30m".parse(), Ok(Span(Duration::from_secs(5400))));
         assert!("soon".parse::<Span>().is_err());
+        for (seconds, text) in [(5400, "1h 30m"), (604_800, "7 days"), (90_000, "1 day 1h")] {
+            let span = Span(Duration::from_secs(seconds));
+            assert_eq!((span.to_string().as_str(), text.parse()), (text, Ok(span)));
+        }
         assert_eq!(count(1, "file"), "1 file");
         assert_eq!(count(1_234_567, "file"), "1,234,567 files");
         assert_eq!(grouped(999), "999");

@@ -15,13 +15,10 @@ use fjordfs_proto::{
 };
 
 use super::{
-    Pace, Tell, admin,
+    BLOCKS, Pace, Tell, admin,
     holdings::{self, Sparse},
 };
 use crate::{AttrChange, Client, CopiedRange, File, NewFile};
-
-/// Blocks that are asked about at a time.
-const BLOCKS: usize = 65_536;
 
 /// Bytes and pieces that are written anew before they take their places: what is read once more if this process dies.
 const BATCH_BYTES: u64 = 128 << 20;

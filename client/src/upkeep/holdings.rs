@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fjordfs_proto::{
     BlockId, ClusterMap, FsError, FsResult, Layout, TargetId,
+    cluster::TargetState,
     error::Errno,
     pb::{
         data::ShardInfo,
@@ -155,7 +156,7 @@ pub async fn compare(client: &Client, rate: u64, tell: Tell<'_>) -> FsResult<Fin
     for (target, info) in &known.map.targets {
         let listed = match info.readable() {
             true => list(&mut lister, &known, *target, &mut present, &mut found).await,
-            false => Err(FsError::new(Errno::EIO, format!("it is {:?}", info.state))),
+            false => Err(FsError::new(Errno::EIO, state_of(info.state))),
         };
         if let Err(e) = listed {
             found.unseen.insert(target.0, e.message);
@@ -168,6 +169,15 @@ pub async fn compare(client: &Client, rate: u64, tell: Tell<'_>) -> FsResult<Fin
         look_again(client, suspects, &mut found).await?;
     }
     Ok(found)
+}
+
+fn state_of(state: TargetState) -> &'static str {
+    match state {
+        TargetState::Down => "it is down",
+        TargetState::Out => "it is out",
+        TargetState::Failed => "it has failed",
+        _ => "its state does not allow it",
+    }
 }
 
 /// Goes through the listing of a target.
@@ -315,7 +325,7 @@ mod tests {
     use super::*;
     use fjordfs_proto::{
         Epoch, Policy, ServerId,
-        cluster::{Era, PgTable, Server, ServerState, Target, TargetState},
+        cluster::{Era, PgTable, Server, ServerState, Target},
     };
 
     fn known() -> Known {

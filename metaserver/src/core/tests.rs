@@ -251,7 +251,11 @@ fn a_nearly_full_disk_takes_only_what_frees_space() {
     assert_eq!(errno(w.call(make("g", 0))), ENOSPC);
     assert_eq!(errno(w.call(Op::LeaseBlocks(LeaseBlocks { count: 1 }))), ENOSPC);
     w.remove(R, "f", false).unwrap();
+    for told in [w.core.status(w.now).trouble, w.core.meta_status().trouble] {
+        assert!(told.contains("the metadata disk is full"), "{told}");
+    }
     w.core.set_low_space(None);
+    assert_eq!(w.core.status(w.now).trouble, "");
     w.call(make("g", 0)).unwrap();
     w.check();
 }

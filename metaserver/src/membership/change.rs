@@ -103,6 +103,12 @@ impl Membership {
         let groups = eras::groups_of(&self.map, id);
         let state = self.map.targets.get(&id).map(|t| t.state);
         let reachable = matches!(state, Some(TargetState::Up | TargetState::Draining));
+        if groups > 0 && state == Some(TargetState::Draining) {
+            return Err(Refusal::Precondition(format!(
+                "target {id} is being drained, {groups} groups still have it as a member: `fjord status` shows how far that is, then it \
+                 can be removed"
+            )));
+        }
         if groups > 0 && reachable {
             return Err(Refusal::Precondition(format!(
                 "target {id} is in use by {groups} groups: `fjord target drain {id}` moves them, then it can be removed"

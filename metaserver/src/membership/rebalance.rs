@@ -28,7 +28,12 @@ impl Membership {
         } else {
             let moves: usize = wanted(&self.map).iter().map(|table| table.cells.len()).sum();
             match moves {
-                0 => "the targets are in balance".to_owned(),
+                0 => match self.map.targets.values().filter(|target| !target.writable()).count() {
+                    0 => "the targets are in balance".to_owned(),
+                    n => format!(
+                        "the targets that take blocks are in balance; {n} that do not (`fjord status`) are not looked at"
+                    ),
+                },
                 n => format!("{n} group members are to move, `fjord status` shows how they get on"),
             }
         };

@@ -293,7 +293,10 @@ fn wrap(folder: &Path, e: fjall::Error) -> StoreError {
             io::Error::other("an earlier write failed; see the log, then restart the metaserver"),
         ),
         fjall::Error::Locked => StoreError::Locked { folder: folder.to_owned() },
-        other => StoreError::Damaged { folder: folder.to_owned(), what: other.to_string() },
+        other => StoreError::Damaged {
+            folder: folder.to_owned(),
+            what: format!("{other}: restore it from a backup (`fjord meta restore`)"),
+        },
     }
 }
 
@@ -411,7 +414,11 @@ mod tests {
                 }
                 fs::write(&journal, bad).unwrap();
                 match FjallStore::open(&at.join("store"), FjallOptions::default()) {
-                    Err(StoreError::Damaged { .. } | StoreError::Io { .. }) => refused += 1,
+                    Err(StoreError::Damaged { what, .. }) => {
+                        assert!(what.contains("fjord meta restore"), "{what}");
+                        refused += 1;
+                    }
+                    Err(StoreError::Io { .. }) => refused += 1,
                     Err(e) => panic!("{e}"),
                     // Only a byte that nothing is read from may be damaged unnoticed.
                     Ok(store) => {

@@ -9,7 +9,7 @@ use crate::{
     daemon,
     locate::{self, MetaArg},
     report, rpc,
-    units::{ByteSize, grouped},
+    units::{self, ByteSize},
 };
 
 /// Between the two looks that rates are taken from.
@@ -17,7 +17,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Show the metaserver that serves, its standbys and its store.
 ///
-/// Exit status 1 when the store does not confirm that this metaserver owns it: then nobody is answered.
+/// Exit status 1 when the store does not confirm that this metaserver owns it: then nobody is answered; or when changes are refused.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     } else {
         report::print(&status.text())?;
     }
-    Ok(if status.answering { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if status.answering && status.trouble.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Everything that is shown; serialised, it is the output of `--json`.
@@ -60,6 +60,8 @@ struct Status {
     inodes: u64,
     sessions: u64,
     operations_per_s: f64,
+    /// Why it refuses changes; empty: it does not.
+    trouble: String,
     /// Absent for the embedded engine.
     store: Option<Store>,
 }
@@ -96,6 +98,7 @@ impl Status {
                 servers: store.servers,
                 standbys: store.standbys,
             }),
+            trouble: after.trouble,
             version: after.version,
             engine: after.engine,
             place: after.store,
@@ -113,16 +116,19 @@ impl Status {
         // Writing to a string cannot fail.
         let _ = writeln!(
             out,
-            "metaserver {} on {} ({}): {answers}, owner for {} s (fence {})\n{} inodes, {} sessions, {:.0} operations/s",
+            "metaserver {} on {} ({}): {answers}, owner for {} s (fence {})\n{}, {}, {:.0} operations/s",
             self.version,
             self.place,
             self.engine,
             self.owner_for_s,
             self.fence,
-            grouped(self.inodes),
-            self.sessions,
+            units::count(self.inodes, "inode"),
+            units::count(self.sessions, "session"),
             self.operations_per_s
         );
+        if !self.trouble.is_empty() {
+            let _ = writeln!(out, "TROUBLE: {}", self.trouble);
+        }
         let Some(store) = &self.store else { return out };
         let _ = writeln!(
             out,

@@ -60,11 +60,15 @@ fn became_ready(child: &mut Child) -> bool {
     BufReader::new(output).lines().map_while(Result::ok).any(|line| line.starts_with(READY))
 }
 
-/// The error that a `fjord` printed last, or its last lines.
+/// The error that a `fjord` printed last, or where it panicked, or its last lines.
 pub(crate) fn reason(log: &str) -> Option<String> {
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     if let Some(at) = lines.iter().rposition(|line| line.starts_with("fjord: ")) {
         return Some(lines[at..].join("\n").trim_start_matches("fjord: ").to_owned());
+    }
+    // What follows is a backtrace.
+    if let Some(at) = lines.iter().position(|line| line.contains(" panicked at ")) {
+        return Some(lines[at..lines.len().min(at + 2)].join("\n"));
     }
     (!lines.is_empty()).then(|| lines[lines.len().saturating_sub(8)..].join("\n"))
 }
@@ -89,7 +93,11 @@ mod tests {
     fn the_reason_is_the_error_line() {
         let log = "INFO connecting\nWARN slow\nfjord: cannot reach m:1\n  caused by x\n";
         assert_eq!(reason(log).unwrap(), "cannot reach m:1\n  caused by x");
-        assert_eq!(reason("panicked at x\nnote: y\n").unwrap(), "panicked at x\nnote: y");
+        assert_eq!(reason("odd\nnote: y\n").unwrap(), "odd\nnote: y");
+        let backtrace: String = (0..20).map(|n| format!("  {n}: some::function\n")).collect();
+        let log =
+            format!("INFO x\nthread 'main' (7) panicked at a.rs:1:2:\nwhy\nstack backtrace:\n{backtrace}");
+        assert_eq!(reason(&log).unwrap(), "thread 'main' (7) panicked at a.rs:1:2:\nwhy");
         assert_eq!(reason(" \n"), None);
     }
 }

@@ -1,6 +1,10 @@
 //! `-o` options: those of the mount itself are fjordfs_fuse's, those of the client are read here.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, anyhow, ensure};
 use fjordfs_client::Options;
@@ -9,7 +13,7 @@ use fjordfs_fuse::{MountOptions, OptionError, TransportChoice, TransportKind};
 use crate::{
     data,
     mount::supervisor::supervisor_pid,
-    units::{ByteSize, Span},
+    units::{ByteSize, Span, within},
 };
 
 /// The end of `fjord mount --help`.
@@ -79,6 +83,14 @@ pub(crate) enum Supervise {
     On,
     Off,
 }
+
+/// A server that answers needs some time, and nobody waits for months.
+const TIMEOUTS: RangeInclusive<Span> = Span(Duration::from_secs(1))..=Span(LONGEST);
+const HEDGES: RangeInclusive<Span> = Span(Duration::from_millis(1))..=Span(LONGEST);
+/// Below, hardly anything shares a block with anything else.
+const DIRTY_AGES: RangeInclusive<Span> = Span(Duration::from_millis(10))..=Span(LONGEST);
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
+const MEMORIES: RangeInclusive<ByteSize> = ByteSize(Options::MEMORY_MIN)..=ByteSize(Options::MEMORY_MAX);
 
 /// First version of Linux whose FUSE sends requests again (`FUSE_NOTIFY_RESEND`).
 const RESENDS_FROM: (u32, u32) = (6, 9);
@@ -172,21 +184,15 @@ impl Settings {
             .filter(|value| !value.is_empty())
             .with_context(|| format!("mount option `{key}` needs a value: {key}=VALUE"))?;
         let wrong = |e: String| anyhow!("mount option `{key}`: {e}");
-        let size = || value.parse::<ByteSize>().map(|s| s.0).map_err(wrong);
-        let time = || value.parse::<Span>().map(|t| t.0).map_err(wrong);
+        let named = format!("mount option `{key}`");
+        let size = |range| anyhow::Ok(within(&named, value.parse::<ByteSize>().map_err(wrong)?, range)?.0);
+        let time = |range| anyhow::Ok(within(&named, value.parse::<Span>().map_err(wrong)?, range)?.0);
         match key {
-            "memory" => {
-                self.client.memory_max = size()?;
-                ensure!(
-                    self.client.memory_max >= Options::MEMORY_MIN,
-                    "mount option `memory`: {value} is too little, {} is the least",
-                    ByteSize(Options::MEMORY_MIN)
-                );
-            }
-            "timeout" => self.client.operation_timeout = time()?,
-            "hedge" => self.client.hedge_delay = time()?,
-            "readahead" => self.client.readahead = size()?,
-            "dirty_age" => self.client.dirty_age_max = time()?,
+            "memory" => self.client.memory_max = size(MEMORIES)?,
+            "timeout" => self.client.operation_timeout = time(TIMEOUTS)?,
+            "hedge" => self.client.hedge_delay = time(HEDGES)?,
+            "readahead" => self.client.readahead = size(ByteSize(0)..=*MEMORIES.end())?,
+            "dirty_age" => self.client.dirty_age_max = time(DIRTY_AGES)?,
             "close" => {
                 self.client.defer = match value {
                     "async" => true,
@@ -223,7 +229,6 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn of(list: &str) -> anyhow::Result<Settings> {
         parse(list, "m:1", Path::new("/mnt"), false)
@@ -251,6 +256,11 @@ mod tests {
             ("memory", "memory=VALUE"),
             ("memory=1MiB", "128 MiB"),
             ("memory=lots", "lots"),
+            ("memory=15E", "mount option `memory` is 15.0 EiB: from 128 MiB to 1.00 PiB is possible"),
+            ("timeout=0s", "mount option `timeout` is 0s: from 1s to 30 days is possible"),
+            ("timeout=200years", "30 days"),
+            ("dirty_age=0s", "from 10ms to 30 days"),
+            ("readahead=2P", "`readahead`"),
             ("timeout=soon", "soon"),
             ("engine_threads=0", "from 1 to 64"),
             ("local_sockets=maybe", "neither on nor off"),

@@ -11,6 +11,8 @@ use std::{
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use crate::report;
+
 const NAME: &str = "fjord-outcome";
 
 /// What is written of a clean end; anything else is what went wrong.
@@ -41,7 +43,7 @@ impl Note {
     pub(crate) fn write(&mut self, outcome: &anyhow::Result<()>) {
         let text = match outcome {
             Ok(()) => CLEAN.to_owned(),
-            Err(e) => format!("{e:#}"),
+            Err(e) => report::causes(e),
         };
         if let Err(e) = self.0.write_all(text.as_bytes()) {
             tracing::warn!("`fjord umount` will not hear how the mount has ended: {e}");

@@ -18,7 +18,7 @@ use fjordfs_proto::{Domain, ServerId, TargetId, frame::local_name};
 use rustix::{net::sockopt::socket_peercred, process::Pid};
 
 use crate::{
-    daemon,
+    daemon::{self, Signals},
     data::TARGET_ADDED,
     locate::{self, MetaArg},
     report, rpc,
@@ -58,6 +58,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let before = status()?;
     let server = choose(&before, args.server.as_deref())?;
     let path = prepare(&args.path)?;
+    refuse_foreign(&path, &before, &server)?;
     if let Some(domain) = &args.domain {
         Domain::of_server(domain, &server.name)?;
     }
@@ -77,6 +78,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     let entry = Added { path: path.clone(), domain: args.domain.clone() };
     let listed = || format!("cannot change {}", folder.join(added::LIST).display());
+    let take_back = || added::change(folder, |all| all.retain(|one| one.path != path)).with_context(listed);
+    let was_target = added::is_target(&path);
+    let mut signals = runtime.block_on(async { Signals::listen() })?;
     added::change(folder, |all| {
         all.retain(|one| one.path != path);
         all.push(entry);
@@ -95,13 +99,24 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             }
         }
         if told.is_err() || begun.elapsed() > PATIENCE {
-            added::change(folder, |all| all.retain(|one| one.path != path)).with_context(listed)?;
+            take_back()?;
             told.with_context(|| {
                 format!("cannot tell data server {} (process {})", server.name, server.pid.as_raw_nonzero())
             })?;
             bail!("{} does not serve {} after {PATIENCE:?}: its log says why", server.name, path.display());
         }
-        std::thread::sleep(LOOK);
+        if runtime.block_on(async { tokio::time::timeout(LOOK, signals.next()).await.is_ok() }) {
+            // Once it has made the folder a target it starts again with it.
+            if !was_target && added::is_target(&path) {
+                bail!(
+                    "{} begins to serve {}: `fjord target list` shows when it does",
+                    server.name,
+                    path.display()
+                );
+            }
+            take_back()?;
+            bail!("stopped before {} took {}: it is not added", server.name, path.display());
+        }
     };
     report::print(&format!(
         "{} is target {} of {} now: new files use it, and `fjord rebalance` moves others to it\n",
@@ -136,6 +151,27 @@ fn find(cluster_id: &str, id: u64, name: &str) -> Option<Here> {
         std::os::unix::net::SocketAddr::from_abstract_name(local_name(cluster_id, ServerId(id))).ok()?;
     let pid = socket_peercred(UnixStream::connect_addr(&address).ok()?).ok()?.pid;
     Some(Here { id, name: name.to_owned(), pid })
+}
+
+/// A folder that is a target already must not be one that others have: the data server could not start with it.
+fn refuse_foreign(path: &Path, status: &Status, server: &Here) -> anyhow::Result<()> {
+    let known = |t: &&crate::status::Target| t.server == server.id && Path::new(&t.path) == path;
+    // One that it has already is in use, by itself.
+    if !added::is_target(path) || status.targets.iter().any(|t| known(&t)) {
+        return Ok(());
+    }
+    let Some(owner) = added::owner(path)? else { return Ok(()) };
+    let shown = path.display();
+    ensure!(
+        owner.cluster_id == status.cluster_id,
+        "{shown} is a target of another cluster ({}): a target needs a folder of its own",
+        owner.cluster_id
+    );
+    let of_other = status.targets.iter().find(|t| t.id == owner.target.0 && t.server != server.id);
+    if let Some(other) = of_other {
+        bail!("{shown} is target {} of data server {}", owner.target, ServerId(other.server));
+    }
+    Ok(())
 }
 
 /// Makes the folder if needed; its path without links. Other people's files are not to be in it.

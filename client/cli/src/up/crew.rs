@@ -15,7 +15,7 @@ use super::{
     folder::Folder,
     plan::Plan,
 };
-use crate::{daemon::Signals, holders, rpc, status::Status, umount};
+use crate::{daemon::Signals, holders, mounts, report, rpc, status::Status, umount};
 
 /// How long the data servers may take to register.
 const HEALTHY_PATIENCE: Duration = Duration::from_secs(90);
@@ -96,12 +96,13 @@ impl Crew {
                 Ok(reply) => {
                     let status = Status::new(self.meta_address.clone(), reply)?;
                     let up = status.targets.iter().filter(|t| t.state == "up").count();
-                    if up >= servers && status.healthy {
+                    // A full disk of the metaserver is made room on through the mount.
+                    if up >= servers && status.is_up() {
                         return Ok(status);
                     }
                     format!("{up} of {servers} targets are up")
                 }
-                Err(e) => format!("{e:#}"),
+                Err(e) => report::causes(&e),
             };
             if Instant::now() >= deadline {
                 bail!(
@@ -187,6 +188,10 @@ fn words<'a>(words: &'a [&'a str]) -> impl Iterator<Item = OsString> + 'a {
 
 /// Unmounts; while that is refused because of users, names them whenever they change.
 async fn unmount(dir: &Path, signals: &mut Signals) {
+    // It may have ended, or failed to begin.
+    if mounts::read().is_ok_and(|table| !mounts::at(&table, dir).is_some_and(mounts::MountEntry::is_ours)) {
+        return;
+    }
     let mut known = None;
     let mut lazy = false;
     loop {

@@ -102,14 +102,16 @@ async fn look_for_silence(
     let mut silence = Silence::default();
     let mut complaints = Complaints::default();
     let mut looks = 0u64;
+    let mut unseen = None;
     while !stop.load(Ordering::Relaxed) {
         match timed(link.read_owner()).await {
             Ok(found) if silence.look(found, Instant::now()) => return Ok(Some(found)),
-            Ok(_) => {}
+            Ok(_) => unseen = None,
             Err(Fault::Fatal(e)) => return Err(e),
             Err(Fault::Unavailable(why)) => {
                 complaints.hear(&**link, &why, "cannot see who owns the store");
                 silence.blind();
+                unseen = Some(why);
             }
         }
         if let Some(sign) = sign.as_mut().filter(|_| looks.is_multiple_of(LOOKS_PER_SIGN)) {
@@ -118,7 +120,11 @@ async fn look_for_silence(
         looks += 1;
         tokio::time::sleep(LOOK).await;
     }
-    Ok(None)
+    match unseen {
+        // Nobody stands by: somebody asks whether there is an owner, and that could not be seen.
+        Some(why) if sign.is_none() => Err(link.error(why)),
+        _ => Ok(None),
+    }
 }
 
 #[cfg(test)]

@@ -122,10 +122,23 @@ pub(crate) fn upgrade(dir: &Path) -> anyhow::Result<ExitCode> {
         dir.display()
     );
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    stream.write_all(program.as_os_str().as_bytes())?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).context("the supervisor did not answer")?;
+    // One that refuses us answers before it has read anything.
+    let asked = stream
+        .write_all(program.as_os_str().as_bytes())
+        .and_then(|()| stream.shutdown(std::net::Shutdown::Write));
+    match asked {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe && e.kind() != io::ErrorKind::NotConnected => {
+            return Err(e).context("cannot ask the supervisor");
+        }
+        _ => {}
+    }
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        // The end is a reset when it has not read all.
+        Err(e) if answer.is_empty() => return Err(e).context("the supervisor did not answer"),
+        _ => {}
+    }
+    let answer = String::from_utf8_lossy(&answer);
     ensure!(answer == DONE, "{} was not upgraded: {answer}", dir.display());
     Ok(ExitCode::SUCCESS)
 }

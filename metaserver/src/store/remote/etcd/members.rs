@@ -180,7 +180,11 @@ impl Members {
             Code::Unauthenticated => self.fatal("it wants credentials: write etcd://USER@...", text),
             Code::PermissionDenied => self.fatal("this user may not read and write below the prefix", text),
             Code::Unimplemented => self.fatal("it is no etcd of version 3.4 or newer", text),
-            _ => Fault::Unavailable(format!("{:?}: {}", status.code(), said(status))),
+            // What this host has to say is in the causes.
+            code => Fault::Unavailable(match std::error::Error::source(status) {
+                Some(cause) => said(cause),
+                None => format!("{code:?}: {text}"),
+            }),
         }
     }
 
