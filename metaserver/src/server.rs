@@ -184,9 +184,9 @@ struct Opened {
 }
 
 fn open_folder(config: &Config) -> Result<Opened, StartError> {
-    let mut folder = Folder::claim(&config.data)?;
-    // Before the store is opened: its journal may take a while, and a wrong address should show at once.
+    // First: the store's journal may take a while, and a wrong address should show at once, and leave no folder behind.
     let listener = listen(config)?;
+    let mut folder = Folder::claim(&config.data)?;
     let store = Arc::new(FjallStore::open(&folder.store, config.engine)?);
     folder.label()?;
     Ok(Opened { cluster_id: folder.cluster_id.clone(), folder: Some(folder), store, listener })
