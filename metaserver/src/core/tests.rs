@@ -489,6 +489,31 @@ fn what_is_delegated_is_postponed_for_others_and_then_seen_as_it_was_left() {
     w.check();
 }
 
+/// Clients decide it with the directory alone delegated to them: whoever has what is above is not waited for.
+#[test]
+fn a_directory_is_renamed_where_it_is_without_a_look_at_those_above() {
+    let mut w = World::new();
+    let (a, b) = (willing(&mut w), w.session);
+    let g = w.dir(R, "g");
+    let d = w.dir(g, "d");
+    w.dir(d, "x");
+    w.dir(d, "z");
+    w.core.leases.end_all(b);
+    w.core.leases.delegate_new(a, d);
+    w.core.leases.delegate_new(b, g);
+    let rename = |name: &str, new_name: &str, flags| {
+        let (name, new_name) = (name.to_owned().into(), new_name.to_owned().into());
+        Op::Rename(Rename { parent: d.0, name, new_parent: d.0, new_name, flags, time: None })
+    };
+    for (sequence, op) in [(1, rename("x", "y", 0)), (2, rename("y", "z", 2))] {
+        let request = Request { id: 9, slot: 0, sequence, deferred: true, op: Some(op) };
+        let answer = w.answer(a, request);
+        assert_eq!((answer.response.result, answer.recalls.len()), (Some(Reply::Empty(Empty {})), 0));
+    }
+    w.core.commit().unwrap();
+    w.check();
+}
+
 /// What it has decided was told to its programs: others must not be shown the state without it and then have it changed.
 #[test]
 fn who_was_cut_off_is_waited_for_with_what_it_decided_until_its_session_is_over() {
