@@ -564,18 +564,18 @@ impl Core {
         let result = self.operation(|core| {
             if core.txn.counters().orphans > 0 {
                 for ino in vacated {
-                    orphans::closed(&mut core.txn, &core.opens, ino)?;
+                    orphans::closed(&mut core.txn, &core.opens, &core.leases, ino)?;
                 }
             }
             let mut more = orphans::destroy_step(&mut core.txn)?;
-            more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
+            more |= orphans::let_go_step(&mut core.txn, &mut core.opens, &core.leases)?;
             if liveness::has_dead(&mut core.txn) {
                 let untidy = core.members.untidy();
                 more |= liveness::expand_step(&mut core.txn, core.members.map(), &untidy, BLOCKS_PER_STEP)?;
             }
             more |= core.members.drop_deletions(&mut core.txn)?;
             if let Some(after) = core.reap {
-                core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;
+                core.reap = orphans::reap_step(&mut core.txn, &core.opens, &core.leases, after)?;
                 more |= core.reap.is_some();
             }
             Ok::<_, FsError>(more)
