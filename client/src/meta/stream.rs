@@ -171,6 +171,7 @@ impl Driver {
             }
             // Nothing that the server took back on the old stream is used any more.
             self.letting_go = LettingGo::default();
+            self.queue.forget_notices();
             self.leases.end().within(self.beats.patience).await;
             match self.reattach().await {
                 Some(stream) => attached = stream,
@@ -185,7 +186,8 @@ impl Driver {
     }
 
     /// Carries calls and answers until the stream breaks or the session ends. `settling` ends when what was written
-    /// before is committed; until then no beat is sent, which would tell the server that nothing from before is to come.
+    /// before is committed; until then, and until all that was decided before has been sent, no beat is, which would tell the server
+    /// that nothing from before is to come.
     async fn serve(&mut self, attached: Attached, mut settling: Option<BoxFuture<'static, ()>>) -> End {
         let Attached { outgoing, mut incoming, .. } = attached;
         for message in self.queue.resend() {
@@ -232,10 +234,8 @@ impl Driver {
                 _ = beat.tick() => {
                     late = self.complain(late);
                     // Not in line: to be heard must not wait for anything.
-                    let message = match settling {
-                        None => self.beats.next(),
-                        Some(_) => ClientMessage::default(),
-                    };
+                    let is_settled = settling.is_none() && !self.queue.holds_beat();
+                    let message = if is_settled { self.beats.next() } else { ClientMessage::default() };
                     if outgoing.send(message).await.is_err() {
                         return End::Broken("closed".into());
                     }
