@@ -3,9 +3,11 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
-    ClusterMap, FsError, SessionId,
+    ClusterMap, FsError, HandleId, InodeId, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Response, ServerMessage, Welcome, response::Result as Reply},
+    pb::meta::{
+        ClientMessage, Entry, Response, ServerMessage, Welcome, request::Op, response::Result as Reply,
+    },
 };
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -313,12 +315,26 @@ impl Driver {
                 let dropped = self.leases.learn(&op, &sent, &told);
                 self.letting_go.dropped(dropped, self.beats.patience);
                 self.locks.answered(&op, &result);
-                // The caller may have given up waiting.
-                let _ = reply.send(result);
+                if let Err(Ok(unwanted)) = reply.send(result) {
+                    self.close_unwanted(&op, &unwanted);
+                }
             }
             Answer::Decided => self.leases.deferred_answered(&op, &result),
             Answer::Nobody => {}
         }
+    }
+
+    /// The caller has given up waiting: nobody else closes what was opened for it.
+    fn close_unwanted(&self, op: &Op, answer: &Reply) {
+        let (ino, handle) = match (op, answer) {
+            (Op::Open(open), _) => (open.ino, open.handle),
+            (Op::Make(make), Reply::Entry(Entry { attr: Some(attr), .. })) if make.handle != 0 => {
+                (attr.ino, make.handle)
+            }
+            _ => return,
+        };
+        self.peer.forget_handle(HandleId(handle));
+        self.leases.closed(InodeId(ino), HandleId(handle));
     }
 
     /// The server ends the stream when it has closed the session. A stream that breaks instead may be that of an owner that has been
