@@ -41,7 +41,8 @@ use crate::{
     locks::Locks,
     membership::Membership,
     opens::Opens,
-    ops, orphans, records,
+    ops::{self, Start},
+    orphans, records,
     refusal::Refusal,
     session::Sessions,
     snapshot::{self, Keeper},
@@ -115,6 +116,7 @@ pub(crate) enum Outcome {
 pub(crate) struct Core {
     store: Arc<dyn MetaStore>,
     fence: Fence,
+    start: Start,
     txn: Txn,
     opens: Opens,
     sessions: Sessions,
@@ -185,6 +187,7 @@ impl Core {
             counters.next_inode += ID_MARGIN;
             counters.next_session += ID_MARGIN;
         }
+        let start = Start { fence, first_inode: InodeId(counters.next_inode) };
         if txn.find_inode(ROOT_INODE)?.is_none() {
             ops::make_root(&mut txn, config.default_policy, now.wall);
         }
@@ -207,6 +210,7 @@ impl Core {
             healed: members.map().clone(),
             store,
             fence,
+            start,
             txn,
             opens,
             sessions,

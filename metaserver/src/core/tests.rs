@@ -19,9 +19,10 @@ use response::Result as Reply;
 
 use crate::{
     core::Event,
+    ops::Start,
     refusal::Refusal,
     store::*,
-    testing::{World, errno, hello, registration, run},
+    testing::{World, errno, hello, inline, registration, run},
 };
 
 const R: InodeId = ROOT_INODE;
@@ -181,6 +182,55 @@ fn ids_are_not_reused_after_a_restart() {
     assert!(w.file("g").0 > f.0 + 1);
     assert_eq!(w.lease(1), b + 7);
     w.check();
+}
+
+/// Whoever has seen bytes that a power failure has taken back knows that others have taken their place.
+#[test]
+fn versions_that_a_power_failure_took_back_are_not_given_to_other_bytes() {
+    let changes: [fn(&mut World, InodeId) -> Attr; 4] = [
+        |w, f| w.write(f, vec![inline(0, b"other")]).unwrap(),
+        |w, f| w.truncate(f, 1).unwrap(),
+        |w, f| w.allocate(f, 0..2, true).unwrap(),
+        |w, f| {
+            let source = w.file("source");
+            w.write(source, vec![inline(0, b"bytes")]).unwrap();
+            w.copy((source, 0), (f, 0), 5).unwrap().1
+        },
+    ];
+    for change in changes {
+        let mut w = World::new();
+        let f = w.file("f");
+        w.write(f, vec![inline(0, b"old")]).unwrap();
+        let synced = MemoryStore::default();
+        let fence = synced.take_over().unwrap();
+        let writes = w.store.scan(&[]..&[0xff], Order::Ascending, usize::MAX).unwrap();
+        let writes = writes.into_iter().map(|(key, value)| (key, Some(value))).collect();
+        synced.commit(Batch { writes }, fence).unwrap();
+        let seen = w.write(f, vec![inline(0, b"seen and lost")]).unwrap().data_version;
+
+        w.store = Arc::new(synced);
+        w.restart();
+        w.reattach(w.session, &[]);
+        let version = change(&mut w, f).data_version;
+        assert!(version > seen, "{version} is not beyond {seen}");
+        // Its writer knows by this that nobody else has changed it.
+        assert_eq!(w.write(f, vec![inline(0, b"more")]).unwrap().data_version, version + 1);
+        let made = w.file("made since");
+        assert_eq!(w.write(made, vec![inline(0, b"new")]).unwrap().data_version, 1);
+        w.check();
+    }
+}
+
+#[test]
+fn versions_grow_whatever_the_fence_is() {
+    let start = |fence| Start { fence: Fence(fence), first_inode: InodeId(100) };
+    let old = |fence, last| start(fence).next_version(InodeId(99), last);
+    for (fence, last) in [(1, 0), (1, 7), (3, 2 << 40), (2, 3 << 40), (u64::MAX, 0), (u64::MAX, u64::MAX - 1)]
+    {
+        assert!(old(fence, last) > last, "{fence} {last}");
+    }
+    assert!(old(3, 0) > old(2, (1 << 40) - 1), "the next start is beyond the one before");
+    assert_eq!(start(9).next_version(InodeId(100), 0), 1);
 }
 
 /// An engine whose writes fail when told to.
