@@ -49,9 +49,9 @@ pub(crate) use decide::Removed;
 use deferred::Deferred;
 pub(crate) use deferred::Unasked;
 use openings::Openings;
-use table::Bounds;
 pub(crate) use table::Sent;
 pub(crate) use table::Table;
+use table::{Bounds, name_taken};
 
 use crate::{file::now, handover::Handover, successor};
 
@@ -471,13 +471,7 @@ impl Leases {
     /// An operation is about to be sent.
     pub(crate) fn sent(&self, op: &Op) -> Sent {
         let mut state = self.state.lock();
-        let removed = match op {
-            Op::Remove(op) => Some((InodeId(op.parent), &op.name)),
-            Op::Rename(op) => Some((InodeId(op.new_parent), &op.new_name)),
-            _ => None,
-        };
-        let openings =
-            removed.map(|(parent, name)| state.tell_openings_of((parent, name))).unwrap_or_default();
+        let openings = name_taken(op).map(|name| state.tell_openings_of(name)).unwrap_or_default();
         self.defer_openings(&mut state, openings);
         let sequence = state.next_sequence();
         state.table.sent(op, sequence)

@@ -6,7 +6,8 @@ mod support;
 
 use std::time::Duration;
 
-use fjordfs_client::{Client, File};
+use fjordfs_client::{Client, File, NewFile};
+use fjordfs_proto::{InodeId, ROOT_INODE, error::Errno};
 use support::{Cluster, pattern, read_all, write_file};
 
 /// More than is kept with the inode: it needs blocks, which go when the file does.
@@ -100,6 +101,39 @@ async fn a_metaserver_that_was_started_again_learns_what_is_open() {
     assert!(read_all(&file).await == data);
     assert_eq!(writer.statfs().await.unwrap().files, files);
     assert_gone(&writer, files, file).await;
+}
+
+/// Whoever has waited for the answer is gone when it comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_opened_too_late_is_closed_again() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let (writer, impatient) =
+        (cluster.client().await, cluster.client_that_waits(Duration::from_secs(1)).await);
+    let files = writer.statfs().await.unwrap().files;
+    write_file(&writer, "/f", b"not leased to the other").await;
+    writer.sync_all().await.unwrap();
+    let f = InodeId(writer.stat("/f").await.unwrap().ino);
+    cluster.stop_meta().await;
+    let new = NewFile { mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true };
+    let (opened, made) = tokio::join!(impatient.open(f), impatient.create(ROOT_INODE, b"g", new));
+    assert_eq!(opened.err().unwrap().errno, Errno::ETIMEDOUT);
+    assert_eq!(made.err().unwrap().errno, Errno::ETIMEDOUT);
+    cluster.start_meta().await;
+    for name in ["/f", "/g"] {
+        let mut tries = 0..300;
+        while writer.stat(name).await.is_err() {
+            tries.next().expect("it was asked for, and is never made");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        writer.remove_file(name).await.unwrap();
+    }
+    for _ in 0..300 {
+        if writer.statfs().await.unwrap().files == files {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("they are still open");
 }
 
 #[tokio::test(flavor = "multi_thread")]

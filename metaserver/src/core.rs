@@ -41,7 +41,8 @@ use crate::{
     locks::Locks,
     membership::Membership,
     opens::Opens,
-    ops, orphans, records,
+    ops::{self, Start},
+    orphans, records,
     refusal::Refusal,
     session::Sessions,
     snapshot::{self, Keeper},
@@ -115,6 +116,7 @@ pub(crate) enum Outcome {
 pub(crate) struct Core {
     store: Arc<dyn MetaStore>,
     fence: Fence,
+    start: Start,
     txn: Txn,
     opens: Opens,
     sessions: Sessions,
@@ -185,6 +187,7 @@ impl Core {
             counters.next_inode += ID_MARGIN;
             counters.next_session += ID_MARGIN;
         }
+        let start = Start { fence, first_inode: InodeId(counters.next_inode) };
         if txn.find_inode(ROOT_INODE)?.is_none() {
             ops::make_root(&mut txn, config.default_policy, now.wall);
         }
@@ -207,6 +210,7 @@ impl Core {
             healed: members.map().clone(),
             store,
             fence,
+            start,
             txn,
             opens,
             sessions,
@@ -584,18 +588,18 @@ impl Core {
         let result = self.operation(|core| {
             if core.txn.counters().orphans > 0 {
                 for ino in vacated {
-                    orphans::closed(&mut core.txn, &core.opens, ino)?;
+                    orphans::closed(&mut core.txn, &core.opens, &core.leases, ino)?;
                 }
             }
             let mut more = orphans::destroy_step(&mut core.txn)?;
-            more |= orphans::let_go_step(&mut core.txn, &mut core.opens)?;
+            more |= orphans::let_go_step(&mut core.txn, &mut core.opens, &core.leases)?;
             if liveness::has_dead(&mut core.txn) {
                 let untidy = core.members.untidy();
                 more |= liveness::expand_step(&mut core.txn, core.members.map(), &untidy, BLOCKS_PER_STEP)?;
             }
             more |= core.members.drop_deletions(&mut core.txn)?;
             if let Some(after) = core.reap {
-                core.reap = orphans::reap_step(&mut core.txn, &core.opens, after)?;
+                core.reap = orphans::reap_step(&mut core.txn, &core.opens, &core.leases, after)?;
                 more |= core.reap.is_some();
             }
             Ok::<_, FsError>(more)

@@ -17,11 +17,15 @@
 //! | `execute` | jobs on the core |
 //! | `tell` | the burst is committed, and says so |
 //! | `held` | what waits for recalls |
+//! | `line` | requests that wait for delegations, and in which order they go on |
 
 mod execute;
 mod held;
 mod jobs;
+mod line;
 mod tell;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -30,10 +34,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use fjordfs_proto::{
-    Epoch, FsError, FsResult, SessionId,
-    pb::meta::{Request, Time},
-};
+use fjordfs_proto::{Epoch, FsError, FsResult, SessionId, pb::meta::Time};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -45,6 +46,7 @@ use crate::{
 };
 use held::Held;
 pub(crate) use jobs::{Caller, Job, Jobs};
+use line::{Line, Postponed};
 use tell::{Call, Pending, Told};
 
 /// Requests of one burst: bounds how long the first of them waits for the last.
@@ -63,13 +65,6 @@ const TICK: Duration = Duration::from_millis(250);
 const SPACE_SHARE: u64 = 20;
 const SPACE_MIN: u64 = 16 << 20;
 const SPACE_MAX: u64 = 256 << 20;
-
-/// A request that could not be executed yet.
-struct Postponed {
-    session: SessionId,
-    outbox: Arc<Outbox>,
-    request: Request,
-}
 
 /// See the module.
 pub(crate) struct Executor {
@@ -91,9 +86,7 @@ pub(crate) struct Executor {
     /// Answers of earlier bursts that wait for recalls.
     held: Held<(Pending, Ticket)>,
     /// Requests that wait for delegations.
-    postponed: Held<Postponed>,
-    /// Those that wait no longer.
-    ready: Vec<Postponed>,
+    postponed: Line,
     /// Epoch of the map that streams were sent.
     epoch: Epoch,
     next_tick: Instant,
@@ -137,8 +130,7 @@ impl Executor {
             untold: VecDeque::new(),
             lost: None,
             held: Held::default(),
-            postponed: Held::default(),
-            ready: Vec::new(),
+            postponed: Line::default(),
             next_tick: Instant::now(),
             burst_writes,
             place,
@@ -171,7 +163,7 @@ impl Executor {
             // What clients ask is bounded by what they have under way; this is not.
             more = self.untold.len() < BURSTS_UNTOLD_MAX && self.core.background(now);
             self.finish();
-            more |= !self.ready.is_empty();
+            more |= self.postponed.is_any_ready();
         }
         let stopped = self.stop_store();
         for outbox in self.streams.values() {
@@ -221,7 +213,7 @@ impl Executor {
         let mut next = first;
         let mut requests = 0;
         // Before anything new: whoever waited for a delegation shall not lose it again to who asks later.
-        for Postponed { session, outbox, request } in std::mem::take(&mut self.ready) {
+        for Postponed { session, outbox, request } in self.postponed.take_ready() {
             if self.is_current(session, &outbox) {
                 self.request(session, &outbox, request, None, now);
             }

@@ -184,6 +184,11 @@ impl Leases {
         !knows && !others
     }
 
+    /// Whether somebody has yet to obey a recall of an inode; when nobody has any more, it is among [`Leases::take_vacated`].
+    pub(crate) fn is_recalled(&self, ino: InodeId) -> bool {
+        self.recalled.contains_key(&ino)
+    }
+
     /// Inodes whose recalls have all ended since: those who had opened one under a lease have said so.
     pub(crate) fn take_vacated(&mut self) -> Vec<InodeId> {
         std::mem::take(&mut self.vacated)

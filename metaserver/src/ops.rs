@@ -35,7 +35,7 @@ use fjordfs_proto::{
     pb::meta::{Empty, Entry, Make, Time, request::Op, response::Result as Reply},
 };
 
-use crate::{leases::Leases, opens::Opens, records::Inode, txn::Txn};
+use crate::{leases::Leases, opens::Opens, records::Inode, store::Fence, txn::Txn};
 
 pub(crate) use make::make_root;
 pub(crate) use told::Told;
@@ -56,6 +56,31 @@ pub(crate) struct ClusterFacts {
     pub(crate) free: u64,
 }
 
+/// What tells this start of the metaserver from those before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Start {
+    /// Grows from one to the next, and survives whatever the store does.
+    pub(crate) fence: Fence,
+    /// Inodes below were made before, or have numbers that were leased before.
+    pub(crate) first_inode: InodeId,
+}
+
+/// Changes of one file between two starts are fewer than two to the power of this.
+const CHANGES_BITS: u32 = 40;
+
+impl Start {
+    /// The version of a file's bytes after `last`. A power failure may have taken versions back that clients have seen: those are not given
+    /// to other bytes, which they would take for what they have. So the first change after a start jumps. What was made since
+    /// counts one by one, by which its writer knows that nobody else has changed it.
+    pub(crate) fn next_version(self, ino: InodeId, last: u64) -> u64 {
+        if ino >= self.first_inode {
+            return last.saturating_add(1);
+        }
+        let fence = self.fence.0.min(u64::MAX >> CHANGES_BITS);
+        last.max(fence << CHANGES_BITS).saturating_add(1)
+    }
+}
+
 /// What an operation works on.
 pub(crate) struct Ctx<'a> {
     pub(crate) txn: &'a mut Txn,
@@ -63,6 +88,7 @@ pub(crate) struct Ctx<'a> {
     pub(crate) leases: &'a Leases,
     pub(crate) session: SessionId,
     pub(crate) now: Time,
+    pub(crate) start: Start,
     pub(crate) facts: ClusterFacts,
     pub(crate) inodes: &'a mut InodeRanges,
     /// Set by an operation that needs placement groups for this policy.

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! made without a name (O_TMPFILE) ──────────▶ orphan record 'O' ── named ──▶ linked
-//! linked ── last name removed ──┬─ perhaps open, or replaced ─▶ orphan record 'O' ── last close, or some seconds ──┐
-//!                               └─ not open ───────────────────────────────────────────────────────────────────────┴─▶ destroyed
+//! linked ── last name removed ──┬─ perhaps open, or replaced ─▶ orphan record 'O' ── last close, or some seconds, and no recall ──┐
+//!                               └─ not open ──────────────────────────────────────────────────────────────────────────────────────┴─▶ destroyed
 //! destroyed: inode record and extended attributes gone; few extents go with it, many leave a record 'Z' and go in steps
 //! ```
 
@@ -11,6 +11,7 @@ use fjordfs_proto::{FsResult, InodeId, pb::meta::Time};
 
 use crate::{
     extents, keys,
+    leases::Leases,
     opens::Opens,
     records::{self, Inode},
     store::Order,
@@ -61,9 +62,10 @@ pub(crate) fn lose_link(
     Ok(())
 }
 
-/// Nobody has `ino` open any more: if it is unlinked, it goes.
-pub(crate) fn closed(txn: &mut Txn, opens: &Opens, ino: InodeId) -> FsResult<()> {
-    if opens.maybe_open(ino) || txn.get(&keys::orphan(ino))?.is_none() {
+/// Nobody has `ino` open any more as far as is known: if it is unlinked, it goes. While it is recalled, somebody who has opened it under
+/// a lease may still say so; it is looked at again at the end of the recall.
+pub(crate) fn closed(txn: &mut Txn, opens: &Opens, leases: &Leases, ino: InodeId) -> FsResult<()> {
+    if opens.maybe_open(ino) || leases.is_recalled(ino) || txn.get(&keys::orphan(ino))?.is_none() {
         return Ok(());
     }
     remove(txn, ino);
@@ -103,21 +105,21 @@ pub(crate) fn destroy_step(txn: &mut Txn) -> FsResult<bool> {
 }
 
 /// Inodes that linger no longer are closed, a page at a time. Says whether there may be more.
-pub(crate) fn let_go_step(txn: &mut Txn, opens: &mut Opens) -> FsResult<bool> {
+pub(crate) fn let_go_step(txn: &mut Txn, opens: &mut Opens, leases: &Leases) -> FsResult<bool> {
     let lingered = opens.take_lingered(EXTENTS_PER_STEP);
-    lingered.iter().try_for_each(|ino| closed(txn, opens, *ino))?;
+    lingered.iter().try_for_each(|ino| closed(txn, opens, leases, *ino))?;
     Ok(lingered.len() == EXTENTS_PER_STEP)
 }
 
 /// After a recovery: orphans beyond `after` that nobody declared open go, a page at a time. Where to go on, or
 /// `None` at the end.
-pub(crate) fn reap_step(txn: &mut Txn, opens: &Opens, after: u64) -> FsResult<Option<u64>> {
+pub(crate) fn reap_step(txn: &mut Txn, opens: &Opens, leases: &Leases, after: u64) -> FsResult<Option<u64>> {
     let range = keys::orphan(InodeId(after.saturating_add(1)))..keys::all(keys::ORPHAN).end;
     let rows = txn.scan(&range, Order::Ascending, EXTENTS_PER_STEP)?;
     let mut last = None;
     for (key, _) in &rows {
         let ino = keys::first_id(key).ok_or_else(|| records::damaged("an orphan without an inode"))?;
-        closed(txn, opens, InodeId(ino))?;
+        closed(txn, opens, leases, InodeId(ino))?;
         last = Some(ino);
     }
     Ok(last.filter(|_| rows.len() == EXTENTS_PER_STEP))

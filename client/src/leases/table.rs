@@ -74,6 +74,8 @@ pub(crate) struct Sent {
     pub(super) sequence: u64,
     /// Inodes about which nothing may be decided until it is answered.
     busy: Vec<InodeId>,
+    /// It takes a name away: from this inode, or from one that is not known.
+    takes_from: Option<Option<InodeId>>,
 }
 
 /// Bounds of the table.
@@ -94,6 +96,8 @@ pub(crate) struct Table {
     attrs_in_doubt: HashMap<InodeId, u32>,
     /// Inodes of unanswered mutations that were not decided here.
     busy: HashMap<InodeId, u32>,
+    /// Inodes that unanswered operations take a name from; `None` when it is not known from which.
+    losing_names: HashMap<Option<InodeId>, u32>,
     /// Where symbolic links point. A link never changes, and inode numbers are not used again, so these need no
     /// lease; and who has found a link can follow it although it was removed meanwhile.
     targets: LruCache<InodeId, Bytes>,
@@ -116,6 +120,7 @@ impl Table {
             names_in_doubt: HashMap::new(),
             attrs_in_doubt: HashMap::new(),
             busy: HashMap::new(),
+            losing_names: HashMap::new(),
             targets: LruCache::new(const { NonZeroUsize::new(TARGETS_MAX).expect("not 0") }),
             extents: Extents::default(),
             committed: LruCache::new(const { NonZeroUsize::new(COMMITTED_MAX).expect("not 0") }),
@@ -159,8 +164,12 @@ impl Table {
         (!self.attrs_in_doubt.contains_key(&ino)).then_some(attr)
     }
 
-    /// The attributes of a regular file that can be opened under its lease, and its extents if those are known.
+    /// The attributes of a regular file that can be opened under its lease, and its extents if those are known. One that may be losing its
+    /// last name cannot: the server, which destroys it then, has been told only of what had been opened before.
     pub(super) fn openable(&mut self, ino: InodeId) -> Option<(Attr, Option<ExtentsReply>)> {
+        if [Some(ino), None].iter().any(|losing| self.losing_names.contains_key(losing)) {
+            return None;
+        }
         let attr = self.attr(ino).filter(|attr| attr.kind() == FileKind::Regular)?;
         Some((attr, self.extents.get(ino).filter(|extents| extents.data_version == attr.data_version)))
     }
@@ -208,6 +217,14 @@ impl Table {
     /// An operation is about to be sent.
     pub(super) fn sent(&mut self, op: &Op, sequence: u64) -> Sent {
         let mut busy = inodes_changed(op);
+        let takes_from = name_taken(op).and_then(|(parent, name)| match self.name(parent, name) {
+            Some(None) => None,
+            Some(Some(ino)) => Some(Some(ino)),
+            None => Some(None),
+        });
+        if let Some(ino) = takes_from {
+            *self.losing_names.entry(ino).or_default() += 1;
+        }
         for (parent, name) in names_changed(op) {
             busy.extend(self.name(parent, &name).flatten());
             *self.names_in_doubt.entry((parent, name)).or_default() += 1;
@@ -218,13 +235,16 @@ impl Table {
         if let Op::SetAttr(op) = op {
             *self.attrs_in_doubt.entry(InodeId(op.ino)).or_default() += 1;
         }
-        Sent { sequence, busy }
+        Sent { sequence, busy, takes_from }
     }
 
     /// An operation was answered, or will never be.
     pub(super) fn settled(&mut self, op: &Op, sent: &Sent) {
         for ino in &sent.busy {
             lower(&mut self.busy, ino);
+        }
+        if let Some(ino) = &sent.takes_from {
+            lower(&mut self.losing_names, ino);
         }
         for name in names_changed(op) {
             lower(&mut self.names_in_doubt, &name);
@@ -253,6 +273,10 @@ impl Table {
             }
         }
         if serial == 0 {
+            // What is gone stays so, however old the news is.
+            for gone in changed.iter().filter(|attr| attr.nlink == 0) {
+                self.forget(InodeId(gone.ino));
+            }
             return self.doubt(op);
         }
         self.serial = self.serial.max(serial);
@@ -557,6 +581,15 @@ fn inodes_changed(op: &Op) -> Vec<InodeId> {
         _ => Vec::new(),
     };
     inodes.into_iter().map(InodeId).collect()
+}
+
+/// The name that an operation takes from what has it, if anything.
+pub(super) fn name_taken(op: &Op) -> Option<(InodeId, &[u8])> {
+    match op {
+        Op::Remove(op) => Some((InodeId(op.parent), &op.name)),
+        Op::Rename(op) => Some((InodeId(op.new_parent), &op.new_name)),
+        _ => None,
+    }
 }
 
 /// Names that an operation changes.

@@ -166,6 +166,34 @@ fn what_this_client_is_changing_is_not_shown() {
     assert!(t.attr(InodeId(7)).is_some());
 }
 
+/// Otherwise the server could destroy it without having heard of whoever opens it here.
+#[test]
+fn what_may_be_losing_its_last_name_is_not_opened_here() {
+    let remove = |name: &'static str| {
+        Op::Remove(Remove { parent: DIR.0, name: name.into(), directory: false, time: None })
+    };
+    let replace = rename("b", "a", 0);
+    for (op, others) in [(remove("a"), true), (replace, true), (remove("not known"), false)] {
+        let mut t = table();
+        told(&mut t, &lookup("a"), &entry(attr(8, FileKind::Regular, 0o644)), 1, &[]);
+        told(&mut t, &lookup("b"), &entry(attr(9, FileKind::Regular, 0o644)), 2, &[]);
+        let sent = t.sent(&op, 1);
+        assert_eq!((t.openable(InodeId(8)), t.openable(InodeId(9)).is_some()), (None, others), "{op:?}");
+        // What the name leads to is in doubt by now.
+        let again = t.sent(&op, 2);
+        t.settled(&op, &sent);
+        assert_eq!(t.openable(InodeId(8)), None, "{op:?}");
+        t.settled(&op, &again);
+        assert!(t.openable(InodeId(8)).is_some() && t.openable(InodeId(9)).is_some(), "{op:?}");
+        assert!(t.losing_names.is_empty());
+    }
+    let mut t = table();
+    told(&mut t, &lookup("a"), &entry(attr(8, FileKind::Regular, 0o644)), 1, &[]);
+    // The answer had to wait for others, and may not be cached.
+    told(&mut t, &remove("a"), &EMPTY, 0, &[Attr { ino: 8, ..Attr::default() }]);
+    assert_eq!(t.openable(InodeId(8)), None);
+}
+
 #[test]
 fn a_directory_made_here_is_known_as_a_whole() {
     let mut t = table();

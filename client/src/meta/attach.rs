@@ -106,6 +106,11 @@ impl SessionPatience {
 }
 
 impl Peer {
+    /// The handle is not to be declared any more.
+    pub(super) fn forget_handle(&self, handle: HandleId) {
+        self.handles.lock().remove(&handle);
+    }
+
     /// Tries the address that answered last, then the others, once each: only the owner among the metaservers listens.
     pub(super) async fn attach(
         self: &Arc<Self>,

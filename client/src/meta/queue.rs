@@ -96,6 +96,16 @@ impl Queue {
         self.quiet.push_back(Quiet::Tell(message));
     }
 
+    /// Whether a sign of life is still in line.
+    pub(super) fn holds_beat(&self) -> bool {
+        self.quiet.iter().any(|quiet| matches!(quiet, Quiet::Tell(message) if message.beat != 0))
+    }
+
+    /// What was to be told on a stream that has ended means nothing, or something else, on the next.
+    pub(super) fn forget_notices(&mut self) {
+        self.quiet.retain(|quiet| matches!(quiet, Quiet::Operation(_)));
+    }
+
     /// Whether callers wait for something to be sent.
     pub(super) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
@@ -344,6 +354,33 @@ mod tests {
         let again: Vec<bool> =
             queue.resend().into_iter().flat_map(|m| m.requests).map(|r| r.deferred).collect();
         assert_eq!(again, [true, false, true, false]);
+    }
+
+    #[test]
+    fn a_beat_in_line_is_known_until_it_is_sent_and_void_with_its_stream() {
+        let mut queue = Queue::new(4, None);
+        queue.defer((1..=6).map(decided));
+        let beat = ClientMessage { beat: 4, ..ClientMessage::default() };
+        queue.tell(beat.clone());
+        assert_eq!(sent(&mut queue), [1, 2, 3, 4], "no more slots");
+        assert!(queue.holds_beat());
+        let answered: Vec<u64> = queue.unanswered.keys().copied().collect();
+        answered.into_iter().for_each(|id| drop(queue.answered(id, true)));
+        assert_eq!(sent(&mut queue), [5, 6, 1004]);
+        assert!(!queue.holds_beat());
+
+        queue.defer([7, 8, 9].map(decided).into_iter());
+        queue.tell(ClientMessage { recalled: vec![1], ..ClientMessage::default() });
+        assert_eq!(sent(&mut queue), [7, 8]);
+        assert!(!queue.holds_beat(), "others are no signs of life");
+        queue.tell(beat);
+        queue.forget_notices();
+        assert!(!queue.holds_beat());
+        let answered: Vec<u64> = queue.unanswered.keys().copied().collect();
+        answered.into_iter().for_each(|id| drop(queue.answered(id, true)));
+        let last = queue.admit();
+        assert_eq!(last.len(), 1, "what was decided is sent all the same");
+        assert_eq!(last[0].requests.len(), 1);
     }
 
     #[test]

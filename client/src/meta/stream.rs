@@ -3,9 +3,11 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use fjordfs_proto::{
-    ClusterMap, FsError, SessionId,
+    ClusterMap, FsError, HandleId, InodeId, SessionId,
     error::Errno,
-    pb::meta::{ClientMessage, Response, ServerMessage, Welcome, response::Result as Reply},
+    pb::meta::{
+        ClientMessage, Entry, Response, ServerMessage, Welcome, request::Op, response::Result as Reply,
+    },
 };
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -171,6 +173,7 @@ impl Driver {
             }
             // Nothing that the server took back on the old stream is used any more.
             self.letting_go = LettingGo::default();
+            self.queue.forget_notices();
             self.leases.end().within(self.beats.patience).await;
             match self.reattach().await {
                 Some(stream) => attached = stream,
@@ -185,7 +188,8 @@ impl Driver {
     }
 
     /// Carries calls and answers until the stream breaks or the session ends. `settling` ends when what was written
-    /// before is committed; until then no beat is sent, which would tell the server that nothing from before is to come.
+    /// before is committed; until then, and until all that was decided before has been sent, no beat is, which would tell the server
+    /// that nothing from before is to come.
     async fn serve(&mut self, attached: Attached, mut settling: Option<BoxFuture<'static, ()>>) -> End {
         let Attached { outgoing, mut incoming, .. } = attached;
         for message in self.queue.resend() {
@@ -232,10 +236,8 @@ impl Driver {
                 _ = beat.tick() => {
                     late = self.complain(late);
                     // Not in line: to be heard must not wait for anything.
-                    let message = match settling {
-                        None => self.beats.next(),
-                        Some(_) => ClientMessage::default(),
-                    };
+                    let is_settled = settling.is_none() && !self.queue.holds_beat();
+                    let message = if is_settled { self.beats.next() } else { ClientMessage::default() };
                     if outgoing.send(message).await.is_err() {
                         return End::Broken("closed".into());
                     }
@@ -313,12 +315,26 @@ impl Driver {
                 let dropped = self.leases.learn(&op, &sent, &told);
                 self.letting_go.dropped(dropped, self.beats.patience);
                 self.locks.answered(&op, &result);
-                // The caller may have given up waiting.
-                let _ = reply.send(result);
+                if let Err(Ok(unwanted)) = reply.send(result) {
+                    self.close_unwanted(&op, &unwanted);
+                }
             }
             Answer::Decided => self.leases.deferred_answered(&op, &result),
             Answer::Nobody => {}
         }
+    }
+
+    /// The caller has given up waiting: nobody else closes what was opened for it.
+    fn close_unwanted(&self, op: &Op, answer: &Reply) {
+        let (ino, handle) = match (op, answer) {
+            (Op::Open(open), _) => (open.ino, open.handle),
+            (Op::Make(make), Reply::Entry(Entry { attr: Some(attr), .. })) if make.handle != 0 => {
+                (attr.ino, make.handle)
+            }
+            _ => return,
+        };
+        self.peer.forget_handle(HandleId(handle));
+        self.leases.closed(InodeId(ino), HandleId(handle));
     }
 
     /// The server ends the stream when it has closed the session. A stream that breaks instead may be that of an owner that has been

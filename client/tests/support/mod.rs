@@ -80,13 +80,20 @@ impl Cluster {
 
     /// Stops the metaserver and starts it again where it was.
     pub async fn restart_meta(&mut self) {
-        let (meta, root) = (self.meta.take().unwrap(), self.dir.path().to_owned());
-        let (address, policy) = (self.address.clone(), self.policy);
-        let restart = move || {
-            meta.stop().unwrap();
-            meta_server(&root, &address, policy)
-        };
-        self.meta = Some(tokio::task::spawn_blocking(restart).await.unwrap());
+        self.stop_meta().await;
+        self.start_meta().await;
+    }
+
+    pub async fn stop_meta(&mut self) {
+        let meta = self.meta.take().unwrap();
+        tokio::task::spawn_blocking(move || meta.stop().unwrap()).await.unwrap();
+    }
+
+    /// Starts it again that was stopped, where it was.
+    pub async fn start_meta(&mut self) {
+        let (root, address, policy) = (self.dir.path().to_owned(), self.address.clone(), self.policy);
+        let start = move || meta_server(&root, &address, policy);
+        self.meta = Some(tokio::task::spawn_blocking(start).await.unwrap());
     }
 
     pub fn stop_data(&mut self, i: usize) {

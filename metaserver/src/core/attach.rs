@@ -133,7 +133,7 @@ impl Core {
     pub(super) fn end_session(&mut self, session: SessionId, why: Refusal, now: Moment) {
         let result = self.operation(|core| {
             for ino in core.opens.end(session) {
-                orphans::closed(&mut core.txn, &core.opens, ino)?;
+                orphans::closed(&mut core.txn, &core.opens, &core.leases, ino)?;
             }
             block_ids::sweep(&mut core.txn, session)?;
             for (key, _) in core.txn.scan(&keys::slots(session), Order::Ascending, usize::MAX)? {

@@ -258,6 +258,7 @@ impl Core {
             inodes,
             session,
             now: now.wall,
+            start: self.start,
             policy_wanted: None,
             missed: Vec::new(),
         };

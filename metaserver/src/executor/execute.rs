@@ -8,8 +8,9 @@ use fjordfs_proto::{
 };
 
 use super::{
-    Executor, Postponed,
+    Executor,
     jobs::{Caller, Job},
+    line::Postponed,
     tell::{Call, Pending},
 };
 use crate::{
@@ -139,12 +140,13 @@ impl Executor {
         permit: Permit,
         now: Moment,
     ) {
+        // Of one that waits, its share of memory is given back, as with answers that are held.
+        let Some(request) = self.postponed.join(session, outbox, request) else { return };
         self.operations += 1;
         match self.core.request(session, request, now) {
             Outcome::Answered(Answer { response, sync, recalls }) => {
                 self.answers.push(Pending { outbox: outbox.clone(), response, permit, sync, recalls });
             }
-            // Its share of memory is given back, as with answers that are held.
             Outcome::Postponed(request, recalls) => {
                 self.postponed.hold(Postponed { session, outbox: outbox.clone(), request }, recalls);
             }

@@ -18,17 +18,24 @@ impl<T> Default for Held<T> {
 }
 
 impl<T> Held<T> {
-    /// Keeps something until all of `recalls` have ended.
-    pub(super) fn hold(&mut self, item: T, recalls: Vec<RecallId>) {
+    /// Keeps something until all of `recalls` have ended; its number.
+    pub(super) fn hold(&mut self, item: T, recalls: Vec<RecallId>) -> u64 {
+        let at = self.next;
         for recall in &recalls {
-            self.waiting.entry(*recall).or_default().push(self.next);
+            self.waiting.entry(*recall).or_default().push(at);
         }
-        self.items.insert(self.next, (item, recalls.into_iter().collect()));
+        self.items.insert(at, (item, recalls.into_iter().collect()));
         self.next += 1;
+        at
     }
 
-    /// Recalls have ended: what waited for nothing else.
-    pub(super) fn release(&mut self, ended: &[RecallId]) -> Vec<T> {
+    /// What is kept under a number, and the recalls that it still waits for.
+    pub(super) fn get(&self, at: u64) -> Option<&(T, HashSet<RecallId>)> {
+        self.items.get(&at)
+    }
+
+    /// Recalls have ended: what waited for nothing else, with its number.
+    pub(super) fn release(&mut self, ended: &[RecallId]) -> Vec<(u64, T)> {
         let mut free = Vec::new();
         for recall in ended {
             for at in self.waiting.remove(recall).unwrap_or_default() {
@@ -40,6 +47,6 @@ impl<T> Held<T> {
             }
         }
         free.sort_unstable();
-        free.into_iter().filter_map(|at| self.items.remove(&at).map(|(item, _)| item)).collect()
+        free.into_iter().filter_map(|at| self.items.remove(&at).map(|(item, _)| (at, item))).collect()
     }
 }

@@ -156,8 +156,8 @@ impl Executor {
         }
         // Behind the answers of the burst that ended the recalls: nothing waits for them any more.
         let ended = self.core.take_ended_recalls();
-        free.extend(self.held.release(&ended));
-        self.ready.extend(self.postponed.release(&ended));
+        free.extend(self.held.release(&ended).into_iter().map(|(_, answer)| answer));
+        self.postponed.release(&ended);
         free
     }
 

@@ -30,7 +30,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Allocate) -> FsResult<Entry> {
     }
     inode.size = size.max(op.size);
     if (inode.allocated, inode.size) != (allocated, size) {
-        inode.data_version += 1;
+        inode.data_version = ctx.start.next_version(ino, inode.data_version);
     }
     if op.clear_suid {
         inode.mode = without_suid(inode.mode);

@@ -11,7 +11,7 @@ use crate::orphans;
 /// A handle that is not open is closed already: a client resends what was not answered.
 pub(super) fn run(ctx: &mut Ctx<'_>, op: &Close) -> FsResult<Empty> {
     if let Some(ino) = ctx.opens.close(ctx.session, HandleId(op.handle)) {
-        orphans::closed(ctx.txn, ctx.opens, ino)?;
+        orphans::closed(ctx.txn, ctx.opens, ctx.leases, ino)?;
     }
     Ok(EMPTY)
 }

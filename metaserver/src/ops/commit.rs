@@ -121,7 +121,7 @@ fn commit_file(ctx: &mut Ctx<'_>, file: &FileCommit, mut runs: Runs) -> FsResult
         }
     };
     if !runs.is_empty() || size != inode.size {
-        inode.data_version += 1;
+        inode.data_version = ctx.start.next_version(ino, inode.data_version);
         let mtime = file.mtime.unwrap_or(ctx.now);
         (inode.mtime, inode.ctime) = (Some(mtime), Some(file.ctime.unwrap_or(mtime)));
     }

@@ -62,7 +62,7 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &CopyRange) -> FsResult<CopyRangeReply>
     }
     target.size = target.size.max(range.end);
     if op.same_as.is_none() {
-        target.data_version += 1;
+        target.data_version = ctx.start.next_version(target_ino, target.data_version);
         (target.mtime, target.ctime) = (Some(ctx.now), Some(ctx.now));
     }
     if op.clear_suid {

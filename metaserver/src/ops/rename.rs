@@ -46,7 +46,10 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: &Rename) -> FsResult<Empty> {
     }
     let ino = InodeId(source.ino);
     let from = End { parent: from_parent, name: op.name.clone(), ino, inode: ctx.txn.inode(ino)? };
-    if from.inode.is_dir() {
+    // Within its directory nothing comes to lie below itself. Then the directories above are not even looked at: what a client has
+    // decided must not wait for others to whom one of them is delegated.
+    let moves = from_parent != to_parent;
+    if moves && from.inode.is_dir() {
         refuse_below(ctx.txn, to_parent, ino)?;
     }
     match target {
@@ -99,7 +102,7 @@ fn replace(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
 }
 
 fn exchange(ctx: &mut Ctx<'_>, from: End, to: End, now: Time) -> FsResult<()> {
-    if to.inode.is_dir() {
+    if from.parent != to.parent && to.inode.is_dir() {
         refuse_below(ctx.txn, from.parent, to.ino)?;
     }
     let links = i64::from(to.inode.is_dir()) - i64::from(from.inode.is_dir());

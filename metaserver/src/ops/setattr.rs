@@ -58,7 +58,7 @@ fn truncate(ctx: &mut Ctx<'_>, ino: InodeId, inode: &mut Inode, size: u64) -> Fs
     let end = inode.size;
     extents::remove(ctx.txn, ino, inode, size..end)?;
     inode.size = size;
-    inode.data_version += 1;
+    inode.data_version = ctx.start.next_version(ino, inode.data_version);
     Ok(())
 }
 

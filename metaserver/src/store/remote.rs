@@ -127,7 +127,7 @@ struct State {
     fence: Option<Fence>,
     issued: u64,
     acknowledged: u64,
-    /// Start of the last transaction that is known to have succeeded.
+    /// Start of the last transaction that is known to have succeeded and changed the owner's record.
     confirmed: Option<Instant>,
     failed: Option<Failure>,
     /// What the store said when it was last of no use; none once it is again.
@@ -163,10 +163,11 @@ impl Shared {
         state.confirmed = Some(sent);
     }
 
-    fn confirm(&self, sent: Instant) {
+    /// A transaction has succeeded; when it was sent, if it has changed the owner's record.
+    fn succeeded(&self, sent: Option<Instant>) {
         let mut state = self.state.lock();
-        let lapsed = state.confirmed.is_none_or(|at| at.elapsed() > OWNERSHIP);
-        state.confirmed = state.confirmed.max(Some(sent));
+        let lapsed = sent.is_some() && state.confirmed.is_none_or(|at| at.elapsed() > OWNERSHIP);
+        state.confirmed = state.confirmed.max(sent);
         state.trouble = None;
         state.transactions += 1;
         drop(state);

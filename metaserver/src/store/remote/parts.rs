@@ -4,11 +4,11 @@
 //! batch. From then on it is rolled forward, by the next owner if need be: before that one reads anything. Each write
 //! sets a key to a value, so applying some of them twice changes nothing.
 //!
-//! Within each of these phases the record stays as it is, and the transactions of the phase expect just that: they may
-//! happen in any order, several at a time, and twice. The next phase begins with another record, so none that is late can
-//! happen then.
+//! Within each of these phases the transactions go in rounds. While a round lasts the record stays as it is, and its transactions
+//! expect just that: they may happen in any order, several at a time, and twice. The next round, and the next phase, begins with
+//! another record, so none that is late can happen then.
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use super::{
     owner::{self, Write},
@@ -46,19 +46,32 @@ impl Worker {
         self.spread(rest).await
     }
 
-    /// Applies writes, in any order, while the record stays as it is.
+    /// Applies writes, in any order, in rounds while each of which the record stays as it is. Between them it changes as often as an
+    /// owner's does that has nothing to write: to standbys this one looked silent otherwise, and so would all who roll the batch
+    /// forward after it.
     pub(super) async fn spread(&mut self, writes: Vec<Write>) -> StoreResult<()> {
-        let Some(record) = self.owner else { return Ok(()) };
-        let (link, shared) = (self.link.clone(), self.shared.clone());
-        let steps = split(writes, self.link.limits());
-        let mut done = stream::iter(steps)
-            .map(move |writes| {
-                insist(link.clone(), shared.clone(), Step { expected: Some(record), next: record, writes })
-            })
-            .buffer_unordered(ABREAST);
-        while let Some(result) = self.beside(done.next()).await {
-            result?;
+        let mut steps = split(writes, self.link.limits()).into_iter().peekable();
+        let mut under_way = FuturesUnordered::new();
+        // However long it took to change the record, a round goes before it is changed again.
+        let mut has_changed = false;
+        loop {
+            let Some(record) = self.owner else { return Ok(()) };
+            let is_open = std::mem::take(&mut has_changed) || !self.shared.is_stale();
+            while is_open
+                && under_way.len() < ABREAST
+                && let Some(writes) = steps.next()
+            {
+                let step = Step { expected: Some(record), next: record, writes };
+                under_way.push(insist(self.link.clone(), self.shared.clone(), step));
+            }
+            match self.beside(under_way.next()).await {
+                Some(done) => drop(done?),
+                None if steps.peek().is_none() => return Ok(()),
+                None => {
+                    self.step(Vec::new(), |_| {}).await?;
+                    has_changed = true;
+                }
+            }
         }
-        Ok(())
     }
 }

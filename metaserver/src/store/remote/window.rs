@@ -86,7 +86,7 @@ impl Worker {
     }
 
     fn succeeded(&self, Sent { step, ticket, at }: Sent) {
-        self.shared.confirm(at);
+        self.shared.succeeded(Some(at));
         self.shared.land(step.writes, ticket);
         self.shared.acknowledge(ticket);
     }

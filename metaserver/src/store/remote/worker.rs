@@ -261,7 +261,9 @@ pub(super) async fn insist(link: Arc<dyn Link>, shared: Arc<Shared>, step: Step)
         let sent = Instant::now();
         let fault = match send(&link, &step).await {
             Ok(true) => {
-                shared.confirm(sent);
+                // Of one that leaves the record as it was, standbys see nothing.
+                let changed = step.expected != Some(step.next);
+                shared.succeeded(changed.then_some(sent));
                 return Ok(Safe::Yes);
             }
             // Either somebody else owns the store, or an attempt of which nothing was heard had succeeded.

@@ -14,6 +14,8 @@ use crate::store::{
     },
 };
 
+mod slow;
+
 type Pairs = Arc<Mutex<BTreeMap<Vec<u8>, Bytes>>>;
 
 /// The owner record that it expects, the one that it writes, and its writes.
