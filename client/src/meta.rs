@@ -50,6 +50,7 @@ use crate::{
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// What callers ask of the driver.
+#[allow(clippy::large_enum_variant, reason = "the small one is sent once")]
 enum Call {
     /// An operation on its way, and the request of the kernel that it is for, or 0.
     Operation(Op, Sent, Reply, u64),
