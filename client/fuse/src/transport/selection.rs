@@ -55,6 +55,10 @@ impl fmt::Display for TransportInfo {
     }
 }
 
+/// On hosts with many CPUs requests are made smaller, down to this, as long as fewer entries than that fit.
+const SIZE_MIN: usize = 128 << 10;
+const DEPTH_MIN: usize = 6;
+
 /// What is to be set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Selection {
@@ -112,9 +116,12 @@ fn probe(options: &MountOptions) -> Result<Plan, String> {
     let cpus = |e: io::Error| format!("the CPUs cannot be listed: {e}");
     let queues = cpus::queue_count().map_err(cpus)?;
     let usable = cpus::usable().map_err(cpus)?;
-    let size_max =
-        options.uring.payload.map_or(options.request_size_max, |max| max.min(options.request_size_max));
-    let depth = depth(queues, size_max, options.uring.depth, options.uring.memory_max)?;
+    let (wanted, memory_max) = (options.uring.depth, options.uring.memory_max);
+    let size_max = match options.uring.payload {
+        Some(max) => max.min(options.request_size_max),
+        None => size_for(queues, options.request_size_max, wanted, memory_max),
+    };
+    let depth = depth(queues, size_max, wanted, memory_max)?;
     Ok(Plan { shares: cpus::share(queues, &usable, options.threads), queues, depth, size_max })
 }
 
@@ -139,6 +146,15 @@ fn switch_on(parameter: &Path) -> Result<(), String> {
         }
         Err(e) => Err(format!("FUSE over io_uring is off; root can turn it on with `echo Y > {path}` ({e})")),
     }
+}
+
+/// The largest request for which enough entries fit: a few that wait for a slow server must not keep a CPU from everything else.
+fn size_for(queues: usize, size_max: usize, wanted: usize, memory_max: usize) -> usize {
+    let mut size = size_max;
+    while size / 2 >= SIZE_MIN && memory_max / (queues * memory::entry_len(size)) < DEPTH_MIN.min(wanted) {
+        size /= 2;
+    }
+    size
 }
 
 /// As many entries for each queue as were asked for and fit.
@@ -174,6 +190,17 @@ mod tests {
         assert_eq!(depth(64, 1 << 17, 32, 256 << 20), Ok(31));
         let error = depth(512, 1 << 20, 8, 256 << 20).unwrap_err();
         assert!(error.contains("512 possible CPUs") && error.contains("uring_payload"), "{error}");
+    }
+
+    #[test]
+    fn many_cpus_get_smaller_requests_before_they_get_few() {
+        let planned = |queues| {
+            let size = size_for(queues, 1 << 20, 32, 256 << 20);
+            (size >> 10, depth(queues, size, 32, 256 << 20).unwrap())
+        };
+        assert_eq!([2, 32, 64, 128, 256].map(planned), [(1024, 32), (1024, 7), (512, 7), (256, 7), (128, 7)]);
+        assert_eq!(planned(512), (128, 3), "no smaller");
+        assert_eq!(size_for(64, 1 << 20, 3, 256 << 20), 1 << 20, "as deep as was asked for");
     }
 
     #[test]
