@@ -40,7 +40,8 @@ Options (-o, separated by commas):
   transport=KIND        io_uring, dev_fuse, or auto (default): io_uring where the kernel has it;
                         the log says which, and why
   uring_depth=N         requests in flight per CPU over io_uring (default 32)
-  uring_payload=SIZE    largest request over io_uring (default: request_size_max, less with many CPUs)
+  uring_payload=SIZE    largest request over io_uring (default: request_size_max,
+                        less with many CPUs)
   uring_memory=SIZE     most memory for requests over io_uring (default 256MiB): the depth is
                         reduced to fit
   poll_us=N             look for requests this long before sleeping, over io_uring (default 0):
