@@ -568,8 +568,8 @@ fn a_process_reads_what_it_has_written_while_others_open_the_file() {
     mount.unmount();
 }
 
-/// Whether all pages of a file are in the page cache.
-fn is_cached(path: &Path) -> bool {
+/// How many pages of a file are in the page cache.
+fn cached_pages(path: &Path) -> usize {
     let file = File::open(path).unwrap();
     // SAFETY: nobody truncates the file while the map lives.
     let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
@@ -577,7 +577,7 @@ fn is_cached(path: &Path) -> bool {
     // SAFETY: the map is as long as is said, and the vector has a byte for each of its pages.
     let asked = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
     assert_eq!(asked, 0);
-    pages.iter().all(|page| page & 1 == 1)
+    pages.iter().filter(|page| **page & 1 == 1).count()
 }
 
 /// Its commit comes after the close, and makes a version that the pages are not known to have.
@@ -588,11 +588,13 @@ fn what_was_written_here_is_not_fetched_again() {
     let path = mount.join("f");
     let data = rng::bytes(1, 4 << 20);
     fs::write(&path, &data).unwrap();
-    assert!(is_cached(&path));
+    assert_eq!(cached_pages(&path), 1024);
     // Until it is committed, and forgotten here.
     cluster.wait_status("the file to be committed", |s| s.shards() > 0);
     thread::sleep(Duration::from_secs(2));
-    assert!(is_cached(&path), "the first open has thrown it away");
+    // The machine may need memory meanwhile; an open that drops pages leaves none.
+    let cached = cached_pages(&path);
+    assert!(cached > 0, "the first open has thrown it away");
     let other = cluster.mount();
     fs::write(other.join("f"), rng::bytes(2, 4 << 20)).unwrap();
     assert!(fs::read(&path).unwrap() == rng::bytes(2, 4 << 20), "what others have written is");

@@ -14,9 +14,18 @@ use std::{
     time::Duration,
 };
 
-use fjordfs_tests::{Cluster, MountPoint, Setup, rng, wait::SOON, wait_for};
+use fjordfs_tests::{
+    Cluster, MountPoint, Setup,
+    locks::{Kind, flock},
+    rng,
+    wait::SOON,
+    wait_for,
+};
 use rand::Rng;
-use rustix::process::Signal;
+use rustix::{
+    fs::{Mode, OFlags},
+    process::Signal,
+};
 
 #[test]
 fn what_is_closed_is_what_the_other_opens() {
@@ -233,4 +242,39 @@ fn a_mount_of_one_client_ends_without_the_other() {
     assert_eq!(fs::read(c.join("f")).unwrap(), b"two");
     b.unmount();
     c.unmount();
+}
+
+#[test]
+fn a_mapping_is_seen_by_others_after_msync() {
+    let cluster = Cluster::start("mapped", Setup::default());
+    let mounts = [cluster.mount(), cluster.mount()];
+    fs::write(mounts[0].join("f"), [20; 4096]).unwrap();
+    for turn in 0..10u8 {
+        let path = mounts[usize::from(turn) % 2].join("f");
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        flock(&file, Kind::Write, true).unwrap();
+        // SAFETY: nobody truncates the file while the map lives.
+        let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+        assert_eq!(map[0], 20 + turn);
+        map[0] += 1;
+        map.flush().unwrap();
+        flock(&file, Kind::Unlock, true).unwrap();
+    }
+    mounts.map(MountPoint::unmount);
+}
+
+#[test]
+fn what_linux_does_not_pass_on() {
+    let cluster = Cluster::start("not-passed-on", Setup::default());
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let directories = [&a, &b].map(|mount| File::open(mount.path()).unwrap());
+    directories.iter().for_each(|directory| flock(directory, Kind::Write, false).unwrap());
+    fs::write(a.join("f"), "f").unwrap();
+    let held = rustix::fs::open(a.join("f"), OFlags::PATH, Mode::empty()).unwrap();
+    fs::remove_file(a.join("f")).unwrap();
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(rustix::fs::fstat(&held).map(|_| ()), Err(rustix::io::Errno::STALE));
+    drop((held, directories));
+    a.unmount();
+    b.unmount();
 }
