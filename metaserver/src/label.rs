@@ -23,6 +23,7 @@ pub(crate) const FORMAT_VERSION: u32 = 2;
 const LABEL: &str = "fjord-meta.json";
 const LOCK: &str = "fjord-meta.lock";
 const STORE: &str = "store";
+const STORE_SYNCED: &str = "store.synced";
 const KIND: &str = "meta";
 
 #[derive(Serialize, Deserialize)]
@@ -122,7 +123,10 @@ impl Folder {
     fn claim_or_make(folder: &Path, cluster_id: impl FnOnce() -> String) -> Result<Folder, FolderError> {
         let lock = occupy(folder)?;
         let label = match read(folder)? {
-            Some(label) if !label.new && !folder.join(STORE).is_dir() => {
+            // With the count of what was synced beside it, the store itself says how much is missing.
+            Some(label)
+                if !label.new && [STORE, STORE_SYNCED].iter().all(|name| !folder.join(name).exists()) =>
+            {
                 return Err(FolderError::StoreLost(folder.to_owned()));
             }
             Some(label) if label.format_version == FORMAT_VERSION => label,
