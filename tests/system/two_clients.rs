@@ -260,7 +260,7 @@ fn a_mapping_is_seen_by_others_after_msync() {
         map.flush().unwrap();
         flock(&file, Kind::Unlock, true).unwrap();
     }
-    mounts.map(MountPoint::unmount);
+    mounts.into_iter().for_each(MountPoint::unmount);
 }
 
 #[test]
