@@ -15,7 +15,7 @@ pub struct Options {
     pub operation_timeout: Duration,
     /// How long a read waits for one copy before it asks another one as well.
     pub hedge_delay: Duration,
-    /// How old dirty data may get before it is committed without being asked for.
+    /// By when dirty data is committed without being asked for, where servers take it that fast.
     pub dirty_age_max: Duration,
     /// How far a sequential reader is read ahead, bytes.
     pub readahead: u64,

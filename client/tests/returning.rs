@@ -61,6 +61,23 @@ async fn reads_go_on_when_the_only_server_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_stored_does_not_hold_up_what_can() {
+    let mut cluster = Cluster::start(1, "replica:1").await;
+    let client = cluster.client().await;
+    let stuck = client.create_path("/stuck").await.unwrap();
+    cluster.stop_data(0);
+    stuck.write_at(0, Bytes::from(pattern(5, 1 << 20))).await.unwrap();
+    for name in ["/a", "/b"] {
+        // The first may be flushed together with what is stuck. Its bytes need no data server.
+        let file = client.create_path(name).await.unwrap();
+        file.write_at(0, Bytes::from_static(b"tiny")).await.unwrap();
+        wait_until("the tiny file to be committed", || client.dirty_bytes() == 1 << 20).await;
+    }
+    cluster.start_data(0).await;
+    wait_until("everything to be committed", || client.dirty_bytes() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn fsync_ends_when_enough_servers_are_back() {
     let mut cluster = Cluster::start(3, "ec:2+1").await;
     let client = cluster.client().await;
