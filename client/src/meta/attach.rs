@@ -189,8 +189,9 @@ impl Peer {
     }
 }
 
-/// How long a new session waits for one of several metaservers to serve: longer than one takes over from another.
-const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a new session waits for one of several metaservers to serve: several times as long as one takes to take over from another, for
+/// the store may be out of reach meanwhile.
+const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Attaches a new session; fails at once when the only server is not there, so that a wrong address is told at once. Of several,
 /// one may be about to take over. With the session of a former process, whose address was right, it goes on trying: the mount stands still without it, and nobody is helped by
