@@ -6,6 +6,10 @@
 //! what somebody else has already seen changed. An operation that changes several inodes is seen in each of them only when the
 //! recalls of all of them have ended: who sees that a file has left one directory may look for it in the other.
 //!
+//! What a session changes that nobody else caches waits for nobody. But the answer may take its time to whoever caches the old there, as the
+//! kernel of its host does, and others could see the change before that: such a lease is **unheard**, and recalled when the first other
+//! session is about to be told of the inode.
+//!
 //! A **delegation** is a lease that nobody else has beside it. Its holder decides operations on the inode by itself and sends them
 //! later, so what another session asks of the inode is not executed until the delegation has been recalled: it would see
 //! what is over already. Delegations are granted to sessions that change something, and not on inodes that
@@ -88,6 +92,8 @@ pub(crate) struct Leases {
     recalls: BTreeMap<RecallId, Recall>,
     /// Those that hide something of an inode.
     recalled: HashMap<InodeId, BTreeSet<RecallId>>,
+    /// Inodes whose only holder has changed them, so that what it caches may be from before.
+    unheard: HashMap<InodeId, SessionId>,
     /// Inodes that were recalled lately, and when.
     contended: HashMap<InodeId, Instant>,
     last_id: u64,
@@ -179,6 +185,7 @@ impl Leases {
     pub(crate) fn is_news(&self, session: SessionId, ino: InodeId) -> bool {
         let knows = self.sessions.get(&session).is_some_and(|held| held.inodes.contains_key(&ino));
         let others = self.delegations.contains_key(&ino)
+            || self.unheard.get(&ino).is_some_and(|holder| *holder != session)
             || self.recalled.contains_key(&ino)
             || self.contended.contains_key(&ino);
         !knows && !others
@@ -214,6 +221,20 @@ impl Leases {
                 for session in holders {
                     self.recall(session, ino, now);
                 }
+            } else if let Some(actor) = actor.filter(|_| !holders.is_empty()) {
+                self.unheard.insert(ino, actor);
+            }
+        }
+    }
+
+    /// A session is about to be told of these inodes: who has changed one by itself is recalled first.
+    pub(crate) fn shown(&mut self, session: SessionId, inodes: &[InodeId], now: Instant) {
+        if self.unheard.is_empty() {
+            return;
+        }
+        for ino in inodes {
+            if let Some(holder) = self.unheard.get(ino).copied().filter(|holder| *holder != session) {
+                self.recall(holder, *ino, now);
             }
         }
     }
@@ -325,6 +346,9 @@ impl Leases {
     /// The session caches nothing of the inode any more.
     fn release(&mut self, session: SessionId, ino: InodeId) {
         self.end_delegation(session, ino);
+        if self.unheard.get(&ino) == Some(&session) {
+            self.unheard.remove(&ino);
+        }
         let Some(held) = self.sessions.get_mut(&session) else { return };
         held.inodes.remove(&ino);
         let recall = held.recalls.remove(&ino);

@@ -273,9 +273,17 @@ impl Table {
             }
         }
         if serial == 0 {
-            // What is gone stays so, however old the news is.
-            for gone in changed.iter().filter(|attr| attr.nlink == 0) {
-                self.forget(InodeId(gone.ino));
+            // What is gone stays so, however old the news is. Of the others it is only known that they are not as they were.
+            for attr in changed {
+                let ino = InodeId(attr.ino);
+                if attr.nlink == 0 {
+                    self.forget(ino);
+                } else {
+                    if self.is_ahead(ino) {
+                        self.demote(&[ino]);
+                    }
+                    self.forget_attr(ino);
+                }
             }
             return self.doubt(op);
         }

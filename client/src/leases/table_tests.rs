@@ -237,6 +237,19 @@ fn an_inode_without_links_is_forgotten() {
     assert_eq!((t.name(DIR, b"a"), t.attr(InodeId(7))), (Some(None), None));
 }
 
+/// Nobody else may have a lease on the file itself, so that nobody has it recalled.
+#[test]
+fn what_lost_one_of_its_names_is_asked_for_again_though_the_answer_may_be_old() {
+    let mut t = table();
+    let mut file = Attr { nlink: 2, ..attr(7, FileKind::Regular, 0o644) };
+    told(&mut t, &lookup("a"), &entry(file), 1, &[]);
+    assert_eq!(t.attr(InodeId(7)).map(|attr| attr.nlink), Some(2));
+    file.nlink = 1;
+    let removed = Op::Remove(Remove { parent: 1, name: Bytes::from_static(b"a"), ..Remove::default() });
+    told(&mut t, &removed, &EMPTY, 0, &[file]);
+    assert_eq!(t.attr(InodeId(7)), None);
+}
+
 #[test]
 fn the_target_of_a_link_is_kept_when_the_link_is_gone() {
     let mut t = table();

@@ -82,7 +82,8 @@ impl Core {
             let request = Request { id, slot, sequence, deferred, op: Some(op) };
             return Outcome::Postponed(request, vec![RecallId::GRACE]);
         }
-        let postponable = self.leases.may_conflict(session) && !ops::never_conflicts(&op);
+        let tells = !ops::never_conflicts(&op);
+        let postponable = tells && self.leases.may_conflict(session);
         let again = postponable.then(|| op.clone());
         let told = if deferred { ops::Told::default() } else { ops::Told::by(&op) };
         let made = if let Op::Make(make) = &op { make.ino } else { 0 };
@@ -101,6 +102,9 @@ impl Core {
             return Outcome::Postponed(Request { id, slot, sequence, deferred, op: again }, recalls);
         }
         let sync = sync && result.is_ok();
+        if tells && !deferred {
+            self.leases.shown(session, self.txn.seen(), now.mono);
+        }
         self.leases.changed(Some(session), self.txn.changed(), now.mono);
         if is_atomic {
             let changed = self.txn.changed().to_vec();

@@ -2,9 +2,9 @@
 //!
 //! # Order
 //! What a client has decided only means what it says when it is executed in the order in which it was sent, and so does a change of a file
-//! that was sent behind the commit of what had been written to it. Nothing else is in order among requests that are under way
-//! together, and the less waits here for another request, the less can come to wait for itself by way of other clients. Commits do not
-//! wait for each other: of each file a client has one under way.
+//! that was sent behind the commit of what had been written to it, or behind the file's making. A sync covers what was decided before it.
+//! Nothing else is in order among requests that are under way
+//! together, and the less waits here for another request, the less can come to wait for itself by way of other clients.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -108,7 +108,7 @@ fn comes_behind(next: &Request, first: &Request) -> bool {
         return first.deferred;
     }
     match (&next.op, &first.op) {
-        (Some(Op::Commit(_)), Some(Op::Commit(_))) => false,
+        (Some(Op::Sync(_)), _) => first.deferred,
         (Some(next), Some(first)) => {
             let files = files_changed(next);
             files_changed(first).iter().any(|ino| files.contains(ino))
@@ -117,9 +117,10 @@ fn comes_behind(next: &Request, first: &Request) -> bool {
     }
 }
 
-/// Files whose bytes or attributes an operation changes.
+/// Files that an operation makes, or whose bytes or attributes it changes.
 fn files_changed(op: &Op) -> Vec<u64> {
     match op {
+        Op::Make(op) if op.ino != 0 => vec![op.ino],
         Op::Commit(op) => op.files.iter().map(|file| file.ino).collect(),
         Op::SetAttr(op) => vec![op.ino],
         Op::Allocate(op) => vec![op.ino],

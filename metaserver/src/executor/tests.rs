@@ -4,8 +4,8 @@ use bytes::Bytes;
 use fjordfs_proto::{
     Extent,
     pb::meta::{
-        Commit, FileCommit, FileKind, GetAttr, GivenBack, Make, Request, Response, ServerMessage, SetAttr,
-        request::Op, response::Result as Reply,
+        Commit, FileCommit, FileKind, GetAttr, GivenBack, LeaseInodes, Make, Request, Response,
+        ServerMessage, SetAttr, Sync, request::Op, response::Result as Reply,
     },
 };
 
@@ -194,4 +194,50 @@ async fn what_was_decided_stays_in_order_and_nothing_else_waits() {
     let answers = w.a.answers().await;
     assert_eq!(answers.iter().map(|answer| answer.id).collect::<Vec<_>>(), [1, 2], "{answers:?}");
     assert!(answers.iter().all(|answer| matches!(answer.result, Some(Reply::Empty(_)))), "{answers:?}");
+}
+
+#[tokio::test]
+async fn what_is_written_and_synced_stays_behind_the_making_of_its_file() {
+    let mut w = World::new().await;
+    let lease = w.a.requests([Op::LeaseInodes(LeaseInodes { count: 1 })], false);
+    w.burst([lease]);
+    let leased = w.a.answers().await;
+    let Some(Reply::LeaseInodes(leased)) = &leased[0].result else { panic!("{leased:?}") };
+    let ino = leased.first;
+    let Op::Make(made) = make("decided") else { panic!() };
+    let mode = Op::SetAttr(SetAttr { ino: w.delegated, mode: Some(0o600), ..SetAttr::default() });
+    let extents = vec![Extent::inline(Bytes::from_static(b"written")).to_pb(0)];
+    let file = FileCommit { ino, extents, ..FileCommit::default() };
+    let commit = Op::Commit(Commit { files: vec![file], ..Commit::default() });
+    // The first waits for b, and with it what was decided after it.
+    let decided = w.a.requests([mode, Op::Make(Make { ino, ..made })], true);
+    let asked = w.a.requests([commit, Op::Sync(Sync {})], false);
+    w.burst([decided, asked]);
+    assert_eq!(w.a.answers().await, []);
+    let obey = w.obey().await;
+    w.burst([obey]);
+    w.burst([]);
+    let look = w.a.requests([Op::GetAttr(GetAttr { ino })], false);
+    w.burst([look]);
+    let answers = w.a.answers().await;
+    let size = answers.iter().find(|answer| matches!(answer.result, Some(Reply::Entry(_)))).map(size_of);
+    assert_eq!(size, Some(7), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_commit_stays_behind_an_earlier_one_of_its_file() {
+    let mut w = World::new().await;
+    let extents = vec![Extent::inline(Bytes::from_static(b"later")).to_pb(0)];
+    let file = FileCommit { ino: w.free, extents, ..FileCommit::default() };
+    let later = Op::Commit(Commit { files: vec![file], ..Commit::default() });
+    let both = w.a.requests([w.commit(), w.truncate(), later], false);
+    w.burst([both]);
+    assert_eq!(w.a.answers().await, []);
+    let obey = w.obey().await;
+    w.burst([obey]);
+    w.burst([]);
+    let look = w.a.requests([Op::GetAttr(GetAttr { ino: w.free })], false);
+    w.burst([look]);
+    let answers = w.a.answers().await;
+    assert_eq!((answers.len(), size_of(&answers[3])), (4, 5), "{answers:?}");
 }

@@ -41,6 +41,53 @@ fn what_others_cache_is_recalled_and_nobody_is_told_before() {
     assert_eq!(ask(&mut w, b, look("absent")), (0, true, vec![]));
 }
 
+/// The kernel of the host where something is changed caches the old until the answer has reached the program that asked for it.
+#[test]
+fn what_is_changed_by_its_only_holder_is_recalled_before_others_see_it() {
+    let mut w = World::new();
+    let (a, b, c) = (w.session, w.attach(), w.attach());
+    let d = w.dir(R, "d");
+    let below = |name: &str| Lookup { parent: d.0, name: name.to_owned().into(), ..Default::default() };
+    let stat = Op::GetAttr(GetAttr { ino: d.0 });
+    let mode = SetAttr { ino: d.0, mode: Some(0o700), ..SetAttr::default() };
+    let Op::Make(made) = make("f", 0) else { panic!() };
+    let made = Op::Make(Make { parent: d.0, ..made });
+    let renamed =
+        Rename { parent: d.0, name: "f".into(), new_parent: d.0, new_name: "g".into(), ..Rename::default() };
+    let link = Link { ino: 0, parent: d.0, name: "h".into(), ..Link::default() };
+    let xattr = SetXattr { ino: d.0, name: "user.x".into(), value: "y".into(), ..SetXattr::default() };
+    let steps = [
+        (Op::SetAttr(mode), stat.clone()),
+        (made, Op::Lookup(below("f"))),
+        (Op::Rename(renamed), Op::Lookup(below("f"))),
+        (Op::Link(link), Op::Lookup(below("h"))),
+        (Op::SetXattr(xattr), stat.clone()),
+    ];
+    for (mut change, look) in steps {
+        if let Op::Link(link) = &mut change {
+            link.ino = w.lookup(d, "g").unwrap().ino;
+        }
+        // Only a has heard of the directory.
+        obey(&mut w);
+        [b, c].map(|other| w.core.leases.end_all(other));
+        assert!(ask(&mut w, a, stat.clone()).1, "{change:?}");
+        assert_eq!(ask(&mut w, a, change.clone()).0, 0, "nobody is waited for: {change:?}");
+        assert!(w.core.take_recalls().is_empty());
+        // A link's directory and the file itself.
+        let held = if matches!(change, Op::Link(_)) { 2 } else { 1 };
+        let (waits, cacheable, _) = ask(&mut w, b, look.clone());
+        assert_eq!((waits, cacheable), (held, false), "{change:?}");
+        assert_eq!(ask(&mut w, c, look.clone()).0, held, "{change:?}");
+        assert_eq!(ask(&mut w, a, look.clone()).0, held, "what it asks is answered when it has let go");
+        let recalls = w.core.take_recalls();
+        assert!(recalls.len() == held && recalls.iter().all(|order| order.session == a), "{recalls:?}");
+        for recall in recalls {
+            w.core.let_go(a, &[recall.id.0], None, None);
+        }
+        assert_eq!((ask(&mut w, b, look.clone()).0, ask(&mut w, c, look).0), (0, 0), "{change:?}");
+    }
+}
+
 #[test]
 fn nobody_sees_half_of_a_rename() {
     let mut w = World::new();
@@ -49,14 +96,19 @@ fn nobody_sees_half_of_a_rename() {
     let below =
         |name: &str| Op::Lookup(Lookup { parent: d.0, name: name.to_owned().into(), ..Default::default() });
     ask(&mut w, a, make("f", 0));
+    ask(&mut w, c, look("absent"));
+    obey(&mut w);
     // b knows that the file is not below, and has never seen where it is.
     assert!(ask(&mut w, b, below("f")).1 && ask(&mut w, c, look("absent")).1);
     let rename =
         Rename { parent: 1, name: "f".into(), new_parent: d.0, new_name: "f".into(), ..Rename::default() };
     ask(&mut w, a, Op::Rename(rename));
-    // All obey but b.
-    for recall in w.core.take_recalls().into_iter().filter(|recall| recall.session != b) {
-        w.core.let_go(recall.session, &[recall.id.0], None, None);
+    // All obey but b. That somebody looks at the file itself has a recalled once more.
+    for _ in 0..2 {
+        for recall in w.core.take_recalls().into_iter().filter(|recall| recall.session != b) {
+            w.core.let_go(recall.session, &[recall.id.0], None, None);
+        }
+        ask(&mut w, c, below("f"));
     }
     assert_eq!(ask(&mut w, c, look("f")).0, 1, "or the file would be in no place, with b's word for it");
     assert_eq!(ask(&mut w, c, below("f")).0, 1);
@@ -299,6 +351,8 @@ fn a_lookup_brings_neighbours_that_are_news_and_recall_nobody() {
     let mut w = World::new();
     let (a, b, c) = (w.session, w.attach(), willing(&mut w));
     let files: Vec<InodeId> = (0..9).map(|i| w.file(&format!("f{i}"))).collect();
+    ask(&mut w, b, look("absent"));
+    obey(&mut w);
     // What c has decided is delegated to it.
     assert!(ask(&mut w, b, look("absent")).1);
     let Reply::LeaseInodes(inodes) = w.send(c, 1, 1, Op::LeaseInodes(LeaseInodes { count: 9 })).unwrap()
