@@ -172,15 +172,26 @@ impl Healing {
             .filter(|(seat, _)| returned.contains(&seat.target))
             .map(|(seat, _)| (seat.first_block, seat.width, seat.pg))
             .collect();
-        let moved: BTreeSet<Seat> =
-            seats(before).into_iter().filter(|(_, moving)| *moving).map(|(seat, _)| seat).collect();
+        let were: BTreeMap<Seat, bool> = seats(before).into_iter().collect();
+        let tables: BTreeSet<(BlockId, usize)> =
+            were.keys().map(|seat| (seat.first_block, seat.width)).collect();
         for (seat, moving) in all {
-            if moving && !moved.contains(&seat) {
+            let was = were.get(&seat).copied();
+            if moving && was != Some(true) {
                 self.give_up(&seat);
                 self.work.remove(&seat);
                 self.add(seat, Why::Move, map.epoch, now);
             } else if groups.contains(&(seat.first_block, seat.width, seat.pg)) {
                 self.check_again(seat, if moving { Why::Move } else { Why::Return }, map.epoch, now);
+            } else if !moving && was.is_none() && tables.contains(&(seat.first_block, seat.width)) {
+                // In the place of one that was given up: it has nothing yet.
+                self.add(seat, Why::Return, map.epoch, now);
+            } else if !moving
+                && was == Some(true)
+                && let Some(work) = self.work.get_mut(&seat)
+            {
+                // The same, where it was already on its way.
+                work.why = Why::Return;
             }
         }
     }

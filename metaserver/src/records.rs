@@ -117,7 +117,7 @@ pub(crate) struct ExtentRecord {
     #[prost(uint32, tag = "3")]
     block_offset: u32,
     #[prost(uint32, tag = "4")]
-    layout: u32,
+    pub(crate) layout: u32,
     #[prost(bytes = "bytes", tag = "5")]
     data: Bytes,
 }

@@ -1,7 +1,8 @@
 //! Deleting shards that nothing reaches and nothing ever will.
 
 use fjordfs_proto::{
-    FsResult, TargetId,
+    FsError, FsResult, TargetId,
+    error::Errno,
     pb::meta::{DeletedBlocks, MendRequest},
 };
 
@@ -30,9 +31,16 @@ pub struct Collected {
 /// listings are read; 0 is no limit.
 ///
 /// # Errors
-/// When there is no metaserver.
+/// When there is no metaserver; `EIO` when its records do not tell all blocks that are used.
 pub async fn collect(client: &Client, dry_run: bool, rate: u64, tell: Tell<'_>) -> FsResult<Collected> {
     let found = holdings::compare(client, rate, tell).await?;
+    if !found.unreadable.is_empty() {
+        let what = format!(
+            "nothing is collected while metadata cannot be read, for it may be of blocks in use; `fjord fsck` says more: {}",
+            found.unreadable
+        );
+        return Err(FsError::new(Errno::EIO, what));
+    }
     let mut collected = Collected {
         shards_seen: found.shards,
         garbage_shards: found.garbage_shards() as u64,

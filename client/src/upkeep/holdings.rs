@@ -42,6 +42,8 @@ pub struct Findings {
     pub garbage_bytes: u64,
     /// Targets that could not be listed, and why: what they hold is not counted as missing.
     pub unseen: BTreeMap<u64, String>,
+    /// Why the metadata does not tell all blocks that are used, so that nothing counts as garbage; empty when it does.
+    pub unreadable: String,
     /// The cluster that was looked at.
     pub cluster_id: String,
 }
@@ -87,25 +89,30 @@ struct Known {
     next_block: u64,
     /// Live bytes of the blocks that have more pieces than one, or lost bytes.
     counted: BTreeMap<u64, u64>,
+    /// Why some blocks may be missing above; empty when none are.
+    unreadable: String,
     map: ClusterMap,
 }
 
 impl Known {
     async fn ask(client: &Client) -> FsResult<Known> {
         let (mut live, mut reserved, mut counts, mut end) = (Vec::new(), Vec::new(), BTreeMap::new(), None);
+        let mut unreadable = String::new();
         admin::blocks(client, |reply| {
-            let BlocksReply { live: runs, reserved: taken, next_block, map, counted } = reply;
+            let BlocksReply { live: runs, reserved: taken, next_block, map, counted, unreadable: why } =
+                reply;
             live.extend(runs);
             reserved.extend(taken);
             counts.extend(counted.into_iter().map(|count| (count.block, count.bytes)));
             end = map.map(|map| (next_block, map));
+            unreadable = why;
         })
         .await?;
         let (next_block, map) =
             end.ok_or_else(|| FsError::new(Errno::EPROTO, "the list of blocks has no end"))?;
         let map = ClusterMap::from_pb(map).map_err(|e| FsError::new(Errno::EPROTO, e.to_string()))?;
         let known = Known::new(live, reserved, next_block, map);
-        Ok(Known { counted: counts, ..known })
+        Ok(Known { counted: counts, unreadable, ..known })
     }
 
     fn new(live: Vec<BlockRun>, reserved: Vec<BlockRun>, next_block: u64, map: ClusterMap) -> Known {
@@ -114,7 +121,8 @@ impl Known {
             before.push(blocks);
             blocks += run.count as usize;
         }
-        Known { live, before, blocks, reserved, next_block, counted: BTreeMap::new(), map }
+        let (counted, unreadable) = (BTreeMap::new(), String::new());
+        Known { live, before, blocks, reserved, next_block, counted, unreadable, map }
     }
 
     /// Number of a live block among all, and its layout.
@@ -125,7 +133,8 @@ impl Known {
     }
 
     fn is_garbage(&self, block: u64) -> bool {
-        block < self.next_block
+        self.unreadable.is_empty()
+            && block < self.next_block
             && within(&self.live, block).is_none()
             && within(&self.reserved, block).is_none()
     }
@@ -151,7 +160,11 @@ pub async fn compare(client: &Client, rate: u64, tell: Tell<'_>) -> FsResult<Fin
     tell("asking for all blocks".to_owned());
     let mut lister = Lister { client, pace: Pace::new(rate), tell };
     let known = Known::ask(client).await?;
-    let mut found = Findings { cluster_id: known.map.cluster_id.clone(), ..Findings::default() };
+    let mut found = Findings {
+        cluster_id: known.map.cluster_id.clone(),
+        unreadable: known.unreadable.clone(),
+        ..Findings::default()
+    };
     let mut present = vec![0u32; known.blocks];
     for (target, info) in &known.map.targets {
         let listed = match info.readable() {
@@ -358,6 +371,8 @@ mod tests {
         assert_eq!(known.find(7).map(|(at, _)| at), Some(2));
         assert_eq!(known.find(21).map(|(at, _)| at), Some(4));
         assert!(known.find(8).is_none() && known.find(1).is_none());
+        let damaged = Known { unreadable: "an extent".to_owned(), ..known };
+        assert!((1..40).all(|block| !damaged.is_garbage(block)), "it may be what cannot be read");
     }
 
     #[test]

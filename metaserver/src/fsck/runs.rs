@@ -22,9 +22,11 @@ pub(crate) struct Runs {
     pub(crate) next_block: u64,
     /// Live bytes of the blocks that have a record of them.
     pub(crate) counted: Vec<LiveBytes>,
+    /// The first record that makes no sense, if any: blocks that it may name are not among these. A check says more.
+    pub(crate) unreadable: Option<String>,
 }
 
-/// Reads them. Records that make no sense are left out: a check says more of those.
+/// Reads them.
 pub(crate) fn read(store: &dyn Reading) -> Result<Runs, StoreError> {
     let source = &Source { store, tell: &|_| {}, read: Default::default() };
     let mut report = Report::default();
@@ -57,7 +59,13 @@ pub(crate) fn read(store: &dyn Reading) -> Result<Runs, StoreError> {
     })?;
     let counters = store.get(&[keys::COUNTERS])?.and_then(|value| decode(value, String::new).ok());
     let counters: Counters = counters.unwrap_or_default();
-    Ok(Runs { live: joined(live), reserved: joined(reserved), next_block: counters.next_block, counted })
+    Ok(Runs {
+        live: joined(live),
+        reserved: joined(reserved),
+        next_block: counters.next_block,
+        counted,
+        unreadable: report.problems.into_iter().next(),
+    })
 }
 
 /// Ascending, without overlaps; neighbours that agree are one.

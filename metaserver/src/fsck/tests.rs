@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::*;
 use crate::{
-    records::{DeadRun, Dirent, Inode, LiveBlock},
+    records::{DeadRun, Dirent, ExtentRecord, Inode, LiveBlock},
     store::{Batch, MemoryStore},
     testing::{World, run},
 };
@@ -85,6 +85,23 @@ fn counts_are_set_right_while_they_change() {
     w.remove(ROOT_INODE, "another", false).unwrap();
     w.deleted_blocks();
     w.check();
+}
+
+/// Its blocks may be those of what cannot be read.
+#[test]
+fn records_that_cannot_be_read_are_told_to_who_looks_for_garbage() {
+    let mut w = World::on(Arc::new(MemoryStore::default()));
+    let b = w.lease(10);
+    let f = w.file("f");
+    w.write(f, vec![run(0, 1 << 24, b, 0)]).unwrap();
+    let read = |w: &mut World| runs::read(&*w.core.snapshot().unwrap()).unwrap();
+    assert_eq!(read(&mut w).unreadable, None);
+    let mut extent: ExtentRecord = record(&w, &keys::extent(f, 0));
+    extent.layout = 0xffff;
+    let writes = vec![put(keys::extent(f, 0), &extent)];
+    damage(&mut w, writes);
+    let found = read(&mut w);
+    assert!(found.live.is_empty() && found.unreadable.is_some(), "{:?}", found.unreadable);
 }
 
 #[test]

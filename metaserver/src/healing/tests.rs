@@ -423,7 +423,14 @@ fn giving_up_a_target_that_is_still_needed_takes_force() {
     assert_eq!(state(&w, 3), Some(TargetState::Down));
     let refused = change(&mut w, 3, TargetChange::Remove, 0, false);
     assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("LOSE DATA")));
+    let given_up = groups_of(&map(&w), 3) as u64;
+    let before = w.core.healing(w.now).checks_left;
     change(&mut w, 3, TargetChange::Remove, 0, true).unwrap();
+    // Who came in its place has nothing of these groups yet.
+    let told = w.core.healing(w.now).checks_left;
+    assert!(given_up > 0 && told == before + given_up, "{before} and {given_up}: {told}");
+    let ordered = [beat(&mut w, 1, Vec::new()), beat(&mut w, 2, Vec::new())].concat();
+    assert!(!ordered.is_empty());
     assert_eq!((state(&w, 3), groups_of(&map(&w), 3), super::move_count(&map(&w))), (None, 0, 0));
     ClusterMap::from_pb(map(&w).to_pb()).unwrap();
     // Of two targets none can be spared for groups of two.

@@ -135,7 +135,7 @@ impl Whole {
 
     /// All blocks.
     pub(super) fn blocks(self, out: &Out<BlocksReply>) -> Result<(), Status> {
-        let runs::Runs { live, reserved, next_block, counted } =
+        let runs::Runs { live, reserved, next_block, counted, unreadable } =
             runs::read(&*self.snapshot).map_err(failed)?;
         for live in live.chunks(RUNS) {
             out.send(BlocksReply { live: live.to_vec(), ..BlocksReply::default() })?;
@@ -148,7 +148,10 @@ impl Whole {
         }
         // Newer than the snapshot, perhaps: blocks that have moved since are looked for where they are now.
         let map = self.status.map;
-        out.send(BlocksReply { next_block, map, ..BlocksReply::default() })
+        // Who does not know the field takes all blocks for newer then.
+        let next_block = if unreadable.is_some() { 0 } else { next_block };
+        let unreadable = unreadable.unwrap_or_default();
+        out.send(BlocksReply { next_block, map, unreadable, ..BlocksReply::default() })
     }
 
     /// Where blocks are used.

@@ -69,7 +69,9 @@ fn what_is_changed_by_its_only_holder_is_recalled_before_others_see_it() {
         }
         // Only a has heard of the directory.
         obey(&mut w);
-        [b, c].map(|other| w.core.leases.end_all(other));
+        for other in [b, c] {
+            w.core.leases.end_all(other);
+        }
         assert!(ask(&mut w, a, stat.clone()).1, "{change:?}");
         assert_eq!(ask(&mut w, a, change.clone()).0, 0, "nobody is waited for: {change:?}");
         assert!(w.core.take_recalls().is_empty());
