@@ -54,7 +54,7 @@ fn what_is_changed_by_its_only_holder_is_recalled_before_others_see_it() {
     let made = Op::Make(Make { parent: d.0, ..made });
     let renamed =
         Rename { parent: d.0, name: "f".into(), new_parent: d.0, new_name: "g".into(), ..Rename::default() };
-    let link = Link { ino: 0, parent: d.0, name: "h".into(), ..Link::default() };
+    let link = Link { ino: 0, parent: d.0, name: "h".into() };
     let xattr = SetXattr { ino: d.0, name: "user.x".into(), value: "y".into(), ..SetXattr::default() };
     let steps = [
         (Op::SetAttr(mode), stat.clone()),
