@@ -51,6 +51,19 @@ struct Outcome {
     shards: Option<Shards>,
 }
 
+impl Outcome {
+    fn new(metadata: Metadata, shards: Option<Shards>, repair: bool) -> Outcome {
+        let whole = |found: &Shards| {
+            found.lost.is_empty()
+                && found.unseen.is_empty()
+                && found.unreadable.is_empty()
+                && (repair || found.missing.is_empty() && found.garbage.is_empty())
+        };
+        let clean = metadata.left == 0 && shards.as_ref().is_none_or(whole);
+        Outcome { clean, metadata, shards }
+    }
+}
+
 /// [`Findings`], for programs.
 #[derive(Serialize)]
 struct Shards {
@@ -62,6 +75,8 @@ struct Shards {
     garbage: BTreeMap<u64, Vec<u64>>,
     garbage_bytes: u64,
     unseen: BTreeMap<u64, String>,
+    /// Why nothing counts as garbage; empty when it does.
+    unreadable: String,
 }
 
 #[derive(Serialize)]
@@ -81,6 +96,7 @@ impl Shards {
             garbage: found.garbage,
             garbage_bytes: found.garbage_bytes,
             unseen: found.unseen,
+            unreadable: found.unreadable,
         }
     }
 }
@@ -148,13 +164,7 @@ async fn check(meta: &str, args: &Args) -> anyhow::Result<Outcome> {
         false => Some(shards(meta, args.repair, &bar).await?),
     };
     bar.finish_and_clear();
-    let whole = |found: &Shards| {
-        found.lost.is_empty()
-            && found.unseen.is_empty()
-            && (args.repair || found.missing.is_empty() && found.garbage.is_empty())
-    };
-    let clean = metadata.left == 0 && shards.as_ref().is_none_or(whole);
-    Ok(Outcome { clean, metadata, shards })
+    Ok(Outcome::new(metadata, shards, args.repair))
 }
 
 /// What targets hold; what is missing and what is too much is seen to if `repair`.
@@ -226,6 +236,9 @@ fn text(outcome: &Outcome, repair: bool) -> String {
                 count(found.missing.len() as u64, "block")
             ));
         }
+        if !found.unreadable.is_empty() {
+            lines.push(format!("  garbage was not looked for: {}", found.unreadable));
+        }
         if found.garbage_shards() > 0 {
             lines.push(format!(
                 "  garbage: {} with {}, {}",
@@ -251,4 +264,23 @@ fn text(outcome: &Outcome, repair: bool) -> String {
     }
     lines.push(if *clean { "all is well".to_owned() } else { "there are problems".to_owned() });
     lines.join("\n") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_garbage_was_not_looked_for_is_told_and_is_a_problem() {
+        for (unreadable, clean) in [("", true), ("an extent of i7 makes no sense", false)] {
+            let found = Findings { unreadable: unreadable.to_owned(), ..Findings::default() };
+            let shards = Some(Shards::new(found, Vec::new()));
+            let outcome = Outcome::new(Metadata::from(FsckReport::default()), shards, true);
+            let told = text(&outcome, true);
+            assert_eq!(
+                (outcome.clean, told.contains("garbage was not looked for: an extent")),
+                (clean, !clean)
+            );
+        }
+    }
 }

@@ -279,10 +279,7 @@ impl Table {
                 if attr.nlink == 0 {
                     self.forget(ino);
                 } else {
-                    if self.is_ahead(ino) {
-                        self.demote(&[ino]);
-                    }
-                    self.forget_attr(ino);
+                    self.outdate(ino);
                 }
             }
             return self.doubt(op);
@@ -503,8 +500,7 @@ impl Table {
             self.forget(ino);
         } else if self.is_ahead(ino) {
             // Neither what is here nor what is told has all changes.
-            self.demote(&[ino]);
-            self.forget_attr(ino);
+            self.outdate(ino);
         } else if let Some(cached) = self.inodes.peek_mut(&ino) {
             cached.attr = Some(*attr);
         }
@@ -518,6 +514,14 @@ impl Table {
         for ino in inodes_changed(op) {
             self.forget_attr(ino);
         }
+    }
+
+    /// Its attributes are not as they are here.
+    fn outdate(&mut self, ino: InodeId) {
+        if self.is_ahead(ino) {
+            self.demote(&[ino]);
+        }
+        self.forget_attr(ino);
     }
 
     fn forget_attr(&mut self, ino: InodeId) {

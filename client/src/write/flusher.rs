@@ -2,7 +2,7 @@
 //! was committed power-safe in the background, so that little is at stake even for who never calls fsync.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, hash_map::Entry},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -39,8 +39,8 @@ pub(crate) fn spawn(client: &Arc<Inner>) {
 #[derive(Clone)]
 struct Flusher {
     client: Weak<Inner>,
-    /// Files that are being flushed from here.
-    running: Arc<Mutex<HashSet<InodeId>>>,
+    /// Files that are being flushed from here, and whether writers have come to wait for room meanwhile.
+    running: Arc<Mutex<HashMap<InodeId, bool>>>,
 }
 
 impl Flusher {
@@ -55,7 +55,7 @@ impl Flusher {
             let Some(client) = self.client.upgrade() else { return };
             let old = |f: &Arc<FileState>| f.lock().dirty_since.is_some_and(|since| since.elapsed() >= begun);
             let files = dirty_files(&client).into_iter().filter(old).collect();
-            self.flush(&client, files).await;
+            self.flush(&client, files, false).await;
         }
     }
 
@@ -70,22 +70,34 @@ impl Flusher {
             if waited.is_ok() {
                 let mut files = dirty_files(&client);
                 files.sort_by_key(|f| std::cmp::Reverse(f.lock().view.dirty_bytes()));
-                self.flush(&client, files).await;
+                self.flush(&client, files, true).await;
             }
         }
     }
 
-    /// Flushes files a group at a time, but for those that it is at already.
-    async fn flush(&self, client: &Arc<Inner>, mut files: Vec<Arc<FileState>>) {
+    /// Flushes files a group at a time, but for those that it is at already: under `pressure` those are looked at again when they are done,
+    /// since more may have been written to them.
+    async fn flush(&self, client: &Arc<Inner>, mut files: Vec<Arc<FileState>>, pressure: bool) {
         {
             let mut running = self.running.lock();
-            files.retain(|file| running.insert(file.ino));
+            files.retain(|file| match running.entry(file.ino) {
+                Entry::Vacant(entry) => {
+                    entry.insert(false);
+                    true
+                }
+                Entry::Occupied(mut entry) => {
+                    *entry.get_mut() |= pressure;
+                    false
+                }
+            });
         }
         for group in files.chunks(FLUSHES_MAX) {
             let (group, client, running) = (group.to_vec(), client.clone(), self.running.clone());
             let task = client.engine.clone().spawn(async move {
                 flush_group(&client, &group, |ino| {
-                    running.lock().remove(&ino);
+                    if running.lock().remove(&ino) == Some(true) {
+                        client.budget.pressure.notify_one();
+                    }
                 })
                 .await;
             });
