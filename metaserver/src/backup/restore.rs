@@ -1,0 +1,144 @@
+//! A store from a backup or a dump.
+
+use std::{
+    path::Path,
+    sync::atomic::AtomicBool,
+    time::SystemTime,
+};
+
+use bytes::Bytes;
+use fjordfs_proto::pb;
+use prost::Message;
+
+use super::{About, BackupError, Form, goes_on, open, read, verify};
+use crate::{
+    keys,
+    label::{Folder, FolderError},
+    records::Counters,
+    store::{
+        Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Place, RemoteStore, StoreError,
+        bulk::{self, Bulk},
+        is_empty,
+    },
+    store_label::{self, Closed},
+};
+
+/// More than could be given out between a backup and its restore.
+pub(super) const IDS_SKIPPED: u64 = 1 << 40;
+pub(super) const EPOCHS_SKIPPED: u64 = 1 << 32;
+/// And for each second between them, so that a second restore of the same backup uses none that were given out since the first: more
+/// than a cluster gives out in a second. A century of these is far below what a number holds.
+pub(super) const IDS_PER_SECOND: u64 = 1 << 24;
+pub(super) const EPOCHS_PER_SECOND: u64 = 1 << 16;
+
+/// Makes a store from a backup or a dump, in an empty folder or on an empty store; what it was of, and how many records it has. With `again` also
+/// where a restore was interrupted.
+///
+/// # Errors
+/// See [`BackupError`]. A file that is not whole is refused before anything is written. When a restore is interrupted, also by `stop`, no
+/// metaserver opens what is there.
+pub fn restore(
+    form: Form,
+    file: &Path,
+    data: &Path,
+    store: Option<&Place>,
+    again: bool,
+    stop: &AtomicBool,
+) -> Result<(About, u64), BackupError> {
+    let (about, _) = verify(form, file, stop)?;
+    match store {
+        None => {
+            let name = data.display().to_string();
+            let mut folder = Folder::claim_unlabelled(data, &about.cluster_id).map_err(|e| match e {
+                FolderError::Locked(_) => BackupError::NotEmpty(name.clone()),
+                other => other.into(),
+            })?;
+            let store = FjallStore::open(&folder.store, FjallOptions::default()).map_err(|e| match e {
+                // That it wants a backup is known, and there may still be something to be saved from it.
+                StoreError::Damaged { .. } => BackupError::NotEmpty(name.clone()),
+                other => other.into(),
+            })?;
+            let fence = close(&store, &name, again)?;
+            folder.label()?;
+            load(form, file, &store, fence, stop).map_err(|e| interrupted(e, name))
+        }
+        Some(place) => {
+            let store = RemoteStore::open(place, FjallOptions::default().cache_bytes)?;
+            if !store.is_free()? {
+                return Err(BackupError::Owned(place.to_string()));
+            }
+            let name = place.to_string();
+            let fence = close(&store, &name, again)?;
+            let loaded = load(form, file, &store, fence, stop).map_err(|e| interrupted(e, name))?;
+            store.release()?;
+            Ok(loaded)
+        }
+    }
+}
+
+/// One that was stopped says what is to be done.
+fn interrupted(e: BackupError, name: String) -> BackupError {
+    if matches!(e, BackupError::Stopped) { BackupError::Interrupted(name) } else { e }
+}
+
+/// Takes a store that is empty, or that a restore has left, and sees to it that nobody opens it before everything is there.
+pub(super) fn close(store: &dyn MetaStore, name: &str, again: bool) -> Result<Fence, BackupError> {
+    let was_interrupted = matches!(store_label::closed(store)?, Some(Closed::Restoring(_)));
+    match (was_interrupted, again) {
+        (true, true) => {}
+        (true, false) => return Err(BackupError::Interrupted(name.to_owned())),
+        (false, _) if is_empty(store)? => {}
+        (false, _) => return Err(BackupError::NotEmpty(name.to_owned())),
+    }
+    let fence = store.take_over()?;
+    let marker = (keys::CLOSED.to_vec(), Some(Closed::restoring().encode()));
+    store.commit(Batch { writes: vec![marker] }, fence)?;
+    bulk::settle(store)?;
+    bulk::clear(store, fence)?;
+    Ok(fence)
+}
+
+/// Loads a file that has been verified into a store that has been closed, and opens that.
+pub(super) fn load(
+    form: Form,
+    file: &Path,
+    store: &dyn MetaStore,
+    fence: Fence,
+    stop: &AtomicBool,
+) -> Result<(About, u64), BackupError> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut bulk = Bulk::new(store, fence);
+    let loaded = read(form, file, open(form, file)?, |about, (key, value)| {
+        goes_on(stop)?;
+        let value = onwards(&key, value, now.saturating_sub(about.created));
+        let value = value.map_err(|what| BackupError::Damaged { form, file: file.to_owned(), what })?;
+        Ok(bulk.write(key, Some(value))?)
+    })?;
+    bulk.finish()?;
+    store.commit(Batch { writes: vec![(keys::CLOSED.to_vec(), None)] }, fence)?;
+    bulk::settle(store)?;
+    Ok(loaded)
+}
+
+/// Numbers given out since the backup, which is so many seconds old, are not given out again.
+pub(super) fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
+    let behind = |next: u64, skipped: u64, per_second: u64| {
+        next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
+    };
+    match key {
+        [keys::COUNTERS] => {
+            let mut counters = Counters::decode(value).map_err(|e| format!("its counters: {e}"))?;
+            for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
+                *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
+            }
+            Ok(counters.encode_to_vec().into())
+        }
+        [keys::MAP] => {
+            let mut map =
+                pb::common::ClusterMap::decode(value).map_err(|e| format!("its cluster map: {e}"))?;
+            map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
+            Ok(map.encode_to_vec().into())
+        }
+        _ => Ok(value),
+    }
+}
