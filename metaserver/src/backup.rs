@@ -136,7 +136,7 @@ pub enum BackupError {
     #[error("a metaserver runs on {0}: stop all of them first, and name an empty place")]
     Owned(String),
     /// It was told to stop.
-    #[error("stopped before it was done")]
+    #[error("stopped before the end: nothing has been made")]
     Stopped,
     /// The folder cannot be used.
     #[error(transparent)]
@@ -173,7 +173,7 @@ pub fn verify(form: Form, file: &Path, stop: &AtomicBool) -> Result<(About, u64)
 fn open(form: Form, file: &Path) -> Result<File, BackupError> {
     let io = |source| BackupError::Io { form, file: file.to_owned(), source };
     if !std::fs::metadata(file).map_err(io)?.is_file() {
-        return Err(BackupError::NotAFile { file: file.to_owned(), needed: "it is read twice" });
+        return Err(BackupError::NotAFile { file: file.to_owned(), needed: "it is read twice, so write it into one first" });
     }
     File::open(file).map_err(io)
 }

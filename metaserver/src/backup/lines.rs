@@ -283,3 +283,6 @@ fn first(text: Result<Cow<'_, [u8]>, String>) -> Result<About, Wrong> {
         counters: header.counters,
     })
 }
+
+#[cfg(test)]
+mod tests;

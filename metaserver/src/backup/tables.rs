@@ -218,3 +218,5 @@ pub(super) fn counters(value: &[u8]) -> Option<serde_json::Value> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(super) mod tests;

@@ -68,7 +68,7 @@ pub(super) fn run(args: &BackupArgs) -> anyhow::Result<ExitCode> {
         let mut signals = Signals::listen()?;
         tokio::select! {
             written = rpc::backup(&address, async |piece| Ok(writer.write(&piece)?)) => written?,
-            _ = signals.next() => return Err(not_made(Form::Backup, &args.file)),
+            _ = signals.next() => return Err(BackupError::Stopped.into()),
         }
         until_stopped(&mut signals, pending(), |stop| writer.finish(stop)).await
     });
@@ -142,12 +142,11 @@ pub(super) async fn until_stopped<T: Send + 'static>(
         (Ok(done), _) => Ok(done),
         // What was broken off is told, and not that it is torn.
         (Err(_), Some(Err(broken_off))) => Err(broken_off),
+        (Err(BackupError::Damaged { .. }), None) if stop.load(Ordering::Relaxed) => {
+            Err(BackupError::Stopped.into())
+        }
         (Err(e), _) => Err(e.into()),
     }
-}
-
-pub(super) fn not_made(form: Form, file: &Path) -> anyhow::Error {
-    anyhow::anyhow!("stopped before the {form} was whole: {} is not made", file.display())
 }
 
 /// What has been made.
