@@ -23,7 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     // These are in fjordfs-proto.
     for package in ["common", "meta"] {
-        code = code.extern_path(format!(".fjordfs.{package}.v1"), format!("::fjordfs_proto::pb::{package}::v1"));
+        code =
+            code.extern_path(format!(".fjordfs.{package}.v1"), format!("::fjordfs_proto::pb::{package}::v1"));
     }
     code.compile_fds(records.file_descriptor_set())?;
     Ok(())

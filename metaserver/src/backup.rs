@@ -173,7 +173,10 @@ pub fn verify(form: Form, file: &Path, stop: &AtomicBool) -> Result<(About, u64)
 fn open(form: Form, file: &Path) -> Result<File, BackupError> {
     let io = |source| BackupError::Io { form, file: file.to_owned(), source };
     if !std::fs::metadata(file).map_err(io)?.is_file() {
-        return Err(BackupError::NotAFile { file: file.to_owned(), needed: "it is read twice, so write it into one first" });
+        return Err(BackupError::NotAFile {
+            file: file.to_owned(),
+            needed: "it is read twice, so write it into one first",
+        });
     }
     File::open(file).map_err(io)
 }

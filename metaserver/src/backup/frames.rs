@@ -166,10 +166,11 @@ pub(super) fn read(
                         "it holds {records} records, which is not what was written"
                     )));
                 }
-                if source
-                    .read(&mut [0])
-                    .map_err(|source| BackupError::Io { form: Form::Backup, file: file.to_owned(), source })?
-                    > 0
+                if source.read(&mut [0]).map_err(|source| BackupError::Io {
+                    form: Form::Backup,
+                    file: file.to_owned(),
+                    source,
+                })? > 0
                 {
                     return Err(damaged("there is something behind its end".into()));
                 }
@@ -183,7 +184,9 @@ pub(super) fn read(
 
 fn fill(file: &Path, source: &mut impl Read, into: &mut [u8], torn: &str) -> Result<(), BackupError> {
     source.read_exact(into).map_err(|source| match source.kind() {
-        io::ErrorKind::UnexpectedEof => BackupError::Damaged { form: Form::Backup, file: file.to_owned(), what: torn.to_owned() },
+        io::ErrorKind::UnexpectedEof => {
+            BackupError::Damaged { form: Form::Backup, file: file.to_owned(), what: torn.to_owned() }
+        }
         _ => BackupError::Io { form: Form::Backup, file: file.to_owned(), source },
     })
 }

@@ -212,7 +212,9 @@ pub(super) fn read(
                 let pair = tables::from_json(&table, key, record);
                 let pair = pair.map_err(|what| damaged(format!("cannot be read: {what}")))?;
                 if pair.0 <= last || pair.0.first() == Some(&0) {
-                    return Err(damaged("is out of order: its key does not follow that of the line before".into()));
+                    return Err(damaged(
+                        "is out of order: its key does not follow that of the line before".into(),
+                    ));
                 }
                 last.clone_from(&pair.0);
                 each(about, pair)?;

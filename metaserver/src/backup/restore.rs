@@ -1,10 +1,6 @@
 //! A store from a backup or a dump.
 
-use std::{
-    path::Path,
-    sync::atomic::AtomicBool,
-    time::SystemTime,
-};
+use std::{path::Path, sync::atomic::AtomicBool, time::SystemTime};
 
 use bytes::Bytes;
 use fjordfs_proto::pb;

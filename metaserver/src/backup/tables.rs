@@ -98,11 +98,8 @@ static DESCRIBED: LazyLock<Vec<Described>> = LazyLock::new(|| {
         let full = if name.contains('.') { name.to_owned() } else { format!("{PACKAGE}.{name}") };
         pool.get_message_by_name(&full).expect("a test looks at every table")
     };
-    let described = |table: &'static Table| Described {
-        table,
-        key: message(table.key),
-        value: message(table.value),
-    };
+    let described =
+        |table: &'static Table| Described { table, key: message(table.key), value: message(table.value) };
     TABLES.iter().map(described).collect()
 });
 
@@ -216,7 +213,5 @@ pub(super) fn counters(value: &[u8]) -> Option<serde_json::Value> {
     counters.serialize_with_options(serde_json::value::Serializer, &described.options()).ok()
 }
 
-#[cfg(test)]
-mod tests;
 #[cfg(test)]
 pub(super) mod tests;

@@ -12,8 +12,16 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 /// Of everything something.
-const KEPT: Tree =
-    Tree { directories: 5, small: 40, small_max: 40_000, large: 1, large_size: 5 << 20, sparse: 1, symlinks: 5, hard_links: 5 };
+const KEPT: Tree = Tree {
+    directories: 5,
+    small: 40,
+    small_max: 40_000,
+    large: 1,
+    large_size: 5 << 20,
+    sparse: 1,
+    symlinks: 5,
+    hard_links: 5,
+};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -37,7 +45,8 @@ fn a_dump_is_read_by_others_and_loaded_again() {
     let mount = cluster.mount();
     KEPT.generate(&mount.join("kept"), 1);
     fs::write(mount.join("hello"), "world").unwrap();
-    rustix::fs::setxattr(mount.join("hello"), "user.note", b"\0\xff", rustix::fs::XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(mount.join("hello"), "user.note", b"\0\xff", rustix::fs::XattrFlags::empty())
+        .unwrap();
     mount.unmount();
     let at = |name: &str| cluster.folder().join(name);
     let [file, backup] = ["dump", "backup"].map(at);

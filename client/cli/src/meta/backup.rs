@@ -152,5 +152,9 @@ pub(super) async fn until_stopped<T: Send + 'static>(
 /// What has been made.
 pub(super) fn say(form: Form, (about, records): &(About, u64), file: &Path) -> anyhow::Result<()> {
     let records = units::grouped(*records);
-    report::print(&format!("{form} of cluster {}: {records} records in {}\n", about.cluster_id, file.display()))
+    report::print(&format!(
+        "{form} of cluster {}: {records} records in {}\n",
+        about.cluster_id,
+        file.display()
+    ))
 }

@@ -67,7 +67,7 @@ fn a_dump_has_what_its_backup_has() {
     let text = String::from_utf8(dump).unwrap();
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len() as u64, records + 2);
-    let head = r#"{"format":"fjord-meta-dump","version":1,"records":2,"cluster_id":"cluster","created":7,"counters":{"next_inode":""#;
+    let head = r#"{"format":"fjord-meta-dump","version":1,"records":2,"cluster_id":"cluster","created":7,"counters":{"inodes":""#;
     assert!(lines[0].starts_with(head), "{}", lines[0]);
     let header: serde_json::Value = serde_json::from_str(lines[0]).unwrap();
     let counters = lines.iter().find(|line| line.contains(r#""table":"counters""#)).unwrap();
@@ -94,13 +94,17 @@ fn whatever_is_damaged_is_told_with_its_line() {
         let said = pairs(&bad).unwrap_err();
         let is_told = said.starts_with(&format!("dump d: line {line} ")) && said.contains("anew");
         // What does not begin as a dump is none.
-        assert!(is_told || at < BEGIN.len() && said.contains("is not a dump"), "byte {at}, line {line}: {said}");
+        assert!(
+            is_told || at < BEGIN.len() && said.contains("is not a dump"),
+            "byte {at}, line {line}: {said}"
+        );
         line += u64::from(good[at] == b'\n');
     }
     for length in 0..good.len() {
         let said = pairs(&good[..length]).unwrap_err();
         let line = 1 + good[..length].iter().filter(|byte| **byte == b'\n').count();
-        let is_told = said.contains(&format!("line {line} ")) && (length == 0 || said.contains("not complete"));
+        let is_told =
+            said.contains(&format!("line {line} ")) && (length == 0 || said.contains("not complete"));
         assert!(is_told || line == 1 && said.contains("is not a dump"), "{length} bytes: {said}");
     }
     let behind: Vec<u8> = good.iter().copied().chain(*b"\n").collect();
@@ -170,7 +174,9 @@ fn what_a_line_must_not_have_is_told_with_its_number() {
     let newer = header.replace(r#""records":2"#, r#""records":99"#);
     assert!(pairs(&with_end(&[&newer])).unwrap_err().contains("newer release"));
     let lacking = header.replace(r#","created":7"#, "");
-    assert!(pairs(&with_end(&[&lacking])).unwrap_err().contains("line 1 cannot be read: missing field `created`"));
+    assert!(
+        pairs(&with_end(&[&lacking])).unwrap_err().contains("line 1 cannot be read: missing field `created`")
+    );
     assert!(pairs(&with_end(&[header])).is_ok());
 }
 
