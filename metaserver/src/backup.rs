@@ -3,8 +3,8 @@
 //! There are two forms of that file. Nothing in them depends on an engine; the records are described in `keys.rs` and
 //! `schema/records.proto`.
 //!
-//! - A **backup** ([`frames`]) is small, and quickly made and restored.
-//! - A **dump** ([`lines`]) is text, one record a line, for programs that are not FjordFS. It is made from a backup, which may be
+//! - A **backup** (`frames.rs`) is small, and quickly made and restored.
+//! - A **dump** (`lines.rs`) is text, one record a line, for programs that are not FjordFS. It is made from a backup, which may be
 //!   under way, so it is as consistent as that.
 //!
 //! Of both, whatever is damaged, missing or twice there is noticed, and a restore reads the whole file before it writes anything.
@@ -31,6 +31,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::frames::write;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::lines::through_a_line;
 pub use self::{lines::dump, new_file::Writer, restore::restore};
 use crate::{
     label::FolderError,
@@ -147,7 +149,7 @@ pub enum BackupError {
 }
 
 /// Reads a whole backup or dump, checks it, and hands its records out in the order of their keys; what it is of, and how many records there
-/// were. `file` is what errors call it.
+/// were. `file` is what errors call it. Of what `each` calls damaged, the place in the file is told as well.
 fn read(
     form: Form,
     file: &Path,
@@ -183,6 +185,16 @@ fn open(form: Form, file: &Path) -> Result<File, BackupError> {
 
 fn goes_on(stop: &AtomicBool) -> Result<(), BackupError> {
     if stop.load(Ordering::Relaxed) { Err(BackupError::Stopped) } else { Ok(()) }
+}
+
+/// What is wrong with a record that was read at `place`.
+fn at(place: impl FnOnce() -> String, e: BackupError) -> BackupError {
+    match e {
+        BackupError::Damaged { form, file, what } => {
+            BackupError::Damaged { form, file, what: format!("{}: {what}", place()) }
+        }
+        other => other,
+    }
 }
 
 #[cfg(test)]

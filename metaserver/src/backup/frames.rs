@@ -23,7 +23,7 @@ use std::{
 use bytes::Bytes;
 use fjordfs_proto::crc32c::{crc32c, crc32c_append};
 
-use super::{About, BackupError, Form, tables};
+use super::{About, BackupError, Form, at, tables};
 use crate::{
     keys,
     label::FORMAT_VERSION,
@@ -157,7 +157,8 @@ pub(super) fn read(
                     }
                     last = key.to_vec();
                     records += 1;
-                    each(about, (key.to_vec(), Bytes::copy_from_slice(value)))?;
+                    each(about, (key.to_vec(), Bytes::copy_from_slice(value)))
+                        .map_err(|e| at(|| format!("frame {number}"), e))?;
                 }
             }
             (END, Some(about)) => {

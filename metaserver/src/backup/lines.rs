@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
-use super::{About, BackupError, Form, READ, frames, goes_on, read as read_form, tables};
+use super::{About, BackupError, Form, READ, at, frames, goes_on, read as read_form, tables};
 use crate::{label::FORMAT_VERSION, store::Pair};
 
 const NAME: &str = "fjord-meta-dump";
@@ -166,6 +166,16 @@ fn hex(bytes: &[u8]) -> String {
 
 // ---- reading ----
 
+/// A record as it comes back from a dump; `None`: not at all.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn through_a_line(key: &[u8], value: &[u8]) -> Option<Pair> {
+    let mut line = b"{".to_vec();
+    tables::to_json(key, value, &mut line).ok()?;
+    line.push(b'}');
+    let line: Line<'_> = serde_json::from_slice(&line).ok()?;
+    tables::from_json(&line.table?, line.key?, line.record?).ok()
+}
+
 /// See [`super::read`].
 pub(super) fn read(
     file: &Path,
@@ -217,7 +227,7 @@ pub(super) fn read(
                     ));
                 }
                 last.clone_from(&pair.0);
-                each(about, pair)?;
+                each(about, pair).map_err(|e| at(|| format!("line {number}"), e))?;
             }
             Line { table: None, key: None, record: None, end: Some(end) } => {
                 let before = number - 1;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use fjordfs_proto::pb;
 use prost::Message;
 
-use super::{About, BackupError, Form, goes_on, open, read, verify};
+use super::{About, BackupError, Form, goes_on, open, read};
 use crate::{
     keys,
     label::{Folder, FolderError},
@@ -41,7 +41,12 @@ pub fn restore(
     again: bool,
     stop: &AtomicBool,
 ) -> Result<(About, u64), BackupError> {
-    let (about, _) = verify(form, file, stop)?;
+    let now = seconds_since_1970();
+    // Whatever would be refused later is refused now.
+    let (about, _) = read(form, file, open(form, file)?, |about, (key, value)| {
+        goes_on(stop)?;
+        moved_on(form, file, &key, value, now.saturating_sub(about.created)).map(drop)
+    })?;
     match store {
         None => {
             let name = data.display().to_string();
@@ -102,18 +107,26 @@ pub(super) fn load(
     fence: Fence,
     stop: &AtomicBool,
 ) -> Result<(About, u64), BackupError> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = seconds_since_1970();
     let mut bulk = Bulk::new(store, fence);
     let loaded = read(form, file, open(form, file)?, |about, (key, value)| {
         goes_on(stop)?;
-        let value = onwards(&key, value, now.saturating_sub(about.created));
-        let value = value.map_err(|what| BackupError::Damaged { form, file: file.to_owned(), what })?;
+        let value = moved_on(form, file, &key, value, now.saturating_sub(about.created))?;
         Ok(bulk.write(key, Some(value))?)
     })?;
     bulk.finish()?;
     store.commit(Batch { writes: vec![(keys::CLOSED.to_vec(), None)] }, fence)?;
     bulk::settle(store)?;
     Ok(loaded)
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// See [`onwards`]; the reader of the file adds where it is damaged.
+fn moved_on(form: Form, file: &Path, key: &[u8], value: Bytes, age: u64) -> Result<Bytes, BackupError> {
+    onwards(key, value, age).map_err(|what| BackupError::Damaged { form, file: file.to_owned(), what })
 }
 
 /// Numbers given out since the backup, which is so many seconds old, are not given out again.
@@ -123,15 +136,16 @@ pub(super) fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, Strin
     };
     match key {
         [keys::COUNTERS] => {
-            let mut counters = Counters::decode(value).map_err(|e| format!("its counters: {e}"))?;
+            let mut counters =
+                Counters::decode(value).map_err(|e| format!("its counters cannot be read: {e}"))?;
             for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
                 *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
             }
             Ok(counters.encode_to_vec().into())
         }
         [keys::MAP] => {
-            let mut map =
-                pb::common::ClusterMap::decode(value).map_err(|e| format!("its cluster map: {e}"))?;
+            let mut map = pb::common::ClusterMap::decode(value)
+                .map_err(|e| format!("its cluster map cannot be read: {e}"))?;
             map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
             Ok(map.encode_to_vec().into())
         }

@@ -320,3 +320,27 @@ fn only_files_are_replaced_or_read_twice() {
     }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
+
+/// Before anything is written.
+#[test]
+fn records_that_a_restore_could_not_use_are_told_with_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (prefix, what) in
+        [(keys::COUNTERS, "its counters cannot be read"), (keys::MAP, "its cluster map cannot")]
+    {
+        let store = MemoryStore::default();
+        let fence = store.take_over().unwrap();
+        let garbage = [b"A".to_vec(), vec![prefix]].map(|key| (key, Some(Bytes::from_static(b"\x0a\xff"))));
+        store.commit(Batch { writes: garbage.to_vec() }, fence).unwrap();
+        let backup = backup_of(&store, 7);
+        std::fs::write(at("backup"), &backup).unwrap();
+        dumped(&backup, &at("dump"));
+        for (form, place) in [(Form::Backup, "frame 1: "), (Form::Dump, "line 3: ")] {
+            let file = at(&form.to_string());
+            let said = restore(form, &file, &at("meta"), None, false, &GO).unwrap_err().to_string();
+            assert!(said.contains(place) && said.contains(what), "{said}");
+            assert!(!at("meta").exists());
+        }
+    }
+}
