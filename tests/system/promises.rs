@@ -63,6 +63,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "who_waits_gets_it_in_turn",
             "locks_outlive_the_metaserver",
             "locks_go_with_their_client",
+            "what_was_written_under_a_lost_lock_is_void",
             "who_has_the_lock_is_alone_and_sees_what_others_wrote",
             "a_lock_brings_the_others_bytes_into_an_open_file",
         ],
