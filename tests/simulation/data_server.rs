@@ -293,7 +293,13 @@ async fn answer(server: &Server, header: Header, body: &[u8], payload: Bytes) ->
             let flash = server.lock().unwrap();
             let cluster_id = flash.cluster_id.clone();
             let (server, targets) = (flash.server, vec![flash.target]);
-            let hello = HelloReply { server, cluster_id, targets, incarnation: flash.incarnation };
+            let hello = HelloReply {
+                server,
+                cluster_id,
+                targets,
+                incarnation: flash.incarnation,
+                reads_memory: false,
+            };
             Ok(reply(header, &hello, &[]))
         }
         Opcode::PutShard => {
