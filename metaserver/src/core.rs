@@ -410,6 +410,12 @@ impl Core {
         self.healing.placed(ServerId(request.server), Epoch(request.placed_epoch));
         self.healing.paced(ServerId(request.server), request.rebuild);
         self.healing.take_in(&request.checks, &map, now.mono);
+        for strays in &request.strays {
+            let target = fjordfs_proto::TargetId(strays.target);
+            if map.targets.get(&target).is_some_and(|t| t.server == ServerId(request.server)) {
+                self.healing.strayed(&map, target, &strays.groups, now.mono);
+            }
+        }
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
         reply.scrubs = self.txn.counters().scrubs;
         Ok(reply)

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use fjordfs_proto::{BlockId, ClusterMap, Layout, PgId, Policy, TargetId, cluster::TargetState, pb::meta::*};
+use fjordfs_proto::{BlockId, ClusterMap, Layout, PgId, Policy, ROOT_INODE, TargetId, cluster::TargetState, pb::meta::*};
 
 use crate::{
     refusal::Refusal,
@@ -329,6 +329,65 @@ fn who_lost_a_place_deletes_what_dies_until_nothing_of_others_is_left_on_it() {
     for (block, target) in living {
         assert!(!told(&mut w, target, after.epoch.0).contains(&block), "b{block} is not on {target}");
     }
+}
+
+/// A target outside of a group says that it has something of it: whoever should have it is told where to look.
+#[test]
+fn what_lies_outside_of_its_group_is_looked_for_there() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let now = map(&w);
+    let era = now.eras.last().unwrap();
+    let table = &era.tables[&2];
+    let pg = (0..table.pg_count() as u32).map(PgId).find(|pg| !table.group(*pg).contains(&TargetId(4))).unwrap();
+    let group = StrayGroup { first_block: era.first_block.0, width: 2, pg: pg.0 };
+    let told = |w: &mut World, server: u64, groups: Vec<StrayGroup>| {
+        let strays = vec![Strays { target: 4, groups }];
+        beat_with(w, server, HeartbeatRequest { strays, ..HeartbeatRequest::default() });
+    };
+    told(&mut w, 1, vec![group.clone()]);
+    assert!(idle(&w), "that is not its target");
+    told(&mut w, 4, vec![group.clone()]);
+    for member in table.group(pg) {
+        let checks = beat(&mut w, member.0, vec![]);
+        let of_group = |check: &&Check| (check.first_block, check.width, check.pg) == (group.first_block, 2, pg.0);
+        let check = checks.iter().find(of_group).expect("no member looks");
+        assert_eq!(check.strays, [4]);
+        // It may have looked before this was said.
+        told(&mut w, 4, vec![group.clone()]);
+        beat(&mut w, member.0, vec![done(check)]);
+        let checks = beat(&mut w, member.0, vec![]);
+        beat(&mut w, member.0, checks.iter().map(done).collect());
+    }
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    told(&mut w, 4, vec![]);
+    w.core.register(&registration("d1", &["d1"]), w.now).unwrap();
+    w.core.commit().unwrap();
+    let checks = beat(&mut w, 1, vec![]);
+    assert!(!checks.is_empty() && checks.iter().all(|check| check.strays.is_empty()), "it has nothing any more");
+}
+
+/// With nobody else in the group to compare with, too.
+#[test]
+fn a_stray_is_reason_enough_to_check_a_seat() {
+    let mut w = World::bare(Arc::new(MemoryStore::default()));
+    for name in ["d1", "d2"] {
+        w.core.register(&registration(name, &[name]), w.now).unwrap();
+    }
+    w.core.commit().unwrap();
+    w.session = w.attach();
+    w.setattr(SetAttr { ino: ROOT_INODE.0, policy: Some(1), ..SetAttr::default() }).unwrap();
+    work_until(&mut w, &[1, 2], idle);
+    let now = map(&w);
+    let era = now.eras.last().unwrap();
+    let table = &era.tables[&1];
+    let pg = (0..table.pg_count() as u32).map(PgId).find(|pg| table.group(*pg) == [TargetId(1)]).unwrap();
+    let groups = vec![StrayGroup { first_block: era.first_block.0, width: 1, pg: pg.0 }];
+    let strays = vec![Strays { target: 2, groups }];
+    beat_with(&mut w, 2, HeartbeatRequest { strays, ..HeartbeatRequest::default() });
+    let checks = beat(&mut w, 1, vec![]);
+    assert!(checks.iter().any(|check| (check.width, check.pg) == (1, pg.0) && check.strays == [2]), "{checks:?}");
 }
 
 #[test]
