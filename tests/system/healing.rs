@@ -419,6 +419,7 @@ fn a_backup_that_is_older_than_the_targets_is_restored_and_everything_found() {
     let old = format!("t{}", target_of(&cluster.status(), 1).unwrap()["id"]);
     cluster.kill_data(1);
     fs::remove_dir_all(cluster.target_folder(1, 0)).unwrap();
+    cluster.wait_status("it to be missed", |s| state(s, 1) == "down");
     cluster.start_data(1);
     let id = |t: &serde_json::Value| format!("t{}", t["id"]);
     cluster.wait_status("the new disk", |s| {
