@@ -75,6 +75,9 @@ const EPOCHS_PER_SECOND: u64 = 1 << 16;
 /// Servers and targets, whose numbers people read and type.
 const TARGETS_SKIPPED: u64 = 1000;
 const TARGETS_PER_SECOND: u64 = 1;
+/// Starts of a metaserver, of which there may be 2 to the power of 24.
+const STARTS_SKIPPED: u64 = 1000;
+const SECONDS_PER_START: u64 = 300;
 
 /// What a backup is of.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -398,6 +401,9 @@ impl Onwards {
                 for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
                     *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
                 }
+                // Versions of bytes grow with it.
+                counters.fence =
+                    counters.fence.saturating_add(STARTS_SKIPPED).saturating_add(age / SECONDS_PER_START);
                 for next in [&mut counters.next_server, &mut counters.next_target] {
                     *next = behind(*next, TARGETS_SKIPPED, TARGETS_PER_SECOND);
                 }

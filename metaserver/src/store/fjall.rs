@@ -239,6 +239,12 @@ impl MetaStore for FjallStore {
     fn name(&self) -> &'static str {
         "fjall"
     }
+
+    fn boot(&self) -> Option<u64> {
+        // Without an answer every start counts as one after a power failure.
+        let known = std::fs::read("/proc/sys/kernel/random/boot_id").ok();
+        Some(known.map_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0, |id| xxhash_rust::xxh3::xxh3_64(&id)))
+    }
 }
 
 /// The engine keeps what a snapshot can see.
