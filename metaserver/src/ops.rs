@@ -119,17 +119,18 @@ pub(crate) struct Missed {
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.
 pub(crate) fn needs_space(op: &Op) -> bool {
-    matches!(
-        op,
+    match op {
+        // One that only abandons blocks gives space back.
+        Op::Commit(commit) => !commit.files.is_empty(),
         Op::Make(_)
-            | Op::Link(_)
-            | Op::Commit(_)
-            | Op::LeaseBlocks(_)
-            | Op::LeaseInodes(_)
-            | Op::Rename(_)
-            | Op::SetXattr(_)
-            | Op::CopyRange(_)
-    )
+        | Op::Link(_)
+        | Op::LeaseBlocks(_)
+        | Op::LeaseInodes(_)
+        | Op::Rename(_)
+        | Op::SetXattr(_)
+        | Op::CopyRange(_) => true,
+        _ => false,
+    }
 }
 
 /// Answers that wait for the log: the client builds on them where a power failure here must not undo them.

@@ -381,10 +381,14 @@ fn nothing_is_acknowledged_once_the_engine_failed() {
 #[test]
 fn a_nearly_full_disk_takes_only_what_frees_space() {
     let mut w = World::new();
-    w.file("f");
+    let (f, block) = (w.file("f"), w.lease(2));
     w.core.set_low_space(Some("the metadata disk is full".into()));
     assert_eq!(errno(w.call(make("g", 0))), ENOSPC);
     assert_eq!(errno(w.call(Op::LeaseBlocks(LeaseBlocks { count: 1 }))), ENOSPC);
+    assert_eq!(errno(w.write(f, vec![run(0, 4096, block, 0)])), ENOSPC);
+    let abandoned = vec![block];
+    w.commit(Commit { abandoned, ..Commit::default() }).unwrap();
+    assert_eq!(w.deleted_blocks(), [block], "what could not be committed");
     w.remove(R, "f", false).unwrap();
     for told in [w.core.status(w.now).trouble, w.core.meta_status().trouble] {
         assert!(told.contains("the metadata disk is full"), "{told}");
