@@ -272,7 +272,14 @@ fn copies_that_wait_for_another_server_leave_the_buffers_to_others() {
     map.servers[1].address = peer.to_string();
     let table = &mut map.eras[0].tables[0];
     (table.pg_count, table.members) = (CHECKS, [1, 2].repeat(CHECKS as usize));
-    let order = |pg| meta::Check { ticket: u64::from(pg) + 1, target: 1, first_block: 1, width: 2, pg, strays: vec![] };
+    let order = |pg| meta::Check {
+        ticket: u64::from(pg) + 1,
+        target: 1,
+        first_block: 1,
+        width: 2,
+        pg,
+        strays: vec![],
+    };
     {
         let mut state = fake.state.lock().unwrap();
         (state.map, state.checks) = (Some(map), (0..CHECKS).map(order).collect());

@@ -396,6 +396,12 @@ fn a_target_is_added_to_a_server_in_use() {
     cluster.assert_running();
 }
 
+/// Nothing is kept on a target, and it is out.
+fn out_of_use(status: &Status, name: &str) -> bool {
+    let found = status.list("targets").iter().find(|t| format!("t{}", t["id"]) == name);
+    found.is_some_and(|t| t["groups"] == 0 && t["state"] == "out")
+}
+
 /// A server, a target and a disk in the place of another one are new, and blocks have moved to all of them: a backup of before does not
 /// know of that, and is restored.
 #[test]
@@ -404,7 +410,12 @@ fn a_backup_that_is_older_than_the_targets_is_restored_and_everything_found() {
     let source = fill(&cluster, 7);
     let file = cluster.dir("backup").join("monday");
     cluster.fjord(["meta", "backup", file.to_str().unwrap()]).ok();
-    let before = cluster.status().sum("shards");
+    let last = AtomicU64::new(0);
+    let before = cluster.wait_status("every shard to be told of", |s| {
+        thread::sleep(Duration::from_millis(1500));
+        last.swap(s.sum("shards"), Ordering::Relaxed) == s.sum("shards")
+    });
+    let before = before.sum("shards");
     let (name, folder) = ("data9", cluster.dir("data9"));
     let (address, listen) = (cluster.meta_address(), format!("127.0.0.1:{}", free_port()));
     let size = cluster.setup().volume_size.to_string();
@@ -440,17 +451,25 @@ fn a_backup_that_is_older_than_the_targets_is_restored_and_everything_found() {
     cluster.stop();
     let meta = cluster.meta_folder();
     fs::rename(&meta, cluster.dir("old").join("meta")).unwrap();
-    cluster.fjord(["meta".into(), "restore".into(), file.into_os_string(), "--data".into(), meta.into_os_string()]).ok();
+    cluster
+        .fjord([
+            "meta".into(),
+            "restore".into(),
+            file.into_os_string(),
+            "--data".into(),
+            meta.into_os_string(),
+        ])
+        .ok();
     cluster.start_meta();
     for server in 0..3 {
         cluster.start_data(server);
     }
     let mut new = start("data9-again.log");
-    wait_for("everything to be where the restored metadata has it", 6 * SOON, || {
+    // The disk that was replaced is in the metadata of then.
+    cluster.wait_status("all that there are", |s| s.targets_up() == 5 && whole(s) && out_of_use(s, &old));
+    cluster.fjord(["target", "remove", &old]).ok();
+    wait_for("everything to be where the restored metadata has it", 4 * SOON, || {
         let s = cluster.try_status()?;
-        if s.targets_up() < 5 || !whole(&s) {
-            return Err(s.to_string());
-        }
         let got = cluster.fjord(["fsck", "--json"]);
         if got.code() == 0 { Ok(()) } else { Err(format!("{}\n{s}", got.stdout)) }
     });

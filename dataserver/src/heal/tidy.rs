@@ -78,7 +78,10 @@ impl Tidied {
         let mut all = self.0.lock();
         let untold = all.iter_mut().filter_map(|(target, found)| Some((*target, found.untold.take()?)));
         untold
-            .map(|(target, groups)| Strays { target: target.0, groups: groups.into_iter().map(told).collect() })
+            .map(|(target, groups)| Strays {
+                target: target.0,
+                groups: groups.into_iter().map(told).collect(),
+            })
             .collect()
     }
 

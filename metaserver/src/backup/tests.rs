@@ -163,7 +163,8 @@ fn a_file_appears_when_it_is_whole() {
 fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     let counters = Counters { next_block: 1, next_inode: 1, next_session: 1, ..Counters::default() };
     let restored = |age| {
-        let value = Onwards::default().record(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
+        let value =
+            Onwards::default().record(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
         Counters::decode(value).unwrap()
     };
     let (earlier, later) = (restored(10), restored(11));

@@ -48,7 +48,11 @@ impl Membership {
                 foundling => {
                     let next = &mut txn.counters().next_target;
                     *next = foundling.saturating_add(1).max(*next);
-                    tracing::warn!(target = foundling, path = report.path, "a target of this cluster was not known, and is taken in");
+                    tracing::warn!(
+                        target = foundling,
+                        path = report.path,
+                        "a target of this cluster was not known, and is taken in"
+                    );
                     TargetId(foundling)
                 }
             });

@@ -107,7 +107,11 @@ fn what_says_that_it_is_of_this_cluster_is_taken_in_under_its_numbers() {
     assert!(matches!(w.core.register(&without, w.now), Err(Refusal::Precondition(_))), "it says nothing");
     for _ in 0..2 {
         let taken = register(&mut w, &found);
-        assert_eq!((taken.server, taken.targets), (7, vec![9]), "its label says so, and it refuses any other");
+        assert_eq!(
+            (taken.server, taken.targets),
+            (7, vec![9]),
+            "its label says so, and it refuses any other"
+        );
     }
     let after = map(&w);
     assert_eq!(after.targets[&TargetId(9)].state, TargetState::Up);
@@ -118,7 +122,9 @@ fn what_says_that_it_is_of_this_cluster_is_taken_in_under_its_numbers() {
     assert_eq!((new.server, new.targets), (8, vec![10]));
     let mut other = registration("other", &["o"]);
     (other.server, other.cluster_id, other.targets[0].target) = (9, "cluster".into(), 10);
-    let Err(Refusal::Precondition(said)) = w.core.register(&other, w.now) else { panic!("two of one number") };
+    let Err(Refusal::Precondition(said)) = w.core.register(&other, w.now) else {
+        panic!("two of one number")
+    };
     assert!(said.contains("keep the folder") && !said.contains("empty"), "{said}");
 }
 

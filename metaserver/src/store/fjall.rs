@@ -123,7 +123,9 @@ impl FjallStore {
         let (asked, named) = (db.clone(), folder.display().to_string());
         let is_dead = move || matches!(asked.persist(PersistMode::Buffer), Err(fjall::Error::Poisoned));
         let end = move || {
-            tracing::error!("the engine in {named} has failed while a batch waits for it: this process ends, to be started again");
+            tracing::error!(
+                "the engine in {named} has failed while a batch waits for it: this process ends, to be started again"
+            );
             std::process::abort();
         };
         let watchdog = Watchdog::start(is_dead, end).map_err(|e| io_error(folder, e))?;
@@ -477,7 +479,10 @@ mod tests {
             let store = open(&at.join("store"));
             assert_eq!(store.get(b"k").unwrap().unwrap(), "v");
             assert_eq!(store.get(b"large").unwrap(), None, "all of it or nothing");
-            assert_eq!(fs::read(at.join("store").join(name).with_extension("torn")).unwrap().len(), after - before);
+            assert_eq!(
+                fs::read(at.join("store").join(name).with_extension("torn")).unwrap().len(),
+                after - before
+            );
             let fence = store.take_over().unwrap();
             store.commit(conformance::put(&[("k", "w")]), fence).unwrap();
             store.sync().unwrap();

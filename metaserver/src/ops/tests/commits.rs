@@ -119,7 +119,8 @@ fn blocks_of_others_are_not_abandoned_and_hold_up_no_commit() {
         Reply::LeaseBlocks(reply) => reply.first,
         other => panic!("{other:?}"),
     };
-    let file = FileCommit { ino: f.0, size: 4096, extents: vec![run(0, 4096, b, 0)], ..FileCommit::default() };
+    let file =
+        FileCommit { ino: f.0, size: 4096, extents: vec![run(0, 4096, b, 0)], ..FileCommit::default() };
     let commit = Commit { files: vec![file], abandoned: vec![b + 1, theirs, 12345], ..Commit::default() };
     w.commit(commit).unwrap();
     assert_eq!(w.extents(f), [(0, 4096)]);

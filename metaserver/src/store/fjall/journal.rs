@@ -193,7 +193,8 @@ fn batch(bytes: &[u8]) -> Option<(usize, Option<u64>)> {
         }
     }
     let sum = xxh3_64(&bytes[first..rest.at]);
-    let whole = rest.u8()? == END && rest.take(8)? == sum.to_le_bytes() && rest.take(TRAILER.len())? == TRAILER;
+    let whole =
+        rest.u8()? == END && rest.take(8)? == sum.to_le_bytes() && rest.take(TRAILER.len())? == TRAILER;
     whole.then_some((rest.at, count))
 }
 
