@@ -53,7 +53,7 @@ fn cluster_map(epoch: u64, servers: [&DataServer; 2]) -> map::ClusterMap {
 }
 
 fn check(ticket: u64) -> meta::Check {
-    meta::Check { ticket, target: 2, first_block: 1, width: 2, pg: 0 }
+    meta::Check { ticket, target: 2, first_block: 1, width: 2, pg: 0, strays: vec![] }
 }
 
 /// Has a check made, and returns its last report.
@@ -272,7 +272,14 @@ fn copies_that_wait_for_another_server_leave_the_buffers_to_others() {
     map.servers[1].address = peer.to_string();
     let table = &mut map.eras[0].tables[0];
     (table.pg_count, table.members) = (CHECKS, [1, 2].repeat(CHECKS as usize));
-    let order = |pg| meta::Check { ticket: u64::from(pg) + 1, target: 1, first_block: 1, width: 2, pg };
+    let order = |pg| meta::Check {
+        ticket: u64::from(pg) + 1,
+        target: 1,
+        first_block: 1,
+        width: 2,
+        pg,
+        strays: vec![],
+    };
     {
         let mut state = fake.state.lock().unwrap();
         (state.map, state.checks) = (Some(map), (0..CHECKS).map(order).collect());

@@ -17,8 +17,11 @@
 //!
 //! # What a restored store is
 //! The metadata as it was at the backup, while the data servers have gone on since. So no id of before is used again: block, inode,
-//! session and map numbers go on far behind those of the backup, and of an earlier restore of it. Blocks written since are garbage (`fjord gc`), and files
-//! whose blocks have been deleted since cannot be read any more (`fjord fsck` names the blocks).
+//! session, server, target and map numbers go on far behind those of the backup, and of an earlier restore of it. Blocks written since are
+//! garbage (`fjord gc`), and files whose blocks have been deleted since cannot be read any more (`fjord fsck` names the blocks).
+//!
+//! Targets that were added since come with the numbers that they have, and are taken in (`membership/register.rs`). Shards may have moved
+//! since from any target to any other: so each counts as one that has lost a place, until it says what it has (`healing.rs`, "Strays").
 
 use std::{
     io::{self, BufReader, Read, Write},
@@ -37,7 +40,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     keys,
     label::{FORMAT_VERSION, Folder, FolderError},
-    records::Counters,
+    records::{Counters, TargetRecord},
     store::{
         Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Pair, Place, Reading, RemoteStore,
         StoreError,
@@ -69,6 +72,12 @@ const EPOCHS_SKIPPED: u64 = 1 << 32;
 /// than a cluster gives out in a second. A century of these is far below what a number holds.
 const IDS_PER_SECOND: u64 = 1 << 24;
 const EPOCHS_PER_SECOND: u64 = 1 << 16;
+/// Servers and targets, whose numbers people read and type.
+const TARGETS_SKIPPED: u64 = 1000;
+const TARGETS_PER_SECOND: u64 = 1;
+/// Starts of a metaserver, of which there may be 2 to the power of 24.
+const STARTS_SKIPPED: u64 = 1000;
+const SECONDS_PER_START: u64 = 300;
 
 /// What a backup is of.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -360,8 +369,9 @@ fn load(file: &Path, store: &dyn MetaStore, fence: Fence) -> Result<(About, u64)
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut bulk = Bulk::new(store, fence);
     let mut source = open(file)?;
+    let mut onwards = Onwards::default();
     let loaded = read(file, &mut source, |about, (key, value)| {
-        let value = onwards(&key, value, now.saturating_sub(about.created));
+        let value = onwards.record(&key, value, now.saturating_sub(about.created));
         let value = value.map_err(|what| BackupError::Damaged { file: file.to_owned(), what })?;
         Ok(bulk.write(key, Some(value))?)
     })?;
@@ -371,26 +381,48 @@ fn load(file: &Path, store: &dyn MetaStore, fence: Fence) -> Result<(About, u64)
     Ok(loaded)
 }
 
-/// Numbers given out since the backup, which is so many seconds old, are not given out again.
-fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
-    let behind = |next: u64, skipped: u64, per_second: u64| {
-        next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
-    };
-    match key {
-        [keys::COUNTERS] => {
-            let mut counters = Counters::decode(value).map_err(|e| format!("its counters: {e}"))?;
-            for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
-                *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
+/// What restored records say otherwise than those of the backup.
+#[derive(Default)]
+struct Onwards {
+    /// Of the map, which comes before the targets.
+    epoch: u64,
+}
+
+impl Onwards {
+    /// Numbers given out since the backup, which is so many seconds old, are not given out again; and any target may have, or lack, what
+    /// has moved since.
+    fn record(&mut self, key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
+        let behind = |next: u64, skipped: u64, per_second: u64| {
+            next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
+        };
+        match key {
+            [keys::COUNTERS] => {
+                let mut counters = Counters::decode(value).map_err(|e| format!("its counters: {e}"))?;
+                for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
+                    *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
+                }
+                // Versions of bytes grow with it.
+                counters.fence =
+                    counters.fence.saturating_add(STARTS_SKIPPED).saturating_add(age / SECONDS_PER_START);
+                for next in [&mut counters.next_server, &mut counters.next_target] {
+                    *next = behind(*next, TARGETS_SKIPPED, TARGETS_PER_SECOND);
+                }
+                Ok(counters.encode_to_vec().into())
             }
-            Ok(counters.encode_to_vec().into())
+            [keys::MAP] => {
+                let mut map =
+                    pb::common::ClusterMap::decode(value).map_err(|e| format!("its cluster map: {e}"))?;
+                map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
+                self.epoch = map.epoch;
+                Ok(map.encode_to_vec().into())
+            }
+            [keys::TARGET, ..] => {
+                let mut target = TargetRecord::decode(value).map_err(|e| format!("a target: {e}"))?;
+                target.displaced = self.epoch;
+                Ok(target.encode_to_vec().into())
+            }
+            _ => Ok(value),
         }
-        [keys::MAP] => {
-            let mut map =
-                pb::common::ClusterMap::decode(value).map_err(|e| format!("its cluster map: {e}"))?;
-            map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
-            Ok(map.encode_to_vec().into())
-        }
-        _ => Ok(value),
     }
 }
 

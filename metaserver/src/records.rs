@@ -247,6 +247,17 @@ pub(crate) struct Counters {
     /// Blocks are being moved until all targets hold about as many.
     #[prost(bool, tag = "10")]
     pub(crate) rebalancing: bool,
+    /// Of the last start: it grows with every start, also on another engine, whose own begins anew.
+    #[prost(uint64, tag = "11")]
+    pub(crate) fence: u64,
+    /// Which run of the host's kernel that start was in; 0: none is known, or the engine does not depend on it.
+    #[prost(uint64, tag = "12")]
+    pub(crate) boot: u64,
+    /// Inodes below `aged_below` count as changed at the start in another run of the kernel: the version of their bytes is this at least.
+    #[prost(uint64, tag = "13")]
+    pub(crate) version_floor: u64,
+    #[prost(uint64, tag = "14")]
+    pub(crate) aged_below: u64,
 }
 
 /// 'T': a target, besides what the cluster map says.

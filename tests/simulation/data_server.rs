@@ -204,6 +204,7 @@ async fn beat(server: &Server, nic: Nic, meta: Host) -> Result<std::convert::Inf
                 // A put is over when it has begun here.
                 placed_epoch: epoch,
                 rebuild: None,
+                strays: vec![],
             }
         };
         let HeartbeatReply { map, deletes, unknown, .. } = client.heartbeat(request).await?.into_inner();

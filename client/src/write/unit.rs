@@ -185,11 +185,16 @@ impl Running {
         for done in &mut self.unit.before {
             let _ = done.wait_for(|done| *done).await;
         }
-        let (sent, pending) = self.submit(client);
+        let (sent, pending, abandoned) = self.submit(client);
         let Some(pending) = pending else { return Ok(()) };
-        let reply = match pending.wait().await? {
-            response::Result::Commit(reply) => reply,
-            _ => return Err(unexpected("a commit")),
+        let reply = match pending.wait().await {
+            Ok(response::Result::Commit(reply)) => reply,
+            Ok(_) => return Err(unexpected("a commit")),
+            Err(e) => {
+                // What it named is as it was before. If it takes effect after all, this is refused.
+                self.abandoned = abandoned.into_iter().chain(self.block.map(|block| block.0)).collect();
+                return Err(e);
+            }
         };
         self.committed(client, sent, reply)
     }
@@ -251,8 +256,8 @@ impl Running {
         Ok(())
     }
 
-    /// Builds and submits the commit while all files are locked.
-    fn submit(&mut self, client: &Inner) -> (Vec<Option<FileCommit>>, Option<Pending>) {
+    /// Builds and submits the commit while all files are locked; what it says of each file, and which blocks it abandons.
+    fn submit(&mut self, client: &Inner) -> (Vec<Option<FileCommit>>, Option<Pending>, Vec<u64>) {
         let locked: Vec<_> = self.unit.files.iter().map(|f| f.lock()).collect();
         let sent: Vec<Option<FileCommit>> = locked.iter().map(|f| f.view.commit_of(self.unit.id)).collect();
         let files: Vec<FileCommit> = sent.iter().flatten().cloned().collect();
@@ -261,15 +266,16 @@ impl Running {
         }
         let abandoned = std::mem::take(&mut self.abandoned);
         if files.is_empty() && abandoned.is_empty() {
-            return (sent, None);
+            return (sent, None, abandoned);
         }
         let missing = self.block.filter(|_| !files.is_empty() && !self.missing.is_empty()).map(|block| {
             let targets = self.missing.iter().map(|target| target.0).collect();
             MissingShards { block: block.0, targets, ..MissingShards::default() }
         });
         let missing = missing.into_iter().collect();
-        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));
-        (sent, Some(pending))
+        let commit = Commit { files, abandoned: abandoned.clone(), sync: false, missing };
+        let pending = client.meta.submit(Op::Commit(commit));
+        (sent, Some(pending), abandoned)
     }
 
     /// Blocks of a unit that has failed: on a full cluster, what was stored of them would be in the way until the session ends.

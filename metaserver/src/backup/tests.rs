@@ -48,7 +48,7 @@ fn a_restored_store_is_the_same_and_goes_on_with_new_ids() {
     assert_eq!((before.len() as u64, after.len()), (records, before.len()));
     for (old, new) in before.iter().zip(&after) {
         assert_eq!(old.0, new.0);
-        if ![keys::COUNTERS, keys::MAP].contains(&old.0[0]) {
+        if ![keys::COUNTERS, keys::MAP, keys::TARGET].contains(&old.0[0]) {
             assert_eq!(old.1, new.1);
         }
     }
@@ -163,7 +163,8 @@ fn a_file_appears_when_it_is_whole() {
 fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     let counters = Counters { next_block: 1, next_inode: 1, next_session: 1, ..Counters::default() };
     let restored = |age| {
-        let value = onwards(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
+        let value =
+            Onwards::default().record(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
         Counters::decode(value).unwrap()
     };
     let (earlier, later) = (restored(10), restored(11));
@@ -176,9 +177,31 @@ fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     }
     let map = pb::common::ClusterMap { epoch: 5, ..Default::default() };
     let epoch = |age| {
-        let value = onwards(&[keys::MAP], map.encode_to_vec().into(), age).unwrap();
+        let value = Onwards::default().record(&[keys::MAP], map.encode_to_vec().into(), age).unwrap();
         pb::common::ClusterMap::decode(value).unwrap().epoch
     };
     assert_eq!(epoch(11), epoch(10) + EPOCHS_PER_SECOND);
     assert!(epoch(0) > EPOCHS_SKIPPED);
+}
+
+/// Targets that were added since come with their numbers, and anything may have moved.
+#[test]
+fn a_restore_leaves_numbers_of_targets_free_and_takes_none_for_tidy() {
+    let w = world();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("backup");
+    std::fs::write(&file, backup_of(&*w.store)).unwrap();
+    let data = dir.path().join("meta");
+    restore(&file, &data, None, false).unwrap();
+    let folder = Folder::claim_existing(&data).unwrap();
+    let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
+    let counters = Counters::decode(store.get(&[keys::COUNTERS]).unwrap().unwrap()).unwrap();
+    assert!(counters.next_target >= TARGETS_SKIPPED && counters.next_server >= TARGETS_SKIPPED);
+    let map = pb::common::ClusterMap::decode(store.get(&[keys::MAP]).unwrap().unwrap()).unwrap();
+    let all = keys::all(keys::TARGET);
+    let targets = store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap();
+    assert!(!targets.is_empty());
+    for (_, record) in targets {
+        assert_eq!(TargetRecord::decode(record).unwrap().displaced, map.epoch);
+    }
 }

@@ -98,10 +98,12 @@ fn missed<'a>(extent: &Extent, missing: &'a [MissingShards]) -> impl Iterator<It
     })
 }
 
+/// Ids of others are passed over: a client may not know yet that the session is over that they were leased to, and they are swept with it.
+/// What is committed beside them is not to blame.
 fn abandon(ctx: &mut Ctx<'_>, mut blocks: Vec<u64>) -> FsResult<()> {
     blocks.sort_unstable();
     blocks.dedup();
-    block_ids::claim(ctx.txn, ctx.session, blocks.iter().copied().map(BlockId))?;
+    let blocks = block_ids::claim_own(ctx.txn, ctx.session, blocks.into_iter().map(BlockId))?;
     for run in blocks.chunk_by(|a, b| a + 1 == *b) {
         liveness::bury(ctx.txn, BlockId(run[0]), run.len() as u64, None);
     }

@@ -109,6 +109,28 @@ fn a_block_overwritten_within_its_commit_is_counted_right() {
     assert_eq!(w.extents(f), [(0, 4096), (4096, 4096)]);
 }
 
+/// A client may not know yet that the session is over that they were leased to; what is committed beside them counts.
+#[test]
+fn blocks_of_others_are_not_abandoned_and_hold_up_no_commit() {
+    let mut w = World::new();
+    let (f, b) = (w.file("f"), w.lease(3));
+    let stranger = w.attach();
+    let theirs = match w.call_as(stranger, Op::LeaseBlocks(LeaseBlocks { count: 2 })).unwrap() {
+        Reply::LeaseBlocks(reply) => reply.first,
+        other => panic!("{other:?}"),
+    };
+    let file =
+        FileCommit { ino: f.0, size: 4096, extents: vec![run(0, 4096, b, 0)], ..FileCommit::default() };
+    let commit = Commit { files: vec![file], abandoned: vec![b + 1, theirs, 12345], ..Commit::default() };
+    w.commit(commit).unwrap();
+    assert_eq!(w.extents(f), [(0, 4096)]);
+    assert_eq!(w.deleted_blocks(), [b + 1]);
+    let own = Op::Commit(Commit { abandoned: vec![theirs], ..Commit::default() });
+    w.call_as(stranger, own).unwrap();
+    assert_eq!(w.deleted_blocks(), [theirs], "it was still theirs");
+    w.check();
+}
+
 #[test]
 fn blocks_must_be_leased_and_are_named_once() {
     let mut w = World::new();
