@@ -1,4 +1,5 @@
-//! One unit on its way: store, wait for its turn, commit.
+//! One unit on its way: store, wait for its turn, commit; and when the metaserver says that it replaces something, sync and
+//! commit again.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use tracing::warn;
 use super::UnitDone;
 use crate::{
     client::Inner,
-    data::Placed,
+    data::{Placed, Unsynced},
     file::{FileInner, FileState, UnitId},
     meta::{Pending, unexpected},
 };
@@ -44,6 +45,8 @@ struct Running {
     abandoned: Vec<u64>,
     /// Members of its group that have no shard of the block.
     missing: Vec<TargetId>,
+    /// Shards of the block, until they have been synced.
+    unsynced: Vec<Unsynced>,
 }
 
 impl Unit {
@@ -130,7 +133,8 @@ impl Unit {
         self.files.sort_by_key(|f| f.ino);
         // Taken here and not in the task, so that a file's full blocks get consecutive ids.
         let block = if self.inline { None } else { client.blocks.take_now(self.layout()) };
-        let running = Running { unit: self, block, abandoned: Vec::new(), missing: Vec::new() };
+        let running =
+            Running { unit: self, block, abandoned: Vec::new(), missing: Vec::new(), unsynced: Vec::new() };
         let task_client = client.clone();
         let inline = running.unit.inline;
         let task = async move { running.run(&task_client).await };
@@ -185,13 +189,21 @@ impl Running {
         for done in &mut self.unit.before {
             let _ = done.wait_for(|done| *done).await;
         }
-        let (sent, pending) = self.submit(client);
-        let Some(pending) = pending else { return Ok(()) };
-        let reply = match pending.wait().await? {
-            response::Result::Commit(reply) => reply,
-            _ => return Err(unexpected("a commit")),
-        };
-        self.committed(client, sent, reply)
+        loop {
+            let (sent, pending) = self.submit(client);
+            let Some(pending) = pending else { return Ok(()) };
+            match pending.wait().await? {
+                response::Result::Commit(reply) if reply.sync_first && !self.unsynced.is_empty() => {
+                    let files = self.unit.files.iter().map(|file| file.ino).collect();
+                    client.sync_block(std::mem::take(&mut self.unsynced), files).await?;
+                }
+                response::Result::Commit(reply) => {
+                    self.abandoned.clear();
+                    return self.committed(client, sent, reply);
+                }
+                _ => return Err(unexpected("a commit")),
+            }
+        }
     }
 
     /// Stores the block, in another group whenever a target fails.
@@ -247,6 +259,7 @@ impl Running {
         for file in &self.unit.files {
             freed += file.lock().view.unit_stored(self.unit.id, placed.block, layout);
         }
+        self.unsynced = placed.unsynced;
         client.budget.release(freed);
         Ok(())
     }
@@ -259,7 +272,7 @@ impl Running {
         if files.is_empty() {
             self.abandoned.extend(self.block.map(|b| b.0));
         }
-        let abandoned = std::mem::take(&mut self.abandoned);
+        let abandoned = self.abandoned.clone();
         if files.is_empty() && abandoned.is_empty() {
             return (sent, None);
         }
@@ -268,7 +281,9 @@ impl Running {
             MissingShards { block: block.0, targets, ..MissingShards::default() }
         });
         let missing = missing.into_iter().collect();
-        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));
+        let unsynced = !self.unsynced.is_empty();
+        let pending =
+            client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing, unsynced }));
         (sent, Some(pending))
     }
 
