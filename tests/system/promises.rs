@@ -27,6 +27,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "everything_killed_at_once_comes_back",
             "any_server_may_go_and_reads_and_writes_go_on",
             "two_servers_may_go_where_there_are_two_parity_shards",
+            "what_was_synced_and_then_overwritten_survives_a_power_failure",
         ],
     ),
     (
