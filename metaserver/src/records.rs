@@ -279,6 +279,10 @@ pub(crate) struct TargetRecord {
     /// blocks that were there may still be.
     #[prost(uint64, tag = "6")]
     pub(crate) displaced: u64,
+    /// The same of maps that took a place from it while it could not be read: who took the place has not asked it, and it may have
+    /// what nobody else has. It is not removed before it has said what that is, and has got rid of it.
+    #[prost(uint64, tag = "7")]
+    pub(crate) unasked: u64,
 }
 
 /// Decodes a stored value; `what` names it when it is damaged.

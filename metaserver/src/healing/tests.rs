@@ -401,6 +401,33 @@ fn a_stray_is_reason_enough_to_check_a_seat() {
 }
 
 #[test]
+fn who_comes_back_after_its_places_were_filled_without_it_is_not_removed_before_it_is_looked_through() {
+    let mut w = world(4);
+    w.lease(60);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    wait_out(&mut w, 4, &[1, 2, 3]);
+    work_until(&mut w, &[1, 2, 3], idle);
+    assert_eq!(groups_of(&map(&w), 4), 0);
+    let tidied = |w: &mut World, epoch: u64| {
+        let targets = vec![TargetReport { target: 4, tidied: epoch, ..report("d4", 1 << 39) }];
+        beat_with(w, 4, HeartbeatRequest { targets, ..HeartbeatRequest::default() })
+    };
+    tidied(&mut w, 0);
+    assert_eq!(state(&w, 4), Some(TargetState::Up));
+    w.restart();
+    w.session = w.attach();
+    tidied(&mut w, 0);
+    change(&mut w, 4, TargetChange::Drain, 0, false).unwrap();
+    work_until(&mut w, &[1, 2, 3, 4], |w| groups_of(&map(w), 4) == 0);
+    let refused = change(&mut w, 4, TargetChange::Remove, 0, true);
+    assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("what only it has")));
+    // It has found that the others have all of it.
+    let now = map(&w).epoch.0;
+    tidied(&mut w, now);
+    change(&mut w, 4, TargetChange::Remove, 0, false).unwrap();
+}
+
+#[test]
 fn a_drain_that_is_called_off_moves_nothing() {
     let mut w = world(4);
     w.lease(1000);

@@ -57,10 +57,10 @@ impl Membership {
                 }
             });
             // By the map that a foundling comes with, it may have anything.
-            let displaced = match known.and_then(|id| next.targets.get(&id)) {
-                Some(info) => info.record.displaced,
-                None if report.target != 0 => next.map.epoch.0 + 1,
-                None => 0,
+            let (displaced, unasked) = match known.and_then(|id| next.targets.get(&id)) {
+                Some(info) => (info.record.displaced, info.record.unasked),
+                None if report.target != 0 => (next.map.epoch.0 + 1, next.map.epoch.0 + 1),
+                None => (0, 0),
             };
             let before = map.targets.get(&id);
             let record = TargetRecord {
@@ -70,6 +70,7 @@ impl Membership {
                 leaving: next.targets.get(&id).is_some_and(|info| info.record.leaving),
                 removed: false,
                 displaced,
+                unasked,
             };
             let state = before.map_or(TargetState::Up, |t| t.state);
             let target = Target {
