@@ -480,6 +480,12 @@ impl Inner {
         self.files.lock().get(&ino).and_then(std::sync::Weak::upgrade)
     }
 
+    /// Whether anything that was written to files is not committed.
+    pub(crate) fn has_written(&self) -> bool {
+        let files: Vec<_> = self.files.lock().values().filter_map(std::sync::Weak::upgrade).collect();
+        files.iter().any(|state| state.lock().view.has_local())
+    }
+
     /// Commits everything written to a file. The failure, if any, is left for the file's next user.
     pub(crate) async fn flush(self: &Arc<Self>, state: &Arc<FileState>) -> FsResult<()> {
         for _ in 0..OVERWRITTEN_MAX {

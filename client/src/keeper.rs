@@ -1,14 +1,15 @@
 //! Commits what was written to files that others are about to use.
 //!
 //! A close of a file that is delegated to this client commits nothing ([`crate::File::flush`]); that happens a second
-//! later, or here, when the delegation is recalled. The recall is not acknowledged before.
+//! later, or here, when the delegation is recalled. The recall is not acknowledged before. What may not be committed any more is dropped here, too.
 
 use std::sync::{Arc, Weak};
 
-use fjordfs_proto::InodeId;
+use fjordfs_proto::{FsError, InodeId};
 
 use crate::{
     client::Inner,
+    file::FileState,
     leases::{Keep, Keeper},
     write::flush_files,
 };
@@ -46,6 +47,13 @@ pub(crate) async fn run(client: Weak<Inner>, mut orders: Keeper) {
                     file.lock().failures.note(|| error.clone());
                 }
             }
+            Keep::LocksLost { inodes, error, done } => {
+                for file in inodes.iter().filter_map(|ino| client.known_file(*ino)) {
+                    client.forget_written_under_lock(&file, &error);
+                }
+                // The driver of the stream is gone when the client is.
+                let _ = done.send(Vec::new());
+            }
             Keep::Refused(inodes, error) => {
                 for file in inodes.iter().filter_map(|ino| client.known_file(*ino)) {
                     file.lock().failures.note(|| error.clone());
@@ -56,9 +64,17 @@ pub(crate) async fn run(client: Weak<Inner>, mut orders: Keeper) {
 }
 
 impl Inner {
-    fn dirty_of(&self, inodes: &[InodeId]) -> Vec<Arc<crate::file::FileState>> {
+    fn dirty_of(&self, inodes: &[InodeId]) -> Vec<Arc<FileState>> {
         let dirty = self.dirty.lock();
         inodes.iter().filter_map(|ino| dirty.get(ino).cloned()).collect()
+    }
+
+    /// Whoever has the lock now may have written meanwhile. That the lock is lost is told in any case, as NFS does (RFC 8881, 8.4.2.1).
+    fn forget_written_under_lock(&self, file: &FileState, error: &FsError) {
+        let mut inner = file.lock();
+        self.budget.release(inner.forget_written());
+        self.lost(file.ino, &mut inner, error);
+        self.is_clean(file.ino);
     }
 
     /// Of these, the ones that nothing is left to be written to.

@@ -24,6 +24,7 @@ mod ahead;
 mod decide;
 mod deferred;
 mod extents;
+mod let_go;
 mod openings;
 mod table;
 
@@ -48,6 +49,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 pub(crate) use decide::Removed;
 use deferred::Deferred;
 pub(crate) use deferred::Unasked;
+pub(crate) use let_go::{LetGo, Patience};
 use openings::Openings;
 pub(crate) use table::Sent;
 pub(crate) use table::Table;
@@ -75,47 +77,6 @@ pub struct Recalled {
     pub done: oneshot::Sender<()>,
 }
 
-/// How long is waited for those who use what is recalled.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
-    /// For caches below.
-    pub(crate) caches: Duration,
-    /// For what was written.
-    pub(crate) written: Duration,
-}
-
-/// Ends when everybody who uses what is recalled has let go.
-#[derive(Debug, Default)]
-pub(crate) struct LetGo {
-    caches: Option<oneshot::Receiver<()>>,
-    keeper: Option<oneshot::Receiver<Vec<InodeId>>>,
-}
-
-impl LetGo {
-    /// Waits for the end, for caches below as long as leases are good, since they run out by themselves, and for what was written
-    /// until it would hold up the others for too long. Answers with the inodes that the keeper was asked about and has nothing to
-    /// write to.
-    pub(crate) async fn within(self, Patience { caches: lease, written: limit }: Patience) -> Vec<InodeId> {
-        let caches = async {
-            if let Some(caches) = self.caches {
-                // Caches that are gone hold nothing.
-                let _ = tokio::time::timeout(lease, caches).await;
-            }
-        };
-        let keeper = async {
-            match self.keeper {
-                Some(keeper) => keeper.await.unwrap_or_default(),
-                None => Vec::new(),
-            }
-        };
-        let both = async { tokio::join!(caches, keeper).1 };
-        tokio::time::timeout(limit, both).await.unwrap_or_else(|_| {
-            tracing::warn!("others wait for what could not be written back within {limit:?}");
-            Vec::new()
-        })
-    }
-}
-
 /// What the keeper of this client's files has to do about delegations.
 #[derive(Debug)]
 pub(crate) enum Keep {
@@ -127,6 +88,8 @@ pub(crate) enum Keep {
     Refused(Vec<InodeId>, FsError),
     /// What was committed to any file, and not synced, may be gone.
     Lost(FsError),
+    /// Others may have got the locks on these inodes: what was written under them and is not committed is void.
+    LocksLost { inodes: Vec<InodeId>, error: FsError, done: oneshot::Sender<Vec<InodeId>> },
 }
 
 /// Whom the leases tell, and in what order: one who works on the client's files.
@@ -543,6 +506,11 @@ impl Leases {
         let let_go = state.tell(dropped, true, Vec::new(), Vec::new());
         state.keeper = keeper;
         let_go
+    }
+
+    /// Nothing that was written under locks on these inodes is submitted any more when this ends.
+    pub(crate) fn locks_lost(&self, inodes: Vec<InodeId>, error: FsError) -> LetGo {
+        LetGo { caches: None, keeper: self.state.lock().keep(|done| Keep::LocksLost { inodes, error, done }) }
     }
 
     /// Commits everything that was written, before a new stream counts as settled.

@@ -8,7 +8,7 @@
 //! they took effect. So what is still unanswered when a lock is granted took effect after it, or will.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -162,12 +162,13 @@ impl Locks {
         locks
     }
 
-    /// The session is over, and with it everything it held. How many locks that were.
-    pub(crate) fn lost(&self) -> usize {
+    /// The session is over, and with it everything it held. On which inodes that was.
+    pub(crate) fn lost(&self) -> Vec<InodeId> {
         let mut state = self.state.lock();
         let held = std::mem::take(&mut state.held);
         held.keys().for_each(|key| self.leave(&state, *key));
-        held.into_values().map(|locks| locks.len()).sum()
+        let inodes: BTreeSet<u64> = held.keys().map(|key| key.0).collect();
+        inodes.into_iter().map(InodeId).collect()
     }
 }
 
@@ -257,7 +258,7 @@ mod tests {
         locks.sent(&lock(file_lock(5, 5, true)));
         locks.answered(&lock(file_lock(5, 5, true)), &refused());
         assert_eq!(declared(&locks), [(0, 3, true), (8, u64::MAX, true)]);
-        assert_eq!(locks.lost(), 2);
+        assert_eq!(locks.lost(), [InodeId(1)]);
         assert!(!locks.may_hold(InodeId(1), false, 2));
     }
 

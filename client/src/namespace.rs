@@ -279,7 +279,16 @@ impl Client {
             flags,
             time: None,
         };
-        if let Some(Some(source)) = self.inner.meta.leases().lookup(parent, name) {
+        let source = match self.inner.meta.leases().lookup(parent, name) {
+            None if self.inner.has_written() => match self.lookup(parent, name).await {
+                Ok(source) => Some(source),
+                // The answer to the renaming says so as well.
+                Err(e) if e.errno == Errno::ENOENT => None,
+                Err(e) => return Err(e),
+            },
+            known => known.flatten(),
+        };
+        if let Some(source) = source {
             self.inner.commit_before_naming(InodeId(source.ino)).await?;
         }
         if self.inner.rename_here(&op) {

@@ -344,6 +344,22 @@ async fn caches_are_recalled_before_a_change_is_answered() {
     b.shutdown().await.unwrap();
 }
 
+/// Others have given it the name that it is known by now, and this client has not looked since.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_is_committed_before_a_renaming_by_a_name_that_is_not_cached() {
+    let cluster = Cluster::start(1, "replica:1").await;
+    let (a, b) = (cluster.client().await, cluster.client().await);
+    let dir = InodeId(a.create_dir_all("/d").await.unwrap().ino);
+    let new = NewFile { mode: 0o600, umask: 0, uid: 0, gid: 0, exclusive: true };
+    let (attr, file) = a.create(dir, b"f", new).await.unwrap();
+    b.rename(dir, b"f", dir, b"moved", 0).await.unwrap();
+    file.write_at(0, Bytes::from_static(b"12345")).await.unwrap();
+    assert_eq!(a.name_left(dir, b"moved", Some(InodeId(attr.ino))), Duration::ZERO, "not cached");
+    a.rename(dir, b"moved", dir, b"named", 0).await.unwrap();
+    assert_eq!(b.lookup(dir, b"named").await.unwrap().size, 5);
+    drop(file);
+}
+
 /// A listener stands for a kernel that caches: the other client's change waits until it has let go.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_waits_until_the_caches_below_have_let_go() {

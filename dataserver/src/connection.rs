@@ -1,7 +1,7 @@
 //! One client's connection: frames in, operations run side by side, answers out in any order.
 //!
-//! PERFORMANCE-CRITICAL. No payload is copied: a put is received into the buffer it is written from, a read is sent from
-//! the buffer it was read into. Nothing here may block the core.
+//! PERFORMANCE-CRITICAL. No payload is copied: a put is received, or read from the memory of a client on this host, into the buffer it is
+//! written from, a read is sent from the buffer it was read into. Nothing here may block the core.
 //!
 //! **Backpressure.** At most [`IN_FLIGHT_MAX`] requests of a connection are being worked on, counted until their answer
 //! has been sent; then no more is read from the socket, and TCP holds the client back. Buffers come from the bounded
@@ -30,7 +30,7 @@ use fjordfs_proto::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use self::reader::{Broken, FrameReader};
-use crate::{listen::Socket, node::Node, ops, runtime, store::record::record_pages};
+use crate::{lent::Lender, listen::Socket, node::Node, ops, runtime, store::record::record_pages};
 
 /// Requests of one connection that are worked on at the same time.
 const IN_FLIGHT_MAX: usize = 128;
@@ -67,6 +67,7 @@ pub(crate) async fn serve(
         answers,
         in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
         upkeep: false,
+        lender: None,
     };
     let refused = tokio::select! {
         refused = connection.run() => refused,
@@ -93,6 +94,8 @@ struct Connection {
     in_flight: Arc<Semaphore>,
     /// No user waits for its requests.
     upkeep: bool,
+    /// The peer, if its memory can be read.
+    lender: Option<Arc<Lender>>,
 }
 
 impl Connection {
@@ -175,12 +178,14 @@ impl Connection {
             return Err(Broken::Protocol(*header, FsError::new(Errno::EINVAL, what)));
         }
         self.upkeep = hello.upkeep;
+        self.lender = hello.probe.and_then(|probe| Lender::find(self.reader.socket(), &probe)).map(Arc::new);
         tracing::debug!("connection of {} from {}", self.peer, hello.client);
         let reply = HelloReply {
             server: self.node.server.0,
             cluster_id: self.node.cluster_id.clone(),
             targets: self.node.targets.keys().map(|t| t.0).collect(),
             incarnation: self.node.incarnation,
+            reads_memory: self.lender.is_some(),
         };
         self.answer(Answer::new(frame::encode(Opcode::Hello, true, header.request, &reply, 0), None));
         Ok(())
@@ -210,10 +215,18 @@ impl Connection {
         else {
             return Err(protocol(header, "a shard larger than the buffers"));
         };
-        record = self.reader.read_into(record, PAGE_SIZE, new.length as usize).await?;
+        record = self.reader.read_into(record, PAGE_SIZE, header.payload_len as usize).await?;
         let (node, answers, header) = (self.node.clone(), self.answers.clone(), *header);
+        let lender = self.lender.clone();
         runtime::spawn(async move {
-            let result = ops::put_shard::run(&node, &request, new, record).await;
+            let filled = match request.memory.is_empty() {
+                true => Ok(()),
+                false => ops::put_shard::fill(lender.as_deref(), &request, &mut record).await,
+            };
+            let result = match filled {
+                Ok(()) => ops::put_shard::run(&node, &request, new, record).await,
+                Err(e) => Err(e),
+            };
             send(&answers, ops::answer(&header, result.map(ops::Output::from), permit));
         });
         Ok(())

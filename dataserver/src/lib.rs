@@ -11,7 +11,7 @@
 //! | `config`, `error` | what a server is told; why it does not start |
 //! | `added` | targets that were added while it ran |
 //! | `server` | the order in which the parts come up and go down |
-//! | `listen` | where clients connect |
+//! | `listen`, `lent` | where clients connect; the memory of one on this host |
 //! | `runtime` | tasks, timers and the io_uring of one core |
 //! | `cores` | threads, each with an io_uring runtime, and those that accept |
 //! | `connection` | frames in, answers out |
@@ -29,6 +29,7 @@ mod connection;
 mod cores;
 mod error;
 mod heal;
+mod lent;
 mod listen;
 mod membership;
 mod node;

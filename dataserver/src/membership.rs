@@ -339,8 +339,14 @@ impl Member {
                 checks: node.checks.reports(),
                 placed_epoch: node.placing.placed_epoch().0,
                 rebuild: node.rebuild_rate.report(),
+                strays: node.tidied.take_strays(),
             };
-            let failure = match self.client().heartbeat(request).await.map_err(Failure::from) {
+            let strays = request.strays.clone();
+            let heard = self.client().heartbeat(request).await.map_err(Failure::from);
+            if !heard.as_ref().is_ok_and(|reply| !reply.get_ref().unknown) {
+                node.tidied.give_back(strays);
+            }
+            let failure = match heard {
                 Ok(reply) => {
                     let reply: HeartbeatReply = reply.into_inner();
                     if !reply.unknown {

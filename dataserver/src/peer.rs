@@ -48,6 +48,7 @@ impl Peer {
             cluster_id: cluster_id.to_owned(),
             client: who.to_owned(),
             upkeep: true,
+            probe: None,
         };
         let _: HelloReply = peer.request(Opcode::Hello, &hello, &mut []).await?.0;
         Ok(peer)

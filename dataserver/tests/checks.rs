@@ -53,7 +53,7 @@ fn cluster_map(epoch: u64, servers: [&DataServer; 2]) -> map::ClusterMap {
 }
 
 fn check(ticket: u64) -> meta::Check {
-    meta::Check { ticket, target: 2, first_block: 1, width: 2, pg: 0 }
+    meta::Check { ticket, target: 2, first_block: 1, width: 2, pg: 0, strays: vec![] }
 }
 
 /// Has a check made, and returns its last report.
@@ -111,6 +111,32 @@ fn a_target_gets_what_it_lacks_and_nothing_else() {
     assert_eq!(checked(&fake, 2).shards_copied, 2);
     assert_eq!(fake.state.lock().unwrap().asked, [7, 8, 100, 151]);
     drop((first, second));
+}
+
+#[test]
+fn who_has_something_without_a_place_is_asked_beside_the_members() {
+    let fake = FakeMeta::start("c1");
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (back, second) = (start(&fake, one.path()), start(&fake, two.path()));
+    let (mut has, mut lacks) = (Client::connect(&back, "c1"), Client::connect(&second, "c1"));
+    has.put(3, &bytes_of(3, 5000)).unwrap();
+    let member = peer::start(|asked| match asked {
+        Asked::List(_) => Said::List(ListShardsReply { shards: vec![], end: true }),
+        Asked::Read(_) => Said::Shard(vec![]),
+    });
+    let mut map = cluster_map(5, [&back, &second]);
+    map.servers.push(map::Server { id: 3, address: member.to_string(), ..map.servers[0].clone() });
+    map.targets.push(map::Target { id: 3, server: 3, ..map.targets[0].clone() });
+    map.eras[0].tables[0].members = vec![3, 2];
+    {
+        let mut state = fake.state.lock().unwrap();
+        (state.map, state.checks) = (Some(map), vec![meta::Check { strays: vec![1, 2, 77], ..check(1) }]);
+    }
+    fake.wait("the check", |s| s.check_reports.iter().any(|r| r.done));
+    let report = fake.state.lock().unwrap().check_reports.iter().find(|r| r.done).cloned().unwrap();
+    assert_eq!((report.problem.as_str(), report.shards_copied, report.shards_missing), ("", 1, 0));
+    assert!(read_second(&mut lacks, 3) == Ok(bytes_of(3, 5000)));
+    drop((back, second));
 }
 
 /// Flips bits of this page in the only volume of a target.
@@ -272,7 +298,14 @@ fn copies_that_wait_for_another_server_leave_the_buffers_to_others() {
     map.servers[1].address = peer.to_string();
     let table = &mut map.eras[0].tables[0];
     (table.pg_count, table.members) = (CHECKS, [1, 2].repeat(CHECKS as usize));
-    let order = |pg| meta::Check { ticket: u64::from(pg) + 1, target: 1, first_block: 1, width: 2, pg };
+    let order = |pg| meta::Check {
+        ticket: u64::from(pg) + 1,
+        target: 1,
+        first_block: 1,
+        width: 2,
+        pg,
+        strays: vec![],
+    };
     {
         let mut state = fake.state.lock().unwrap();
         (state.map, state.checks) = (Some(map), (0..CHECKS).map(order).collect());

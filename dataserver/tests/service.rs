@@ -14,7 +14,7 @@ use std::{
 use common::{Client, FakeMeta, bytes_of, config, put_request, start};
 use fjordfs_dataserver::{Config, DataServer};
 use fjordfs_proto::{
-    BLOCK_SIZE_MAX, PAGE_SIZE, PROTOCOL_VERSION,
+    BLOCK_SIZE_MAX, FsError, PAGE_SIZE, PROTOCOL_VERSION,
     block::{first_bad_page, page_crcs},
     error::Errno,
     frame::{self, BODY_MAX, HEADER_LEN, Header, Opcode},
@@ -310,7 +310,7 @@ fn clients_on_this_host_come_over_a_unix_socket_and_others_when_its_name_is_take
             protocol_version: PROTOCOL_VERSION,
             cluster_id: cluster.into(),
             client: "test".into(),
-            upkeep: false,
+            ..Default::default()
         };
         socket.write_all(&frame::encode(Opcode::Hello, false, 9, &hello, 0))?;
         let mut head = [0; HEADER_LEN];
@@ -334,4 +334,74 @@ fn clients_on_this_host_come_over_a_unix_socket_and_others_when_its_name_is_take
     client.put(1, &bytes_of(1, 5000)).unwrap();
     assert_eq!(client.read(1, WHOLE).unwrap().1, bytes_of(1, 5000));
     drop(taken);
+}
+
+/// One request over a connection that reads and writes.
+fn call<B: prost::Message + Default>(
+    socket: &mut (impl Read + Write),
+    opcode: Opcode,
+    body: &impl prost::Message,
+) -> Result<B, FsError> {
+    socket.write_all(&frame::encode(opcode, false, 9, body, 0)).unwrap();
+    let mut head = [0; HEADER_LEN];
+    socket.read_exact(&mut head).unwrap();
+    let header = Header::decode(&head).unwrap();
+    let mut body = vec![0; header.body_len as usize];
+    socket.read_exact(&mut body).unwrap();
+    match header.status {
+        0 => Ok(frame::decode_body(opcode, &body).unwrap()),
+        status => Err(frame::decode_error(status, &body)),
+    }
+}
+
+#[test]
+fn what_is_put_is_read_from_the_memory_of_clients_on_this_host() {
+    use std::os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixStream},
+    };
+    let cluster = format!("lent-{}", std::process::id());
+    let (meta, dir) = (FakeMeta::start(&cluster), tempfile::tempdir().unwrap());
+    let server = start(&meta, dir.path());
+    let here = |bytes: &[u8]| MemoryPiece {
+        address: bytes.as_ptr().expose_provenance() as u64,
+        length: bytes.len() as u32,
+    };
+    let secret = *b"0123456789abcdef";
+    let hello = HelloRequest {
+        protocol_version: PROTOCOL_VERSION,
+        cluster_id: cluster.clone(),
+        probe: Some(MemoryProbe { address: here(&secret).address, content: secret.to_vec().into() }),
+        ..Default::default()
+    };
+    let name = frame::local_name(&cluster, fjordfs_proto::ServerId(1));
+    let mut local = UnixStream::connect_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap();
+    assert!(call::<HelloReply>(&mut local, Opcode::Hello, &hello).unwrap().reads_memory);
+    let bytes = bytes_of(1, 5_000_000);
+    let cut = [0, 1, 4097, 3_000_000, bytes.len()];
+    let memory: Vec<_> = cut.windows(2).map(|cut| here(&bytes[cut[0]..cut[1]])).collect();
+    let put = PutShardRequest { memory, ..put_request(1, &bytes) };
+    call::<PutShardReply>(&mut local, Opcode::PutShard, &put).unwrap();
+    let mut client = Client::connect(&server, &cluster);
+    assert!(client.read(1, WHOLE).unwrap().1 == bytes);
+
+    let refused = |socket: &mut UnixStream, put: PutShardRequest| {
+        call::<PutShardReply>(socket, Opcode::PutShard, &put).unwrap_err().errno
+    };
+    let nowhere = MemoryPiece { address: 4096, length: bytes.len() as u32 };
+    let of_block = |block, memory| PutShardRequest { memory, ..put_request(block, &bytes) };
+    assert_eq!(refused(&mut local, of_block(2, vec![nowhere])), Errno::EFAULT);
+    let mut others = bytes.clone();
+    others[4_000_000] ^= 1;
+    assert_eq!(refused(&mut local, of_block(2, vec![here(&others)])), Errno::EBADMSG);
+    assert_eq!(refused(&mut local, of_block(2, vec![here(&bytes), here(&bytes)])), Errno::EINVAL);
+    assert_eq!(client.read(2, WHOLE).unwrap_err().errno, Errno::ENOENT);
+    call::<PutShardReply>(&mut local, Opcode::PutShard, &of_block(2, vec![here(&bytes)])).unwrap();
+
+    // Over TCP nobody knows whose memory it would be.
+    let mut remote = Client::raw(server.address()).socket;
+    assert!(!call::<HelloReply>(&mut remote, Opcode::Hello, &hello).unwrap().reads_memory);
+    let put = of_block(3, vec![here(&bytes)]);
+    assert_eq!(call::<PutShardReply>(&mut remote, Opcode::PutShard, &put).unwrap_err().errno, Errno::EFAULT);
+    server.stop().unwrap();
 }

@@ -11,8 +11,11 @@
 //!
 //! # What a restored store is
 //! The metadata as it was at the backup, while the data servers have gone on since. So no id of before is used again: block, inode,
-//! session and map numbers go on far behind those of the backup, and of an earlier restore of it. Blocks written since are garbage (`fjord gc`), and files
-//! whose blocks have been deleted since cannot be read any more (`fjord fsck` names the blocks).
+//! session, server, target and map numbers go on far behind those of the backup, and of an earlier restore of it. Blocks written since are
+//! garbage (`fjord gc`), and files whose blocks have been deleted since cannot be read any more (`fjord fsck` names the blocks).
+//!
+//! Targets that were added since come with the numbers that they have, and are taken in (`membership/register.rs`). Shards may have moved
+//! since from any target to any other: so each counts as one that has lost a place, until it says what it has (`healing.rs`, "Strays").
 
 mod frames;
 mod lines;

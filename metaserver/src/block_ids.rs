@@ -1,6 +1,6 @@
 //! Block ids leased to sessions. Each id is used up once: committed, abandoned, or swept when its session ends.
 
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 use fjordfs_proto::{BlockId, FsError, FsResult, SessionId, error::Errno};
 
@@ -50,6 +50,36 @@ pub(crate) fn claim(
     session: SessionId,
     blocks: impl IntoIterator<Item = BlockId>,
 ) -> FsResult<()> {
+    claim_each(txn, session, blocks, |block| {
+        Err(FsError::new(
+            Errno::EINVAL,
+            format!("block {block} is not leased to {session}, or its lease is used up"),
+        ))
+    })
+}
+
+/// Like [`claim`], but passes over those that are not leased to the session; says which were.
+pub(crate) fn claim_own(
+    txn: &mut Txn,
+    session: SessionId,
+    blocks: impl IntoIterator<Item = BlockId>,
+) -> FsResult<Vec<u64>> {
+    let (mut own, mut strange) = (Vec::new(), BTreeSet::new());
+    let blocks = blocks.into_iter().inspect(|block| own.push(block.0));
+    claim_each(txn, session, blocks, |block| {
+        strange.insert(block.0);
+        Ok(())
+    })?;
+    own.retain(|block| !strange.contains(block));
+    Ok(own)
+}
+
+fn claim_each(
+    txn: &mut Txn,
+    session: SessionId,
+    blocks: impl IntoIterator<Item = BlockId>,
+    mut stranger: impl FnMut(BlockId) -> FsResult<()>,
+) -> FsResult<()> {
     let mut current: Option<(u64, LeasedRange)> = None;
     for block in blocks {
         let covers = |(first, range): &(u64, LeasedRange)| {
@@ -66,10 +96,8 @@ pub(crate) fn claim(
             }
         }
         let Some((first, range)) = &mut current else {
-            return Err(FsError::new(
-                Errno::EINVAL,
-                format!("block {block} is not leased to {session}, or its lease is used up"),
-            ));
+            stranger(block)?;
+            continue;
         };
         let at = (block.0 - *first) as usize;
         let bit = 1 << (at % 8);

@@ -174,7 +174,8 @@ impl Core {
             txn.put(keys::FORMAT.to_vec(), store_label::format());
         }
         let counters = txn.counters();
-        if counters.next_inode == 0 {
+        let is_new = counters.next_inode == 0;
+        if is_new {
             *counters = records::Counters {
                 next_inode: ROOT_INODE.0 + 1,
                 next_block: 1,
@@ -187,7 +188,16 @@ impl Core {
             counters.next_inode += ID_MARGIN;
             counters.next_session += ID_MARGIN;
         }
-        let start = Start { fence, first_inode: InodeId(counters.next_inode) };
+        counters.fence = fence.0.max(counters.fence.saturating_add(1));
+        let start = Start { fence: Fence(counters.fence), first_inode: InodeId(counters.next_inode) };
+        // A power failure may have taken back what clients have seen. Those that go on where they were take what they have for newer than
+        // what there is, if it does not say otherwise.
+        if let Some(boot) = store.boot().filter(|boot| *boot != counters.boot) {
+            counters.boot = boot;
+            if !is_new {
+                (counters.version_floor, counters.aged_below) = (start.first_version(), start.first_inode.0);
+            }
+        }
         if txn.find_inode(ROOT_INODE)?.is_none() {
             ops::make_root(&mut txn, config.default_policy, now.wall);
         }
@@ -410,6 +420,12 @@ impl Core {
         self.healing.placed(ServerId(request.server), Epoch(request.placed_epoch));
         self.healing.paced(ServerId(request.server), request.rebuild);
         self.healing.take_in(&request.checks, &map, now.mono);
+        for strays in &request.strays {
+            let target = fjordfs_proto::TargetId(strays.target);
+            if map.targets.get(&target).is_some_and(|t| t.server == ServerId(request.server)) {
+                self.healing.strayed(&map, target, &strays.groups, now.mono);
+            }
+        }
         reply.checks = self.healing.orders(&map, ServerId(request.server), now.mono);
         reply.scrubs = self.txn.counters().scrubs;
         Ok(reply)

@@ -10,6 +10,7 @@
 //! | its target comes back, or its data server starts again | it may have missed writes, or lost some in a power failure |
 //! | another target of its group comes back | that one may have what nobody else has |
 //! | a commit says that it could not be reached | it lacks shards of that block |
+//! | a target outside of its group has something of it | that may be what it lacks |
 //! | the metaserver starts | it does not know what was going on |
 //! | an hour has passed | whatever else may have happened |
 //!
@@ -19,6 +20,11 @@
 //! Data servers fetch their checks with heartbeats and report with the next ones. Each attempt has a ticket, so that a late report
 //! of another attempt is not taken for an answer. A target works on [`CHECKS_PER_TARGET`] seats at a time: a lost target is in
 //! groups with nearly all others, so all of them work on it together.
+//!
+//! # Strays
+//! A target may have shards whose places are others', and that those do not have: after metadata was restored from a backup that is older
+//! than a move. Whoever looks through a target finds them (`dataserver/src/heal/tidy.rs`) and says of which groups they are. Checks of
+//! these groups list that target beside the members, so what is there is copied to where it belongs, and dropped there then.
 //!
 //! # When a move is done
 //! When a check of its seat has found nothing missing, and no block that a client has yet to commit or abandon. A writer may go
@@ -37,7 +43,7 @@ use std::{
 use fjordfs_proto::{
     BlockId, ClusterMap, Epoch, PgId, ServerId, TargetId,
     cluster::{ServerState, TargetState},
-    pb::meta::{Check, CheckReport, Healing as Report, RebuildPace},
+    pb::meta::{Check, CheckReport, Healing as Report, RebuildPace, StrayGroup},
 };
 
 use crate::ops::Missed;
@@ -67,6 +73,15 @@ pub(crate) struct Seat {
     pub(crate) pg: PgId,
 }
 
+impl Seat {
+    fn group(&self) -> Group {
+        (self.first_block, self.width, self.pg)
+    }
+}
+
+/// First block of the era, width and number.
+type Group = (BlockId, usize, PgId);
+
 /// Why a seat is to be checked; the more urgent first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Why {
@@ -95,6 +110,8 @@ pub(crate) struct Healing {
     work: BTreeMap<Seat, Work>,
     attempts: HashMap<u64, Seat>,
     next_ticket: u64,
+    /// Targets outside of groups that have something of them.
+    strays: BTreeMap<Group, BTreeSet<TargetId>>,
     /// No put is under way on a data server that an older map has let in.
     placed: HashMap<ServerId, Epoch>,
     /// What data servers said last of the rate at which they copy.
@@ -116,6 +133,7 @@ impl Healing {
             work: BTreeMap::new(),
             attempts: HashMap::new(),
             next_ticket: seed,
+            strays: BTreeMap::new(),
             placed: HashMap::new(),
             paces: BTreeMap::new(),
             filled: BTreeSet::new(),
@@ -161,6 +179,10 @@ impl Healing {
         self.work.retain(|seat, _| place_of(map, seat) != Place::Gone);
         self.filled.retain(|seat| place_of(map, seat) == Place::Moves);
         self.attempts.retain(|_, seat| self.work.contains_key(seat));
+        self.strays.retain(|(first_block, width, pg), targets| {
+            targets.retain(|id| map.targets.contains_key(id));
+            !targets.is_empty() && map.group(*first_block, *width, *pg).is_some()
+        });
         let up =
             |map: &ClusterMap, id: &TargetId| map.targets.get(id).is_some_and(|t| t.state == TargetState::Up);
         let returned: BTreeSet<TargetId> = (map.targets.keys())
@@ -168,9 +190,9 @@ impl Healing {
             .copied()
             .collect();
         let all = seats(map);
-        let groups: BTreeSet<(BlockId, usize, PgId)> = (all.iter())
+        let groups: BTreeSet<Group> = (all.iter())
             .filter(|(seat, _)| returned.contains(&seat.target))
-            .map(|(seat, _)| (seat.first_block, seat.width, seat.pg))
+            .map(|(seat, _)| seat.group())
             .collect();
         let were: BTreeMap<Seat, bool> = seats(before).into_iter().collect();
         let tables: BTreeSet<(BlockId, usize)> =
@@ -181,7 +203,7 @@ impl Healing {
                 self.give_up(&seat);
                 self.work.remove(&seat);
                 self.add(seat, Why::Move, map.epoch, now);
-            } else if groups.contains(&(seat.first_block, seat.width, seat.pg)) {
+            } else if groups.contains(&seat.group()) {
                 self.check_again(seat, if moving { Why::Move } else { Why::Return }, map.epoch, now);
             } else if !moving && was.is_none() && tables.contains(&(seat.first_block, seat.width)) {
                 // In the place of one that was given up: it has nothing yet.
@@ -235,14 +257,49 @@ impl Healing {
             let lacking = targets.iter().filter(|t| group.contains(t)).map(|t| (*t, Why::Return));
             for (target, why) in lacking.chain(coming) {
                 let seat = Seat { target, first_block: era.first_block, width: *width, pg };
-                let why = if self.filled.contains(&seat) { Why::Return } else { why };
-                self.add(seat, why, map.epoch, now);
-                if let Some(work) = self.work.get_mut(&seat) {
-                    // The attempt under way may have looked already. It is not given up: a stream of such commits would end none.
-                    work.again = work.attempt.is_some();
-                }
+                self.look_again(seat, why, map.epoch, now);
             }
         }
+    }
+
+    /// A target was looked through: these are the groups that it is outside of, as far as what it has of them goes, and all of them.
+    pub(crate) fn strayed(
+        &mut self,
+        map: &ClusterMap,
+        target: TargetId,
+        groups: &[StrayGroup],
+        now: Instant,
+    ) {
+        self.strays.retain(|_, targets| {
+            targets.remove(&target);
+            !targets.is_empty()
+        });
+        for StrayGroup { first_block, width, pg } in groups {
+            let (first_block, width, pg) = (BlockId(*first_block), *width as usize, PgId(*pg));
+            let Some((table, _)) = map.group(first_block, width, pg) else { continue };
+            self.strays.entry((first_block, width, pg)).or_default().insert(target);
+            let members = table.group(pg).iter().map(|member| (*member, Why::Return));
+            let coming = table.moves_of(pg).map(|(_, coming)| (coming, Why::Move));
+            for (member, why) in members.chain(coming) {
+                self.look_again(Seat { target: member, first_block, width, pg }, why, map.epoch, now);
+            }
+        }
+    }
+
+    /// There may be more for a seat now.
+    fn look_again(&mut self, seat: Seat, why: Why, planned: Epoch, now: Instant) {
+        let why = if self.filled.contains(&seat) { Why::Return } else { why };
+        self.add(seat, why, planned, now);
+        if let Some(work) = self.work.get_mut(&seat) {
+            // The attempt under way may have looked already. It is not given up: a stream of such reasons would end none.
+            work.again = work.attempt.is_some();
+        }
+    }
+
+    /// Readable targets beside the members that have something for a seat.
+    fn strays_for(&self, map: &ClusterMap, seat: &Seat) -> Vec<TargetId> {
+        let known = self.strays.get(&seat.group()).into_iter().flatten();
+        known.filter(|id| **id != seat.target && is_readable(map, id)).copied().collect()
     }
 
     /// Also when it is being checked: that attempt may have looked too early.
@@ -311,7 +368,7 @@ impl Healing {
             };
             let gone: Vec<Seat> = (self.work.range(of_target.clone()))
                 .map(|(seat, _)| *seat)
-                .filter(|seat| is_pointless(map, seat))
+                .filter(|seat| is_pointless(map, seat) && self.strays_for(map, seat).is_empty())
                 .collect();
             for seat in gone {
                 self.give_up(&seat);
@@ -344,6 +401,7 @@ impl Healing {
                 first_block: seat.first_block.0,
                 width: seat.width as u32,
                 pg: seat.pg.0,
+                strays: self.strays_for(map, seat).into_iter().map(|id| id.0).collect(),
             }));
         }
         orders
@@ -430,14 +488,17 @@ fn place_of(map: &ClusterMap, seat: &Seat) -> Place {
 
 /// Whether there is nobody to compare with, now or for good. When others are back, their groups are checked anyway.
 fn is_pointless(map: &ClusterMap, seat: &Seat) -> bool {
-    let readable = |id: &TargetId| map.targets.get(id).is_some_and(|t| t.readable());
     match (place_of(map, seat), map.group(seat.first_block, seat.width, seat.pg)) {
         (Place::Gone, _) | (_, None) => true,
         (Place::Moves, _) => false,
         (Place::Member, Some((table, _))) => {
-            !table.group(seat.pg).iter().any(|id| *id != seat.target && readable(id))
+            !table.group(seat.pg).iter().any(|id| *id != seat.target && is_readable(map, id))
         }
     }
+}
+
+fn is_readable(map: &ClusterMap, id: &TargetId) -> bool {
+    map.targets.get(id).is_some_and(|t| t.readable())
 }
 
 fn reachable(map: &ClusterMap, seat: &Seat) -> bool {

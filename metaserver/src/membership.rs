@@ -259,6 +259,9 @@ impl Membership {
             for id in eras::displaced(&self.map, &map) {
                 if let Some(info) = self.targets.get_mut(&id) {
                     info.record.displaced = map.epoch.0;
+                    if !map.targets.get(&id).is_some_and(Target::readable) {
+                        info.record.unasked = map.epoch.0;
+                    }
                     txn.put_record(keys::target(id), &info.record);
                 }
             }
@@ -276,6 +279,11 @@ impl Membership {
                 || self.targets.get(id).is_some_and(|info| info.report.tidied < info.record.displaced)
         };
         self.map.targets.iter().filter(|(id, t)| untidy(id, t)).map(|(id, _)| *id).collect()
+    }
+
+    /// Places of a target were filled without it, and it has not been looked through since for what only it has.
+    fn is_unasked(&self, id: TargetId) -> bool {
+        self.targets.get(&id).is_some_and(|info| info.report.tidied < info.record.unasked)
     }
 
     /// Targets have come, gone, or changed their state.

@@ -59,7 +59,7 @@ pub(crate) struct ClusterFacts {
 /// What tells this start of the metaserver from those before it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Start {
-    /// Grows from one to the next, and survives whatever the store does.
+    /// Grows from one to the next, and survives whatever the store does, also when its records go on on another one.
     pub(crate) fence: Fence,
     /// Inodes below were made before, or have numbers that were leased before.
     pub(crate) first_inode: InodeId,
@@ -76,8 +76,12 @@ impl Start {
         if ino >= self.first_inode {
             return last.saturating_add(1);
         }
-        let fence = self.fence.0.min(u64::MAX >> CHANGES_BITS);
-        last.max(fence << CHANGES_BITS).saturating_add(1)
+        last.max(self.first_version()).saturating_add(1)
+    }
+
+    /// Beyond all versions that were given out before this start.
+    pub(crate) fn first_version(self) -> u64 {
+        self.fence.0.min(u64::MAX >> CHANGES_BITS) << CHANGES_BITS
     }
 }
 
@@ -115,17 +119,18 @@ pub(crate) struct Missed {
 
 /// Operations that make the store larger, and are refused when its disk is nearly full.
 pub(crate) fn needs_space(op: &Op) -> bool {
-    matches!(
-        op,
+    match op {
+        // One that only abandons blocks gives space back.
+        Op::Commit(commit) => !commit.files.is_empty(),
         Op::Make(_)
-            | Op::Link(_)
-            | Op::Commit(_)
-            | Op::LeaseBlocks(_)
-            | Op::LeaseInodes(_)
-            | Op::Rename(_)
-            | Op::SetXattr(_)
-            | Op::CopyRange(_)
-    )
+        | Op::Link(_)
+        | Op::LeaseBlocks(_)
+        | Op::LeaseInodes(_)
+        | Op::Rename(_)
+        | Op::SetXattr(_)
+        | Op::CopyRange(_) => true,
+        _ => false,
+    }
 }
 
 /// Answers that wait for the log: the client builds on them where a power failure here must not undo them.

@@ -206,6 +206,11 @@ pub trait MetaStore: Send + Sync + 'static {
         None
     }
 
+    /// The run of the kernel that this store lives in, if what was committed and not synced ends with it.
+    fn boot(&self) -> Option<u64> {
+        None
+    }
+
     /// An engine across a network says here how far it is.
     fn late(&self) -> Option<&dyn Late> {
         None

@@ -320,7 +320,13 @@ impl Txn {
     }
 
     pub(crate) fn find_inode(&mut self, ino: InodeId) -> FsResult<Option<Inode>> {
-        self.record(&keys::inode(ino))
+        let mut inode: Option<Inode> = self.record(&keys::inode(ino))?;
+        if let Some(inode) = &mut inode
+            && ino.0 < self.counters.aged_below
+        {
+            inode.data_version = inode.data_version.max(self.counters.version_floor);
+        }
+        Ok(inode)
     }
 
     /// A directory that must be there and not be removed.

@@ -238,6 +238,7 @@ async fn a_data_server_registers_and_deletes_what_nobody_reaches() {
             epoch: map.epoch,
             deleted: std::mem::take(&mut deleted),
             rebuild: None,
+            strays: vec![],
         };
         let reply = cluster.heartbeat(beat).await.unwrap().into_inner();
         assert!(reply.map.is_none() && !reply.unknown);

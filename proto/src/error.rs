@@ -19,6 +19,7 @@ pub enum Errno {
     EAGAIN = 11,
     ENOMEM = 12,
     EACCES = 13,
+    EFAULT = 14,
     EBUSY = 16,
     EEXIST = 17,
     EXDEV = 18,
@@ -49,7 +50,7 @@ pub enum Errno {
 }
 
 impl Errno {
-    const ALL: [Errno; 37] = {
+    const ALL: [Errno; 38] = {
         use Errno::*;
         [
             EPERM,
@@ -62,6 +63,7 @@ impl Errno {
             EAGAIN,
             ENOMEM,
             EACCES,
+            EFAULT,
             EBUSY,
             EEXIST,
             EXDEV,

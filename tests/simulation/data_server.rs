@@ -204,6 +204,7 @@ async fn beat(server: &Server, nic: Nic, meta: Host) -> Result<std::convert::Inf
                 // A put is over when it has begun here.
                 placed_epoch: epoch,
                 rebuild: None,
+                strays: vec![],
             }
         };
         let HeartbeatReply { map, deletes, unknown, .. } = client.heartbeat(request).await?.into_inner();
@@ -293,7 +294,13 @@ async fn answer(server: &Server, header: Header, body: &[u8], payload: Bytes) ->
             let flash = server.lock().unwrap();
             let cluster_id = flash.cluster_id.clone();
             let (server, targets) = (flash.server, vec![flash.target]);
-            let hello = HelloReply { server, cluster_id, targets, incarnation: flash.incarnation };
+            let hello = HelloReply {
+                server,
+                cluster_id,
+                targets,
+                incarnation: flash.incarnation,
+                reads_memory: false,
+            };
             Ok(reply(header, &hello, &[]))
         }
         Opcode::PutShard => {

@@ -11,6 +11,7 @@
 //! | `cluster` | who runs, killing and starting |
 //! | `programs`, `moves` | what the clients do |
 //! | `dentries` | names that a kernel would cache above the library |
+//! | `overwrites` | what was synced and then overwritten, in a power failure of everything |
 //! | `record` | what was promised and what was seen |
 //! | `run` | one seed from its first to its last moment |
 //!
@@ -42,6 +43,7 @@ mod disk;
 mod fate;
 mod moves;
 mod network;
+mod overwrites;
 mod process;
 mod programs;
 mod record;
@@ -64,6 +66,13 @@ fn the_same_seed_gives_the_same_trace() {
         assert_eq!(traces[0], traces[1], "seed {seed}");
     }
     assert_ne!(process::run(1).unwrap().trace, process::run(2).unwrap().trace);
+}
+
+#[test]
+fn what_was_synced_and_then_overwritten_survives_a_power_failure() {
+    for seed in 0..8 {
+        process::run_this(overwrites::run, seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+    }
 }
 
 #[test]

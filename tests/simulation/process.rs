@@ -24,9 +24,17 @@ struct Child {
     result: File,
 }
 
+/// What runs a seed.
+type Simulation = fn(u64) -> Result;
+
 /// Runs a seed.
 pub(crate) fn run(seed: u64) -> Result {
-    start(seed).finish()
+    run_this(run::run, seed)
+}
+
+/// Runs a seed of another simulation.
+pub(crate) fn run_this(simulation: Simulation, seed: u64) -> Result {
+    start(simulation, seed).finish()
 }
 
 /// Runs seeds, as many at a time as there are processors; the results are in their order.
@@ -38,14 +46,14 @@ pub(crate) fn run_all(seeds: &[u64]) -> impl Iterator<Item = (u64, Result)> + '_
         while running.len() < width
             && let Some(seed) = seeds.next()
         {
-            running.push_back(start(*seed));
+            running.push_back(start(run::run, *seed));
         }
         let child = running.pop_front()?;
         Some((child.seed, child.finish()))
     })
 }
 
-fn start(seed: u64) -> Child {
+fn start(simulation: Simulation, seed: u64) -> Child {
     let mut ends = [0; 2];
     // SAFETY: an array of two descriptors, as asked for.
     assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
@@ -56,7 +64,7 @@ fn start(seed: u64) -> Child {
         0 => {
             // SAFETY: no arguments that could be wrong.
             unsafe { libc::alarm(LIMIT) };
-            let text = simulate(seed);
+            let text = simulate(simulation, seed);
             let status = i32::from(told.write_all(text.as_bytes()).is_err());
             drop(told);
             // SAFETY: ends the process, without what the parent has registered to be done then.
@@ -69,9 +77,9 @@ fn start(seed: u64) -> Child {
     }
 }
 
-fn simulate(seed: u64) -> String {
+fn simulate(simulation: Simulation, seed: u64) -> String {
     panic::set_hook(Box::new(|info| run::note_panic(&info.to_string())));
-    let result = panic::catch_unwind(AssertUnwindSafe(|| run::run(seed)));
+    let result = panic::catch_unwind(AssertUnwindSafe(|| simulation(seed)));
     match result {
         Ok(Ok(outcome)) => outcome.encode(),
         Ok(Err(why)) => why,

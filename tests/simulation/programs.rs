@@ -194,7 +194,7 @@ pub(crate) fn content_register(at: usize) -> String {
     format!("content of {} bytes", SIZES[at])
 }
 
-fn content(value: u64, size: usize) -> Bytes {
+pub(crate) fn content(value: u64, size: usize) -> Bytes {
     value.to_le_bytes().into_iter().cycle().take(size).collect::<Vec<u8>>().into()
 }
 

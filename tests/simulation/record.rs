@@ -147,12 +147,11 @@ impl Records {
         }
     }
 
-    /// Whether something that was not synced may be what a register holds, so that it need not be readable after a power failure.
+    /// Whether nothing of a register was ever synced, so that it need not be readable after a power failure: what replaces safe bytes is
+    /// safe before it does.
     pub(crate) fn may_be_unreadable(&self, register: &str) -> bool {
         let state = self.state();
-        let writes = || state.registers.get(register).into_iter().flatten().filter(|o| o.is_write);
-        let safe = writes().filter(|o| o.synced).map(|o| o.began).max().unwrap_or(0);
-        writes().any(|o| !o.synced && o.ended >= safe)
+        !state.registers.get(register).into_iter().flatten().any(|o| o.is_write && o.synced)
     }
 
     // ---- the log ----

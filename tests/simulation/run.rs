@@ -184,11 +184,7 @@ impl Plan {
 /// # Errors
 /// What did not hold.
 pub(crate) fn run(seed: u64) -> Result<Outcome, String> {
-    PRINT.store(std::env::var_os("FJORD_TRACE").is_some(), Relaxed);
-    fate::begin(seed);
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    let (operations, faults) = runtime.block_on(async {
+    simulate(seed, async {
         let world = World::new(seed);
         let plan = world.plan;
         let rules = plan.rules();
@@ -203,7 +199,19 @@ pub(crate) fn run(seed: u64) -> Result<Outcome, String> {
                 (0, 0)
             }
         }
-    });
+    })
+}
+
+/// Plays in virtual time, with the fate of a seed; `play` says how many operations and faults there were.
+///
+/// # Errors
+/// What did not hold.
+pub(crate) fn simulate(seed: u64, play: impl Future<Output = (u64, u64)>) -> Result<Outcome, String> {
+    PRINT.store(std::env::var_os("FJORD_TRACE").is_some(), Relaxed);
+    fate::begin(seed);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
+    let (operations, faults) = runtime.block_on(play);
     let found = VIOLATIONS.lock().unwrap().iter().take(5).cloned().chain(panics()).collect::<Vec<_>>();
     if !found.is_empty() {
         return Err(found.join("\n"));

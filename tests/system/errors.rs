@@ -129,6 +129,32 @@ fn a_detached_mount_ends_although_nobody_answers() {
     );
 }
 
+/// Closing a file may have to commit it, and the end of a mount closes what is open.
+#[test]
+fn a_file_closed_while_nobody_answers_does_not_keep_a_detached_mount() {
+    let mut cluster = Cluster::start("detached-open", Setup::default());
+    let mut mount = cluster.mount_with("timeout=1h,dirty_age=1h");
+    fs::write(mount.join("f"), rng::bytes(1, SIZE)).unwrap();
+    let file = File::options().read(true).write(true).open(mount.join("f")).unwrap();
+    // SAFETY: nobody truncates it.
+    let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
+    drop(file);
+    cluster.kill_meta();
+    wait_for("the client to notice", SOON, || {
+        let log = mount.process().log();
+        if log.contains("session stream broke") { Ok(()) } else { Err(log) }
+    });
+    mountpoint::detach(mount.path());
+    drop(map);
+    wait_for("the mount to say what it waits for", SOON, || {
+        let log = mount.process().log();
+        if log.contains("A signal gives it up") { Ok(()) } else { Err(log) }
+    });
+    mount.process().signal(Signal::TERM);
+    let status = mount.process().wait();
+    assert_eq!(status.code(), Some(1), "{}", mount.process().log());
+}
+
 fn unmount(cluster: &Cluster, mount: &MountPoint) -> Run {
     cluster.fjord(["umount".as_ref(), mount.path().as_os_str()])
 }

@@ -10,11 +10,14 @@ use std::{
 };
 
 use fjordfs_tests::{
-    Cluster, Setup,
+    Cluster, Process, Setup,
+    engines::free_port,
     fault::{find_pages, flip, volumes},
+    process::fjord,
     rng,
     status::Status,
     tree::{self, Tree},
+    wait::{SOON, wait_for},
 };
 
 fn setup(servers: usize) -> Setup {
@@ -390,5 +393,87 @@ fn a_target_is_added_to_a_server_in_use() {
     assert!(log.contains("in use by another data server") && log.contains(list.to_str().unwrap()), "{log}");
     other.unmount();
     mount.unmount();
+    cluster.assert_running();
+}
+
+/// Nothing is kept on a target, and it is out.
+fn out_of_use(status: &Status, name: &str) -> bool {
+    let found = status.list("targets").iter().find(|t| format!("t{}", t["id"]) == name);
+    found.is_some_and(|t| t["groups"] == 0 && t["state"] == "out")
+}
+
+/// A server, a target and a disk in the place of another one are new, and blocks have moved to all of them: a backup of before does not
+/// know of that, and is restored.
+#[test]
+fn a_backup_that_is_older_than_the_targets_is_restored_and_everything_found() {
+    let mut cluster = Cluster::start("old-backup", setup(3));
+    let source = fill(&cluster, 7);
+    let file = cluster.dir("backup").join("monday");
+    cluster.fjord(["meta", "backup", file.to_str().unwrap()]).ok();
+    let last = AtomicU64::new(0);
+    let before = cluster.wait_status("every shard to be told of", |s| {
+        thread::sleep(Duration::from_millis(1500));
+        last.swap(s.sum("shards"), Ordering::Relaxed) == s.sum("shards")
+    });
+    let before = before.sum("shards");
+    let (name, folder) = ("data9", cluster.dir("data9"));
+    let (address, listen) = (cluster.meta_address(), format!("127.0.0.1:{}", free_port()));
+    let size = cluster.setup().volume_size.to_string();
+    let start = |log: &str| {
+        let mut command = fjord(["data", "--meta", &address, "--listen", &listen, "--name", name]);
+        command.args(["--cores", "1", "--volume-size", &size, "--target"]).arg(&folder);
+        Process::start("the new data server", command, &folder.with_file_name(log))
+    };
+    let mut new = start("data9.log");
+    let added = cluster.dir("disk").join("added");
+    cluster.fjord(["target", "add", "--server", "data0", added.to_str().unwrap()]).ok();
+    let old = format!("t{}", target_of(&cluster.status(), 1).unwrap()["id"]);
+    cluster.kill_data(1);
+    fs::remove_dir_all(cluster.target_folder(1, 0)).unwrap();
+    cluster.wait_status("it to be missed", |s| state(s, 1) == "down");
+    cluster.start_data(1);
+    let id = |t: &serde_json::Value| format!("t{}", t["id"]);
+    cluster.wait_status("the new disk", |s| {
+        s.targets_up() == 5 && s.list("targets").iter().any(|t| t["domain"] == "data1" && id(t) != old)
+    });
+    cluster.fjord(["target", "replace", &old]).ok();
+    cluster.wait_status("the new disk to be filled", whole);
+    cluster.fjord(["target", "remove", &old]).ok();
+    cluster.fjord(["rebalance"]).ok();
+    // Those that have lost a place have dropped what they had.
+    wait_for("the balance", 4 * SOON, || {
+        let s = cluster.try_status()?;
+        let balanced = whole(&s) && s.0["healing"]["rebalancing"] == false && s.sum("shards") == before;
+        if balanced { Ok(()) } else { Err(s.to_string()) }
+    });
+    assert_intact(&cluster, &source, 7);
+    new.stop();
+    cluster.stop();
+    let meta = cluster.meta_folder();
+    fs::rename(&meta, cluster.dir("old").join("meta")).unwrap();
+    cluster
+        .fjord([
+            "meta".into(),
+            "restore".into(),
+            file.into_os_string(),
+            "--data".into(),
+            meta.into_os_string(),
+        ])
+        .ok();
+    cluster.start_meta();
+    for server in 0..3 {
+        cluster.start_data(server);
+    }
+    let mut new = start("data9-again.log");
+    // The disk that was replaced is in the metadata of then.
+    cluster.wait_status("all that there are", |s| s.targets_up() == 5 && whole(s) && out_of_use(s, &old));
+    cluster.fjord(["target", "remove", &old]).ok();
+    wait_for("everything to be where the restored metadata has it", 4 * SOON, || {
+        let s = cluster.try_status()?;
+        let got = cluster.fjord(["fsck", "--json"]);
+        if got.code() == 0 { Ok(()) } else { Err(format!("{}\n{s}", got.stdout)) }
+    });
+    assert_intact(&cluster, &source, 7);
+    new.assert_running();
     cluster.assert_running();
 }

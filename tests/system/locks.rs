@@ -24,6 +24,7 @@ use fjordfs_tests::{
     wait_for,
 };
 use rand::Rng;
+use rustix::process::Signal;
 
 use Kind::{Read as R, Unlock, Write as W};
 use Owner::{OpenFile, Process};
@@ -351,6 +352,49 @@ fn locks_go_with_their_client() {
     drop(file);
     c.unmount();
     flock(&open(&a, "g"), W, false).unwrap();
+}
+
+/// Nothing that was written under a lock comes after what the next owner of the lock has written, and who lost it is told.
+#[test]
+fn what_was_written_under_a_lost_lock_is_void() {
+    for (case, length) in [("inline", 1000), ("blocks", 300_000)] {
+        let setup = Setup { session_timeout: Duration::from_secs(3), ..Setup::default() };
+        let cluster = Cluster::start(&format!("locks-void-{case}"), setup);
+        // Nothing is committed before it is asked for.
+        let (mut a, b) = (cluster.mount_with("dirty_age=1h"), cluster.mount());
+        let [locked, other] = ["locked", "other"].map(|name| open(&a, name));
+        for file in [&locked, &other] {
+            file.write_all_at(&vec![1; length], 0).unwrap();
+            file.sync_all().unwrap();
+        }
+        lock(&locked, OpenFile, W, 0, 10).unwrap();
+        for file in [&locked, &other] {
+            file.write_all_at(&vec![2; length], 0).unwrap();
+        }
+        a.process().signal(Signal::STOP);
+        let next = open(&b, "locked");
+        soon_free("the lock of a session that is over", || try_lock(&next, OpenFile, W, 0, 10));
+        next.write_all_at(&[3; 10], 0).unwrap();
+        next.sync_all().unwrap();
+        a.process().signal(Signal::CONT);
+        let told = locked.sync_all().unwrap_err();
+        assert_eq!(told.raw_os_error(), Some(libc::EIO), "{case}");
+        locked.sync_all().unwrap_or_else(|e| panic!("{case}: it was told: {e}"));
+        other.sync_all().unwrap_or_else(|e| panic!("{case}: nothing was locked: {e}"));
+        assert_eq!(try_lock(&locked, OpenFile, W, 0, 10), AGAIN, "{case}: it is the other's");
+        let expected = [vec![3; 10], vec![1; length - 10]].concat();
+        for mount in [&a, &b] {
+            assert!(
+                fs::read(mount.join("locked")).unwrap() == expected,
+                "{case}: {}",
+                mount.path().display()
+            );
+            assert!(fs::read(mount.join("other")).unwrap() == vec![2; length], "{case}: not locked");
+        }
+        drop((locked, other, next));
+        a.unmount_after_trouble();
+        b.unmount();
+    }
 }
 
 #[test]

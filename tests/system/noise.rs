@@ -22,6 +22,7 @@ fn hello(cluster_id: &str) -> Vec<u8> {
         cluster_id: cluster_id.into(),
         client: "a test".into(),
         upkeep: false,
+        probe: None,
     };
     frame::encode(Opcode::Hello, false, 1, &body, 0)
 }
@@ -97,7 +98,7 @@ fn a_data_server_survives_every_kind_of_noise() {
             policy: 1,
             length,
             page_crcs,
-            epoch: 0,
+            ..Default::default()
         };
         [frame::encode(Opcode::PutShard, false, 2, &body, bytes.len()), bytes.to_vec()].concat()
     };

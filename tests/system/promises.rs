@@ -27,6 +27,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "everything_killed_at_once_comes_back",
             "any_server_may_go_and_reads_and_writes_go_on",
             "two_servers_may_go_where_there_are_two_parity_shards",
+            "what_was_synced_and_then_overwritten_survives_a_power_failure",
         ],
     ),
     (
@@ -63,6 +64,7 @@ const PROVEN: &[(&str, &[&str])] = &[
             "who_waits_gets_it_in_turn",
             "locks_outlive_the_metaserver",
             "locks_go_with_their_client",
+            "what_was_written_under_a_lost_lock_is_void",
             "who_has_the_lock_is_alone_and_sees_what_others_wrote",
             "a_lock_brings_the_others_bytes_into_an_open_file",
         ],

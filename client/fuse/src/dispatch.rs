@@ -497,7 +497,11 @@ impl<F: Filesystem> Dispatcher<F> {
     pub(crate) async fn close_all(&self) {
         self.directories.drain();
         for open in self.files.drain() {
-            self.release(&open).await;
+            tokio::select! {
+                biased;
+                () = self.release(&open) => {}
+                () = self.interrupts.mount_is_gone() => {}
+            }
         }
     }
 }

@@ -6,7 +6,8 @@
 //! every fatal signal turns into; then nobody sees the answer. Otherwise the request goes on, and because the
 //! kernel sends no second INTERRUPT, the caller is looked at again every second.
 //!
-//! The end of the mount gives up all of them: nobody is left who could hear.
+//! The end of the mount gives up all of them: nobody is left who could hear. It gives up closing and syncing, too: what is left to be written
+//! then is the client's, which says what it waits for.
 //!
 //! Only requests that change nothing are given up ([`crate::request::Request::is_interruptible`]). Waiting for a lock is another matter: it
 //! ends at any signal ([`Interrupts::interrupted`]).
@@ -16,6 +17,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -40,6 +42,7 @@ struct Shard {
 pub(crate) struct Interrupts {
     shards: [Mutex<Shard>; SHARDS],
     ended: AtomicBool,
+    end: Notify,
 }
 
 impl Interrupts {
@@ -65,6 +68,7 @@ impl Interrupts {
     /// The mount has ended.
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Release);
+        self.end.notify_waiters();
         for shard in &self.shards {
             shard.lock().waiting.values().for_each(|waiting| waiting.notify_one());
         }
@@ -83,6 +87,16 @@ impl Interrupts {
 }
 
 impl Interrupts {
+    /// Ends with the mount.
+    pub(crate) async fn mount_is_gone(&self) {
+        let mut end = pin!(self.end.notified());
+        // Whoever ends the mount sets this before it tells.
+        end.as_mut().enable();
+        if !self.ended.load(Ordering::Acquire) {
+            end.await;
+        }
+    }
+
     /// Ends when request `unique` is interrupted, by whatever signal: its caller waits for a lock, which every program expects to be
     /// interrupted, and the kernel takes it up again if the signal is of that kind. Ends with the mount, too.
     pub(crate) async fn interrupted(&self, unique: u64) {

@@ -250,6 +250,12 @@ impl Request {
                 | Statfs
         )
     }
+
+    /// Whether what is not done when the mount ends is done by the client when it ends.
+    pub(crate) fn ends_with_mount(&self) -> bool {
+        use Operation::*;
+        matches!(self.operation, Flush { .. } | Fsync { .. } | Release { .. } | Fsyncdir | Syncfs)
+    }
 }
 
 /// The unread part of a message.

@@ -183,19 +183,28 @@ async fn answer<F: Filesystem>(dispatcher: &Dispatcher<F>, message: Message, pay
         }
     };
     let (unique, pid) = (message.header.unique, request.caller.pid);
-    let is_interruptible = request.is_interruptible();
+    let (is_interruptible, ends_with_mount) = (request.is_interruptible(), request.ends_with_mount());
     let mut served = pin!(dispatcher.serve(request, payload));
     if changes_names(message.header.opcode) {
         return dispatcher.filesystem().for_request(unique & !UNIQUE_RESEND, served).await;
     }
-    if !is_interruptible {
+    if !is_interruptible && !ends_with_mount {
         return served.await;
     }
+    let nobody_waits = pin!(async {
+        if is_interruptible {
+            dispatcher.interrupts.caller_is_gone(unique, pid).await;
+            libc::EINTR
+        } else {
+            dispatcher.interrupts.mount_is_gone().await;
+            libc::ENOTCONN
+        }
+    });
     // Biased: a request that is done at once never registers for interrupts.
     tokio::select! {
         biased;
         answer = &mut served => answer,
-        () = dispatcher.interrupts.caller_is_gone(unique, pid) => Reply::Error(libc::EINTR).into(),
+        errno = nobody_waits => Reply::Error(errno).into(),
     }
 }
 

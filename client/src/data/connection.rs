@@ -33,7 +33,7 @@ use fjordfs_proto::{
     FsError, FsResult, PROTOCOL_VERSION, ServerId,
     error::Errno,
     frame::{self, Opcode},
-    pb::data::{HelloReply, HelloRequest},
+    pb::data::{HelloReply, HelloRequest, MemoryProbe},
 };
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
@@ -75,6 +75,8 @@ pub(super) struct Connection {
     shared: Arc<Shared>,
     way: Way,
     incarnation: u64,
+    /// The server reads what is put from this process's memory.
+    reads_memory: AtomicBool,
 }
 
 struct Shared {
@@ -158,14 +160,19 @@ impl Connection {
                 .map_err(|_| format!("no connection within {CONNECT_TIMEOUT:?}"))??;
             let shared = Shared::new(address, socket, memory);
             tokio::spawn(pump(Arc::downgrade(&shared)));
-            Ok::<_, String>(Connection { shared, way, incarnation: 0 })
+            Ok::<_, String>(Connection { shared, way, incarnation: 0, reads_memory: AtomicBool::new(false) })
         });
         let mut connection = opening.await.map_err(|e| e.to_string())??;
+        // Lies where it is until the greeting has been answered.
+        let probe = Bytes::copy_from_slice(uuid::Uuid::new_v4().as_bytes());
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             cluster_id: peer.cluster_id.clone(),
             client: peer.client.clone(),
             upkeep: false,
+            probe: connection
+                .is_local()
+                .then(|| MemoryProbe { address: address_of(&probe), content: probe.clone() }),
         };
         let greeting = connection.request(Opcode::Hello, &hello, Vec::new());
         let answer = tokio::time::timeout(CONNECT_TIMEOUT, greeting)
@@ -181,6 +188,7 @@ impl Connection {
             return Err(format!("it belongs to cluster {}", greeting.cluster_id));
         }
         connection.incarnation = greeting.incarnation;
+        *connection.reads_memory.get_mut() = greeting.reads_memory;
         Ok(Arc::new(connection))
     }
 
@@ -197,6 +205,16 @@ impl Connection {
     /// Whether the server is on this host, and was reached as such.
     pub(super) fn is_local(&self) -> bool {
         self.way == Way::Local
+    }
+
+    /// Whether the server takes what is put from this process's memory.
+    pub(super) fn reads_memory(&self) -> bool {
+        self.reads_memory.load(Ordering::Relaxed)
+    }
+
+    /// It could not, once.
+    pub(super) fn cannot_read_memory(&self) {
+        self.reads_memory.store(false, Ordering::Relaxed);
     }
 
     /// False once it has failed: get another one.
@@ -227,6 +245,11 @@ impl Connection {
     ) -> FsResult<Answer> {
         self.shared.call(opcode, body, Vec::new(), Some(memory)).await
     }
+}
+
+/// Where bytes are, for a server that reads them.
+pub(super) fn address_of(bytes: &Bytes) -> u64 {
+    bytes.as_ptr().expose_provenance() as u64
 }
 
 impl Shared {

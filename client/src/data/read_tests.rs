@@ -46,6 +46,9 @@ enum Mood {
     Silent,
     /// As that, but of syncs only.
     SilentSyncs,
+    /// Reads what is put from the client's memory, or has lost the right to.
+    ReadsMemory,
+    ReadMemoryOnce,
 }
 
 /// Bytes and page checksums by block and shard.
@@ -56,6 +59,8 @@ struct Stub {
     shards: Mutex<Shards>,
     reads: AtomicU64,
     incarnation: AtomicU64,
+    /// Puts that came without their bytes.
+    lent: AtomicU64,
 }
 
 impl Stub {
@@ -82,7 +87,9 @@ impl Stub {
         let reply = match (op, mood) {
             (Opcode::Hello, _) => {
                 let incarnation = self.incarnation.load(Ordering::Relaxed);
-                let hello = HelloReply { server: id, cluster_id: "c".into(), targets: vec![id], incarnation };
+                let reads_memory = matches!(mood, Mood::ReadsMemory | Mood::ReadMemoryOnce);
+                let (cluster_id, targets) = ("c".into(), vec![id]);
+                let hello = HelloReply { server: id, cluster_id, targets, incarnation, reads_memory };
                 frame::encode(op, true, request, &hello, 0)
             }
             (_, Mood::Silent) | (Opcode::Sync, Mood::SilentSyncs) => return Ok(()),
@@ -91,6 +98,16 @@ impl Stub {
             (Opcode::Sync, _) => frame::encode(op, true, request, &SyncReply {}, 0),
             (Opcode::PutShard, _) => {
                 let put: PutShardRequest = frame::decode_body(op, &body).unwrap();
+                assert!(put.memory.is_empty() || payload.is_empty());
+                if mood == Mood::ReadMemoryOnce && !put.memory.is_empty() {
+                    return stream.write_all(&refuse(Errno::EFAULT, "not any more"));
+                }
+                self.lent.fetch_add(u64::from(!put.memory.is_empty()), Ordering::Relaxed);
+                for piece in &put.memory {
+                    let start = std::ptr::with_exposed_provenance::<u8>(piece.address as usize);
+                    // SAFETY: the client is this process, and keeps it until it is answered.
+                    payload.extend(unsafe { std::slice::from_raw_parts(start, piece.length as usize) });
+                }
                 self.shards.lock().insert((put.block, put.shard), (payload, put.page_crcs.to_vec()));
                 frame::encode(op, true, request, &PutShardReply {}, 0)
             }
@@ -156,6 +173,7 @@ impl World {
                 shards: Mutex::default(),
                 reads: AtomicU64::new(0),
                 incarnation: AtomicU64::new(1),
+                lent: AtomicU64::new(0),
             });
             stub.clone().serve(listener, id);
             stubs.push(stub);
@@ -378,6 +396,31 @@ async fn a_put_says_who_has_no_shard() {
     world.mood(0, Mood::Fails);
     let failed = world.data.put(BlockId(9), layout, &shards, Duration::ZERO).await.unwrap_err();
     assert_eq!(failed.missing.iter().map(|(target, _)| target.0).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[tokio::test]
+async fn what_is_put_is_lent_to_servers_that_read_it_and_sent_to_others() {
+    let world = World::new(3, LONG);
+    world.mood(0, Mood::ReadsMemory);
+    world.mood(1, Mood::ReadMemoryOnce);
+    let lent =
+        || -> Vec<u64> { world.stubs.iter().map(|stub| stub.lent.swap(0, Ordering::Relaxed)).collect() };
+    for (put, (length, expected)) in
+        [(900_000, [1, 0, 0]), (900_000, [1, 0, 0]), (5000, [0; 3])].into_iter().enumerate()
+    {
+        let bytes = block(length);
+        let layout = world.put(put as u64 + 1, "replica:3", &bytes).await;
+        assert_eq!(lent(), expected, "{put}");
+        let stored = |stub: &Arc<Stub>| stub.shards.lock()[&(put as u64 + 1, 0)].0 == bytes;
+        assert!(stored(&world.stubs[0]), "{put}");
+        assert!(world.read(put as u64 + 1, layout, 0, length as u32).await.unwrap() == bytes, "{put}");
+    }
+    // Bytes in many small pieces are quicker sent.
+    let layout = Layout::of("replica:3".parse().unwrap(), 900_000);
+    let parts: Vec<Bytes> = block(900_000).chunks(4096).map(Bytes::copy_from_slice).collect();
+    let shards = world.data.encode(layout, &parts).await.unwrap();
+    let placed = world.data.put(BlockId(9), layout, &shards, Duration::ZERO).await.unwrap();
+    assert_eq!((placed.missing.len(), lent()), (0, vec![0; 3]));
 }
 
 #[tokio::test]

@@ -11,10 +11,21 @@ use fjordfs_proto::{
     coding::{self, Shards},
     error::Errno,
     frame::Opcode,
-    pb::data::PutShardRequest,
+    pb::data::{MemoryPiece, PutShardRequest},
 };
+use tracing::debug;
 
-use super::{DataClient, Unsynced};
+use super::{DataClient, Unsynced, connection::address_of};
+
+/// A server on this host reads shards of at least so many bytes from memory; smaller ones are sent sooner than described.
+const LENT_MIN: usize = 128 << 10;
+
+/// Bytes of a piece of them on average, at least. So a shard has no more of them than a server takes.
+const PIECE_MIN: usize = 16 << 10;
+
+fn piece(of: &Bytes) -> MemoryPiece {
+    MemoryPiece { address: address_of(of), length: of.len() as u32 }
+}
 
 /// While others have not done enough either, a target is given so many times as long.
 const FOR_ENOUGH: u32 = 4;
@@ -127,17 +138,33 @@ impl DataClient {
         let (at, shard) = (usize::from(shard), u32::from(shard));
         let (parts, crcs) = (shards.parts.get(at), shards.page_crcs.get(at));
         let parts = parts.cloned().unwrap_or_default();
-        let request = PutShardRequest {
+        let length = parts.iter().map(Bytes::len).sum::<usize>();
+        let mut request = PutShardRequest {
             target: target.0,
             block: block.0,
             shard,
             policy: layout.policy().code().into(),
-            length: parts.iter().map(|part| part.len()).sum::<usize>() as u32,
+            length: length as u32,
             page_crcs: crcs.cloned().unwrap_or_default(),
             epoch: epoch.0,
+            memory: Vec::new(),
         };
         let stored = async {
             let connection = self.connection(target).await?;
+            if connection.reads_memory() && length >= LENT_MIN && length / parts.len() >= PIECE_MIN {
+                request.memory = parts.iter().map(piece).collect();
+                // The shards stay where they are for as long as this is waited for. Who stops waiting lets the server read what it likes: it
+                // stores nothing that does not match the checksums.
+                match connection.request(Opcode::PutShard, &request, Vec::new()).await {
+                    Err(e) if e.errno == Errno::EFAULT => {
+                        debug!(%target, "it does not take what is put from memory any more: {e}");
+                        connection.cannot_read_memory();
+                        request.memory.clear();
+                    }
+                    Err(e) => return Err(e),
+                    Ok(_) => return Ok(Unsynced::new(target, block, shard, layout, &connection)),
+                }
+            }
             connection.request(Opcode::PutShard, &request, parts).await?;
             Ok(Unsynced::new(target, block, shard, layout, &connection))
         };

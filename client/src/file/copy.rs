@@ -2,7 +2,8 @@
 //!
 //! # Order
 //! What was written to both files before is committed first, so the server knows what to share and what is replaced.
-//! Bytes that are written into the target meanwhile come later and stay.
+//! Bytes that are written into the target meanwhile come later and stay. What is shared is synced before it takes the place of
+//! bytes that may have been, so that a power failure leaves one or the other.
 
 use std::ops::Range;
 
@@ -69,6 +70,10 @@ impl Handle {
             clear_suid: range.clear_suid,
             same_as: range.same_as,
         };
+        // What is moved only has been synced already.
+        if range.same_as.is_none() && target.start < self.state.lock().view.size() {
+            self.client.sync_shared(source.state.ino).await?;
+        }
         let reply = match self.submit_copy(op, &target).await?.wait().await {
             Ok(response::Result::CopyRange(reply)) => reply,
             outcome => {

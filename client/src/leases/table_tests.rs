@@ -132,7 +132,10 @@ fn every_answer_that_shows_attributes_is_taken_in() {
             Op::Allocate(Allocate { ino: 7, ..Allocate::default() }),
             Reply::Entry(Entry { attr: shown(3), ..Entry::default() }),
         ),
-        (Op::Commit(Commit::default()), Reply::Commit(CommitReply { files: vec![file] })),
+        (
+            Op::Commit(Commit::default()),
+            Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }),
+        ),
         (copy.clone(), Reply::CopyRange(CopyRangeReply { copied: 5, attr: shown(5) })),
     ];
     let mut t = table();
@@ -298,7 +301,7 @@ fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
         ..Commit::default()
     });
     let file = FileCommitReply { attr: Some(version(2)), ..FileCommitReply::default() };
-    let reply = Ok(Reply::Commit(CommitReply { files: vec![file] }));
+    let reply = Ok(Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }));
     // Others had to let go first, so it grants nothing; and it is recalled besides.
     told(&mut t, &commit, &reply, 0, &[]);
     t.forget(InodeId(7));
@@ -306,7 +309,7 @@ fn an_answer_from_before_a_commit_of_this_client_shows_nothing_older() {
     assert_eq!(t.newest(version(1)), version(2), "a look that was answered late");
     assert_eq!(t.newest(version(3)), version(3), "others have written since");
     let file = FileCommitReply { attr: Some(version(1)), ..FileCommitReply::default() };
-    let late = Ok(Reply::Commit(CommitReply { files: vec![file] }));
+    let late = Ok(Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }));
     told(&mut t, &commit, &late, 0, &[]);
     assert_eq!(t.newest(version(1)), version(2), "a commit that was answered late");
     t.clear();
@@ -319,7 +322,7 @@ fn versions_that_only_this_client_has_made_are_known() {
     let file = |version| Attr { data_version: version, ..attr(8, FileKind::Regular, 0o644) };
     let mut commit = |version, appended_shift| {
         let file = FileCommitReply { attr: Some(file(version)), appended_shift, errno: 0 };
-        let reply = Ok(Reply::Commit(CommitReply { files: vec![file] }));
+        let reply = Ok(Reply::Commit(CommitReply { files: vec![file], ..CommitReply::default() }));
         told(&mut t, &Op::Commit(Commit::default()), &reply, 0, &[]);
         t.own_versions(InodeId(8)).unwrap()
     };

@@ -257,11 +257,11 @@ async fn resume(peer: &Arc<Peer>, legacy: &Legacy) -> FsResult<Attached> {
                 pause = (pause * 2).min(BACKOFF.1);
             }
             Err(AttachError::SessionLost(why)) if session != 0 => {
-                let locks = peer.locks.lost();
+                let locked_files = peer.locks.lost().len();
                 tracing::warn!(
                     metaserver = peer.address,
                     why,
-                    locks,
+                    locked_files,
                     "the session of the process before is lost, with its locks and unlinked open files"
                 );
                 session = 0;

@@ -262,12 +262,16 @@ impl Driver {
 
     fn take_calls(&mut self, batch: &mut Vec<Call>) {
         for call in batch.drain(..) {
-            match call {
-                Call::Operation(op, sent, reply, request) => {
-                    self.queue.submit(op, sent, Answer::Caller(reply), request);
-                }
-                Call::Goodbye => self.ending = true,
+            self.take_call(call);
+        }
+    }
+
+    fn take_call(&mut self, call: Call) {
+        match call {
+            Call::Operation(op, sent, reply, request) => {
+                self.queue.submit(op, sent, Answer::Caller(reply), request);
             }
+            Call::Goodbye => self.ending = true,
         }
     }
 
@@ -414,10 +418,7 @@ impl Driver {
                         Errno::EIO,
                         format!("the metaserver gave up on this client: {why}"),
                     ));
-                    let locks = self.locks.lost();
-                    if locks > 0 {
-                        warn!(locks, "locks of programs on this client are lost: others may take them");
-                    }
+                    self.lose_locks().await;
                     self.session = 0;
                 }
                 Err(AttachError::SessionLost(why) | AttachError::Refused(why)) => {
@@ -425,6 +426,36 @@ impl Driver {
                     self.fail_all(&FsError::new(Errno::EIO, format!("refused by the metaserver: {why}")));
                     return None;
                 }
+            }
+        }
+    }
+
+    /// Others may take the locks of programs here, or have done so, and written.
+    async fn lose_locks(&mut self) {
+        let inodes = self.locks.lost();
+        if inodes.is_empty() {
+            return;
+        }
+        warn!(
+            files = inodes.len(),
+            "locks of programs on this client are lost: others may take them. What was written under them and not committed is \
+             void, and who has such a file open is told"
+        );
+        let error = FsError::new(
+            Errno::EIO,
+            "locks on it were lost with the client's session; what was written last is void",
+        );
+        self.leases.locks_lost(inodes.clone(), error.clone()).within(self.beats.patience).await;
+        // What was submitted before that waits here.
+        while let Ok(call) = self.calls.try_recv() {
+            match call {
+                Call::Operation(Op::Commit(commit), _, reply, _)
+                    if commit.files.iter().any(|file| inodes.contains(&InodeId(file.ino))) =>
+                {
+                    // Nobody waits when the client is gone.
+                    let _ = reply.send(Err(error.clone()));
+                }
+                call => self.take_call(call),
             }
         }
     }

@@ -34,6 +34,14 @@ impl Inner {
         self.sync_shards(stored.unwrap_or_default()).await
     }
 
+    /// Makes all that a file reaches power-safe, whoever has stored it.
+    pub(crate) async fn sync_shared(self: &Arc<Self>, ino: InodeId) -> FsResult<()> {
+        let mut shards = self.unsynced.lock().get(&ino).cloned().unwrap_or_default();
+        shards.retain(|shard| !shard.is_spare());
+        shards.extend(self.data.unsynced_of_others());
+        self.data.sync(&shards).await.all()
+    }
+
     /// What was stored of `source` now counts for `target`, too, with whatever other clients have put. Once: files are copied to
     /// and fro, and within themselves.
     pub(crate) fn is_stored_of_too(&self, source: InodeId, target: InodeId) {
@@ -47,6 +55,20 @@ impl Inner {
         there.extend(self.data.unsynced_of_others());
     }
 
+    /// Makes a block power-safe that takes the place of something in these files.
+    pub(crate) async fn sync_block(
+        self: &Arc<Self>,
+        shards: Vec<Unsynced>,
+        files: Vec<InodeId>,
+    ) -> FsResult<()> {
+        let Synced { lost, spare } = self.data.sync(&shards).await;
+        if let Some(e) = lost.into_values().next() {
+            return Err(e);
+        }
+        files.into_iter().for_each(|ino| self.are_synced(ino, &shards, &spare));
+        Ok(())
+    }
+
     /// One file that cannot be made safe keeps none of the others on the list.
     async fn sync_shards(self: &Arc<Self>, stored: Stored) -> FsResult<()> {
         let shards: Vec<_> = stored.values().flatten().cloned().collect();
@@ -57,19 +79,22 @@ impl Inner {
                 outcome = Err(e);
                 continue;
             }
-            let done: HashSet<Place> = shards.iter().map(Unsynced::place).collect();
-            let mut unsynced = self.unsynced.lock();
-            if let Some(left) = unsynced.get_mut(&ino) {
-                left.retain(|shard| !done.contains(&shard.place()) || spare.contains(&shard.place()));
-                left.iter_mut()
-                    .filter(|shard| done.contains(&shard.place()))
-                    .for_each(Unsynced::becomes_spare);
-                if left.is_empty() {
-                    unsynced.remove(&ino);
-                }
-            }
+            self.are_synced(ino, &shards, &spare);
         }
         outcome
+    }
+
+    /// Takes shards of a file off the list; those that are `spare` are still to be synced in the background.
+    fn are_synced(&self, ino: InodeId, shards: &[Unsynced], spare: &HashSet<Place>) {
+        let done: HashSet<Place> = shards.iter().map(Unsynced::place).collect();
+        let mut unsynced = self.unsynced.lock();
+        if let Some(left) = unsynced.get_mut(&ino) {
+            left.retain(|shard| !done.contains(&shard.place()) || spare.contains(&shard.place()));
+            left.iter_mut().filter(|shard| done.contains(&shard.place())).for_each(Unsynced::becomes_spare);
+            if left.is_empty() {
+                unsynced.remove(&ino);
+            }
+        }
     }
 
     /// Whether a file has lost none of its shards.

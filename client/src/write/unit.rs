@@ -1,4 +1,5 @@
-//! One unit on its way: store, wait for its turn, commit.
+//! One unit on its way: store, wait for its turn, commit; and when the metaserver says that it replaces something, sync and
+//! commit again.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use tracing::warn;
 use super::UnitDone;
 use crate::{
     client::Inner,
-    data::Placed,
+    data::{Placed, Unsynced},
     file::{FileInner, FileState, UnitId},
     meta::{Pending, unexpected},
 };
@@ -44,6 +45,8 @@ struct Running {
     abandoned: Vec<u64>,
     /// Members of its group that have no shard of the block.
     missing: Vec<TargetId>,
+    /// Shards of the block, until they have been synced.
+    unsynced: Vec<Unsynced>,
 }
 
 impl Unit {
@@ -130,7 +133,8 @@ impl Unit {
         self.files.sort_by_key(|f| f.ino);
         // Taken here and not in the task, so that a file's full blocks get consecutive ids.
         let block = if self.inline { None } else { client.blocks.take_now(self.layout()) };
-        let running = Running { unit: self, block, abandoned: Vec::new(), missing: Vec::new() };
+        let running =
+            Running { unit: self, block, abandoned: Vec::new(), missing: Vec::new(), unsynced: Vec::new() };
         let task_client = client.clone();
         let inline = running.unit.inline;
         let task = async move { running.run(&task_client).await };
@@ -159,6 +163,12 @@ fn good_enough(client: &Inner, layout: Layout, avoid: &mut HashSet<TargetId>, pl
     true
 }
 
+/// Adds a block to those that are to be abandoned.
+fn abandon(abandoned: &mut Vec<u64>, block: Option<BlockId>) {
+    let block = block.map(|block| block.0).filter(|block| !abandoned.contains(block));
+    abandoned.extend(block);
+}
+
 impl Running {
     async fn run(mut self, client: &Arc<Inner>) {
         let outcome = self.store_and_commit(client).await;
@@ -185,13 +195,27 @@ impl Running {
         for done in &mut self.unit.before {
             let _ = done.wait_for(|done| *done).await;
         }
-        let (sent, pending) = self.submit(client);
-        let Some(pending) = pending else { return Ok(()) };
-        let reply = match pending.wait().await? {
-            response::Result::Commit(reply) => reply,
-            _ => return Err(unexpected("a commit")),
-        };
-        self.committed(client, sent, reply)
+        loop {
+            let (sent, pending) = self.submit(client);
+            let Some(pending) = pending else { return Ok(()) };
+            let committed = match pending.wait().await {
+                Ok(response::Result::Commit(reply)) if reply.sync_first && !self.unsynced.is_empty() => {
+                    let files = self.unit.files.iter().map(|file| file.ino).collect();
+                    client.sync_block(std::mem::take(&mut self.unsynced), files).await
+                }
+                Ok(response::Result::Commit(reply)) => {
+                    self.abandoned.clear();
+                    return self.committed(client, sent, reply);
+                }
+                Ok(_) => return Err(unexpected("a commit")),
+                Err(e) => Err(e),
+            };
+            if let Err(e) = committed {
+                // What the commit named is as it was before. If it takes effect after all, this is refused.
+                abandon(&mut self.abandoned, self.block);
+                return Err(e);
+            }
+        }
     }
 
     /// Stores the block, in another group whenever a target fails.
@@ -247,19 +271,20 @@ impl Running {
         for file in &self.unit.files {
             freed += file.lock().view.unit_stored(self.unit.id, placed.block, layout);
         }
+        self.unsynced = placed.unsynced;
         client.budget.release(freed);
         Ok(())
     }
 
-    /// Builds and submits the commit while all files are locked.
+    /// Builds and submits the commit while all files are locked; what it says of each file.
     fn submit(&mut self, client: &Inner) -> (Vec<Option<FileCommit>>, Option<Pending>) {
         let locked: Vec<_> = self.unit.files.iter().map(|f| f.lock()).collect();
         let sent: Vec<Option<FileCommit>> = locked.iter().map(|f| f.view.commit_of(self.unit.id)).collect();
         let files: Vec<FileCommit> = sent.iter().flatten().cloned().collect();
         if files.is_empty() {
-            self.abandoned.extend(self.block.map(|b| b.0));
+            abandon(&mut self.abandoned, self.block);
         }
-        let abandoned = std::mem::take(&mut self.abandoned);
+        let abandoned = self.abandoned.clone();
         if files.is_empty() && abandoned.is_empty() {
             return (sent, None);
         }
@@ -268,8 +293,9 @@ impl Running {
             MissingShards { block: block.0, targets, ..MissingShards::default() }
         });
         let missing = missing.into_iter().collect();
-        let pending = client.meta.submit(Op::Commit(Commit { files, abandoned, sync: false, missing }));
-        (sent, Some(pending))
+        let unsynced = !self.unsynced.is_empty();
+        let commit = Commit { files, abandoned, sync: false, missing, unsynced };
+        (sent, Some(client.meta.submit(Op::Commit(commit))))
     }
 
     /// Blocks of a unit that has failed: on a full cluster, what was stored of them would be in the way until the session ends.

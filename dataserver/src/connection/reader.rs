@@ -46,6 +46,10 @@ impl FrameReader {
         FrameReader { socket, buffer: vec![0; BUFFER_LEN].into(), start: 0, end: 0, stall_max }
     }
 
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
     /// The next header; `None` when the peer has closed the connection between frames.
     pub(super) async fn header(&mut self) -> Result<Option<Header>, Broken> {
         while self.end - self.start < HEADER_LEN {

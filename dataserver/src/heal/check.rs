@@ -40,16 +40,18 @@ pub(super) struct Seat {
     pub(super) span: GroupSpan,
     /// The shards that it should have of each block.
     pub(super) shards: Vec<ShardNo>,
+    /// Targets outside of the group that have something of it.
+    pub(super) strays: BTreeSet<TargetId>,
 }
 
 /// Carries an order out. `report` is complete but for the problem that is the error.
 pub(super) async fn run(healing: &Healing, order: &Check, report: &mut CheckReport) -> Result<(), String> {
     let map = healing.node.map().ok_or("this data server has no cluster map yet")?;
     let (seat, members) = find(&map, order)?;
-    if seat.span.width < 2 && members.is_empty() {
+    if seat.span.width < 2 && members.is_empty() && seat.strays.is_empty() {
         return Ok(());
     }
-    let mut sources = Sources::new(healing, readable(&map, &members));
+    let mut sources = Sources::new(healing, readable(&map, members.union(&seat.strays)));
     compare(healing, &seat, &mut sources, report).await?;
     // Also when nothing was missing: an attempt that was given up may have copied it, and synced nothing.
     sync(healing, seat.target).await?;
@@ -84,7 +86,8 @@ fn find(map: &ClusterMap, order: &Check) -> Result<(Seat, BTreeSet<TargetId>), S
         return Err(format!("target {target} is not in that group in map {}", map.epoch));
     }
     let others = group.iter().copied().filter(|t| *t != target).collect();
-    Ok((Seat { target, span, shards }, others))
+    let strays = order.strays.iter().copied().map(TargetId).filter(|t| *t != target).collect();
+    Ok((Seat { target, span, shards, strays }, others))
 }
 
 /// Lists what the others have and copies what is missing, page by page.
@@ -216,6 +219,7 @@ async fn wanted(healing: &Healing, seat: &Seat, blocks: &[BlockId]) -> Result<Wa
         width: seat.span.width as u32,
         pg: seat.span.pg.0,
         blocks: blocks.iter().map(|block| block.0).collect(),
+        strays: seat.strays.iter().map(|target| target.0).collect(),
     };
     let asked = healing.ask(request).await;
     asked.map_err(|e| format!("the metaserver was asked which blocks are wanted: {}", e.message()))

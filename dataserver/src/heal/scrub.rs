@@ -271,7 +271,7 @@ async fn repair(
             Err(e) => tracing::debug!("{} on {other}: {e}", entry.block),
         }
     }
-    let seat = Seat { target, span, shards: vec![entry.shard] };
+    let seat = Seat { target, span, shards: vec![entry.shard], strays: Default::default() };
     let bad = Missing { block: entry.block, shards: vec![entry.shard], policy, others: listed };
     check::replace(healing, &seat, &mut sources, &bad, store, entry).await
 }

@@ -61,7 +61,7 @@ fn what_a_given_up_check_has_copied_is_synced_before_the_next_one_is_done() {
         }
         Asked::Read(read) => Said::Shard(bytes_of(read.block, LENGTH as usize)),
     });
-    let order = |ticket| Check { ticket, target: 1, first_block: 1, width: 2, pg: 0 };
+    let order = |ticket| Check { ticket, target: 1, first_block: 1, width: 2, pg: 0, strays: vec![] };
     {
         let mut state = fake.state.lock().unwrap();
         state.map = Some(cluster_map([server.address().to_string(), address.to_string()]));

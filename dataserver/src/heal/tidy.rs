@@ -2,8 +2,8 @@
 //! then kept after all.
 //!
 //! A shard is dropped when the map gives its place to another target, that target lists it, and the map has been the same for a
-//! while, so that no reader goes by an older one. What its owner does not list stays: it may be the only copy. Or its block has
-//! been deleted meanwhile: so the metaserver has a target delete every block that dies, whoever its holders are, for as
+//! while, so that no reader goes by an older one. What its owner does not list stays: it may be the only copy. The metaserver is told
+//! of which groups such shards are, and has the owners fetch them. Or the block has been deleted meanwhile: so the metaserver has a target delete every block that dies, whoever its holders are, for as
 //! long as it has not heard that there is nothing of others on it ([`Tidied`]).
 //!
 //! **Against a place that comes back.** If a newer map gives the place back, a check of the seat must not count a shard that is
@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fjordfs_proto::{BlockId, ClusterMap, Epoch, PgId, Policy, ShardNo, TargetId};
+use fjordfs_proto::{
+    BlockId, ClusterMap, Epoch, PgId, Policy, ShardNo, TargetId,
+    pb::meta::{StrayGroup, Strays},
+};
 use parking_lot::Mutex;
 
 use super::{Healing, check, restore::Sources};
@@ -37,22 +40,70 @@ const BATCH: usize = 64;
 /// A group and a shard number of it: a place that belongs to one target.
 type Slot = (BlockId, usize, PgId, ShardNo);
 
-/// By which map each target was last found to have nothing that belongs to others.
+/// A group of an era.
+type Group = (BlockId, usize, PgId);
+
+/// By which map each target was last found to have nothing that belongs to others, and what the metaserver has not been told yet of
+/// what others should have.
 #[derive(Default)]
-pub(crate) struct Tidied(Mutex<BTreeMap<TargetId, Epoch>>);
+pub(crate) struct Tidied(Mutex<BTreeMap<TargetId, Found>>);
+
+#[derive(Default)]
+struct Found {
+    tidied: Epoch,
+    untold: Option<BTreeSet<Group>>,
+}
 
 impl Tidied {
     pub(crate) fn of(&self, target: TargetId) -> Epoch {
-        self.0.lock().get(&target).copied().unwrap_or(Epoch(0))
+        self.0.lock().get(&target).map_or(Epoch(0), |found| found.tidied)
+    }
+
+    fn note(&self, target: TargetId, map: Epoch, outcome: Outcome) {
+        let mut all = self.0.lock();
+        let found = all.entry(target).or_default();
+        if outcome.left == 0 {
+            found.tidied = map;
+        }
+        found.untold = Some(outcome.strays);
+    }
+
+    /// For a heartbeat. What does not arrive is to be given back.
+    pub(crate) fn take_strays(&self) -> Vec<Strays> {
+        let told = |(first_block, width, pg): (BlockId, usize, PgId)| StrayGroup {
+            first_block: first_block.0,
+            width: width as u32,
+            pg: pg.0,
+        };
+        let mut all = self.0.lock();
+        let untold = all.iter_mut().filter_map(|(target, found)| Some((*target, found.untold.take()?)));
+        untold
+            .map(|(target, groups)| Strays {
+                target: target.0,
+                groups: groups.into_iter().map(told).collect(),
+            })
+            .collect()
+    }
+
+    /// Was not heard. What was found since is newer.
+    pub(crate) fn give_back(&self, strays: Vec<Strays>) {
+        let mut all = self.0.lock();
+        for Strays { target, groups } in strays {
+            let group = |g: StrayGroup| (BlockId(g.first_block), g.width as usize, PgId(g.pg));
+            let found = all.entry(TargetId(target)).or_default();
+            found.untold.get_or_insert_with(|| groups.into_iter().map(group).collect());
+        }
     }
 }
 
 /// What a look through a target has come to.
-#[derive(Default, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Default, PartialEq, Eq, Debug)]
 struct Outcome {
     dropped: usize,
     /// Shards whose places are not this target's.
     left: usize,
+    /// Groups with shards of these that may be missing where they belong.
+    strays: BTreeSet<Group>,
 }
 
 /// Tidies a target whenever the map has changed and stands, and again while something of others is left on it.
@@ -69,15 +120,14 @@ pub(super) async fn run(healing: Arc<Healing>, target: TargetId) {
             (looked, next) = (map.epoch, Instant::now() + pause);
             pause = (2 * pause).min(AGAIN);
             match tidy(&healing, target, &map).await {
-                Ok(Outcome { dropped, left }) => {
-                    if dropped > 0 {
+                Ok(outcome) => {
+                    if outcome.dropped > 0 {
+                        let dropped = outcome.dropped;
                         tracing::info!(
                             "{dropped} shards on {target} belong to other targets and were dropped"
                         );
                     }
-                    if left == 0 {
-                        healing.node.tidied.0.lock().insert(target, map.epoch);
-                    }
+                    healing.node.tidied.note(target, map.epoch, outcome);
                 }
                 Err(e) => tracing::warn!("looking for shards on {target} that belong to others: {e}"),
             }
@@ -86,11 +136,15 @@ pub(super) async fn run(healing: Arc<Healing>, target: TargetId) {
     }
 }
 
-/// Shards of one target whose places are another's, by place, and how many such there are in groups in motion: these are left
+/// Shards of one target whose places are another's, by place, and how many such there are in which groups in motion: these are left
 /// for later.
-fn disowned(map: &ClusterMap, target: TargetId, entries: &[Entry]) -> (BTreeMap<Slot, Vec<Entry>>, usize) {
+fn disowned(
+    map: &ClusterMap,
+    target: TargetId,
+    entries: &[Entry],
+) -> (BTreeMap<Slot, Vec<Entry>>, BTreeMap<Group, usize>) {
     let mut found: BTreeMap<Slot, Vec<Entry>> = BTreeMap::new();
-    let mut moving = 0;
+    let mut moving: BTreeMap<Group, usize> = BTreeMap::new();
     for entry in entries {
         let Some(policy) = Policy::from_code(entry.policy.into()) else { continue };
         let Some(era) = map.era_of(entry.block) else { continue };
@@ -102,7 +156,7 @@ fn disowned(map: &ClusterMap, target: TargetId, entries: &[Entry]) -> (BTreeMap<
             continue;
         }
         if table.moves_of(pg).next().is_some() {
-            moving += 1;
+            *moving.entry((era.first_block, policy.width(), pg)).or_default() += 1;
         } else {
             let slot = (era.first_block, policy.width(), pg, entry.shard);
             found.entry(slot).or_default().push(*entry);
@@ -123,11 +177,16 @@ async fn tidy(healing: &Healing, target: TargetId, map: &Arc<ClusterMap>) -> Res
         })
         .await
         .map_err(|e| format!("listing: {e}"))?;
-        outcome.left += moving;
+        outcome.left += moving.values().sum::<usize>();
+        outcome.strays.extend(moving.into_keys());
         for (slot, entries) in slots {
-            let dropped = drop_those_owned(healing, target, map, slot, &entries).await?;
+            let (owned, dropped) = drop_those_owned(healing, target, map, slot, &entries).await?;
             outcome.dropped += dropped;
             outcome.left += entries.len() - dropped;
+            if owned < entries.len() {
+                let (first_block, width, pg, _) = slot;
+                outcome.strays.insert((first_block, width, pg));
+            }
         }
         match last {
             Some(last) => after = last,
@@ -136,23 +195,23 @@ async fn tidy(healing: &Healing, target: TargetId, map: &Arc<ClusterMap>) -> Res
     }
 }
 
-/// Drops those shards of a place that its owner lists.
+/// Drops those shards of a place that its owner lists; how many these are, and how many were dropped.
 async fn drop_those_owned(
     healing: &Healing,
     target: TargetId,
     map: &Arc<ClusterMap>,
     (first_block, width, pg, shard): Slot,
     entries: &[Entry],
-) -> Result<usize, String> {
+) -> Result<(usize, usize), String> {
     let store = healing.node.store(target.0).map_err(|e| e.message)?.clone();
-    let Some((table, span)) = map.group(first_block, width, pg) else { return Ok(0) };
-    let Some(owner) = table.group(pg).get(usize::from(shard.0)).copied() else { return Ok(0) };
+    let Some((table, span)) = map.group(first_block, width, pg) else { return Ok((0, 0)) };
+    let Some(owner) = table.group(pg).get(usize::from(shard.0)).copied() else { return Ok((0, 0)) };
     let mut sources = Sources::new(healing, check::readable(map, [&owner]));
     if sources.targets().is_empty() {
-        return Ok(0);
+        return Ok((0, 0));
     }
     let mut owned: BTreeSet<BlockId> = BTreeSet::new();
-    let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(0) };
+    let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok((0, 0)) };
     let mut after = BlockId(first.block.0.saturating_sub(1));
     loop {
         let page = sources.list(owner, after, PAGE as u32, span.to_pb()).await.map_err(|e| e.message)?;
@@ -168,7 +227,7 @@ async fn drop_those_owned(
     for batch in surplus.chunks(BATCH) {
         let _no_check_looks = healing.node.arranging.write().await;
         if healing.node.map().is_none_or(|now| now.epoch != map.epoch) {
-            return Ok(dropped);
+            return Ok((surplus.len(), dropped));
         }
         for entry in batch {
             let (dropping, old) = (store.clone(), *entry);
@@ -177,7 +236,7 @@ async fn drop_those_owned(
             dropped += 1;
         }
     }
-    Ok(dropped)
+    Ok((surplus.len(), dropped))
 }
 
 #[cfg(test)]
@@ -208,7 +267,7 @@ mod tests {
         };
         let entries: Vec<Entry> = (1..200).flat_map(|block| [entry(block, 0), entry(block, 1)]).collect();
         let (found, left) = disowned(&map, TargetId(2), &entries);
-        assert_eq!(left, 0);
+        assert!(left.is_empty());
         let expected = [(0, 0), (1, 1)].map(|(pg, no)| (BlockId(1), 2, PgId(pg), ShardNo(no)));
         assert_eq!(found.keys().copied().collect::<Vec<_>>(), expected);
         for ((_, _, pg, _), entries) in &found {
@@ -218,7 +277,8 @@ mod tests {
         moving.eras[0].tables.get_mut(&2).unwrap().moves.insert(1, TargetId(3));
         let (found, left) = disowned(&moving, TargetId(2), &entries);
         assert_eq!(found.len(), 1, "the group in motion waits");
-        assert_eq!(left, entries.iter().filter(|e| table.pg_of(e.block) == PgId(0)).count() / 2);
+        let those = entries.iter().filter(|e| table.pg_of(e.block) == PgId(0)).count() / 2;
+        assert_eq!(left, BTreeMap::from([((BlockId(1), 2, PgId(0)), those)]));
         assert_eq!(disowned(&moving, TargetId(3), &entries).1, left, "who comes has only its own place");
     }
 }

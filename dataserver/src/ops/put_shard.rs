@@ -10,7 +10,10 @@ use fjordfs_proto::{
     pb::data::{PutShardReply, PutShardRequest},
 };
 
-use crate::{buffer::PageBuf, node::Node, store::NewShard};
+use crate::{buffer::PageBuf, lent::Lender, node::Node, store::NewShard};
+
+/// Most pieces of a shard in a client's memory: what one system call takes (UIO_MAXIOV).
+const PIECES_MAX: usize = 1024;
 
 /// Whether a request makes sense, before its payload is received.
 pub(crate) fn check(request: &PutShardRequest, payload_len: u32) -> FsResult<NewShard> {
@@ -20,8 +23,15 @@ pub(crate) fn check(request: &PutShardRequest, payload_len: u32) -> FsResult<New
     if length == 0 || length as usize > BLOCK_SIZE_MAX {
         return invalid(format!("{length} bytes; a shard has 1 to {BLOCK_SIZE_MAX}"));
     }
-    if payload_len != length {
-        return invalid(format!("{length} bytes are announced, {payload_len} were sent"));
+    let lent: u64 = request.memory.iter().map(|piece| u64::from(piece.length)).sum();
+    if (lent + u64::from(payload_len), lent.min(payload_len.into())) != (length.into(), 0) {
+        return invalid(format!("{length} bytes are announced, {payload_len} were sent and {lent} are lent"));
+    }
+    if request.memory.len() > PIECES_MAX {
+        return invalid(format!(
+            "{} pieces of memory, at most {PIECES_MAX} are allowed",
+            request.memory.len()
+        ));
     }
     if request.page_crcs.len() != 4 * pages(length as usize) {
         return invalid(format!(
@@ -46,6 +56,21 @@ fn width(policy: u32) -> FsResult<usize> {
     Ok(policy.width())
 }
 
+/// Fills the payload of `record` from the memory of who puts.
+pub(crate) async fn fill(
+    lender: Option<&Lender>,
+    request: &PutShardRequest,
+    record: &mut PageBuf,
+) -> FsResult<()> {
+    let unreadable = |why: String| {
+        let what = format!("put of b{} #{}: memory of the client: {why}", request.block, request.shard);
+        FsError::new(Errno::EFAULT, what)
+    };
+    let lender = lender.ok_or_else(|| unreadable("this server does not read it".to_owned()))?;
+    let into = &mut record[PAGE_SIZE..PAGE_SIZE + request.length as usize];
+    lender.fill(&request.memory, into).await.map_err(|e| unreadable(e.to_string()))
+}
+
 /// Verifies and stores; the payload lies at byte 4096 of `record`.
 pub(crate) async fn run(
     node: &Node,
@@ -58,7 +83,9 @@ pub(crate) async fn run(
     let _admitted = node.placing.admit(TargetId(request.target), place, Epoch(request.epoch))?;
     let data = &record[PAGE_SIZE..PAGE_SIZE + new.length as usize];
     if let Some(page) = first_bad_page(data, &request.page_crcs) {
-        store.bad_page();
+        if request.memory.is_empty() {
+            store.bad_page();
+        }
         let what = format!(
             "put of {} {}: page {page} does not match its checksum; it was damaged on the way, send it again",
             new.block, new.shard
@@ -71,6 +98,8 @@ pub(crate) async fn run(
 
 #[cfg(test)]
 mod tests {
+    use fjordfs_proto::pb::data::MemoryPiece;
+
     use super::*;
 
     #[test]
@@ -83,9 +112,20 @@ mod tests {
             length: 4097,
             page_crcs: vec![0; 8].into(),
             epoch: 0,
+            memory: vec![],
         };
         assert!(check(&good, 4097).is_ok());
         assert!(check(&good, 4096).is_err());
+        let lent = |lengths: &[u32]| PutShardRequest {
+            memory: lengths.iter().map(|&length| MemoryPiece { address: 1, length }).collect(),
+            ..good.clone()
+        };
+        assert!(check(&lent(&[4096, 1]), 0).is_ok());
+        assert!(check(&lent(&[4096, 1]), 4097).is_err());
+        assert!(check(&lent(&[4096]), 1).is_err());
+        assert!(check(&lent(&[4096]), 0).is_err());
+        assert!(check(&lent(&[u32::MAX; 3]), 0).is_err());
+        assert!(check(&lent(&[1; 4097]), 0).is_err());
         let bad = [
             PutShardRequest { length: 0, page_crcs: Default::default(), ..good.clone() },
             PutShardRequest { length: u32::MAX, ..good.clone() },

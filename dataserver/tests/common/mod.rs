@@ -92,7 +92,7 @@ impl Cluster for Fake {
         let request_targets: Vec<u64> = request.targets.iter().map(|t| t.target).collect();
         let mine = |check: &meta::Check| request_targets.contains(&check.target);
         let checks =
-            if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).copied().collect() };
+            if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).cloned().collect() };
         let map = state.map.clone().filter(|map| map.epoch > request.epoch);
         state.heartbeats.push(request);
         // One that nobody has goes to anybody.
@@ -280,7 +280,7 @@ impl Client {
 
     pub fn hello(&mut self, protocol_version: u32, cluster_id: &str) -> Result<HelloReply, FsError> {
         let (cluster_id, client) = (cluster_id.to_owned(), "test".to_owned());
-        let body = HelloRequest { protocol_version, cluster_id, client, upkeep: false };
+        let body = HelloRequest { protocol_version, cluster_id, client, upkeep: false, probe: None };
         self.call(Opcode::Hello, &body, &[]).0
     }
 
@@ -368,7 +368,7 @@ pub fn put_request(block: u64, data: &[u8]) -> PutShardRequest {
         policy: 2,
         length: data.len() as u32,
         page_crcs: page_crcs(data).into(),
-        epoch: 0,
+        ..Default::default()
     }
 }
 

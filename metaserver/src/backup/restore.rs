@@ -10,7 +10,7 @@ use super::{About, BackupError, Form, goes_on, open, read};
 use crate::{
     keys,
     label::{Folder, FolderError},
-    records::Counters,
+    records::{Counters, TargetRecord},
     store::{
         Batch, Fence, FjallOptions, FjallStore, Late, MetaStore, Place, RemoteStore, StoreError,
         bulk::{self, Bulk},
@@ -26,6 +26,12 @@ pub(super) const EPOCHS_SKIPPED: u64 = 1 << 32;
 /// than a cluster gives out in a second. A century of these is far below what a number holds.
 pub(super) const IDS_PER_SECOND: u64 = 1 << 24;
 pub(super) const EPOCHS_PER_SECOND: u64 = 1 << 16;
+/// Servers and targets, whose numbers people read and type.
+pub(super) const TARGETS_SKIPPED: u64 = 1000;
+const TARGETS_PER_SECOND: u64 = 1;
+/// Starts of a metaserver, of which there may be 2 to the power of 24.
+const STARTS_SKIPPED: u64 = 1000;
+const SECONDS_PER_START: u64 = 300;
 
 /// Makes a store from a backup or a dump, in an empty folder or on an empty store; what it was of, and how many records it has. With `again` also
 /// where a restore was interrupted.
@@ -42,10 +48,12 @@ pub fn restore(
     stop: &AtomicBool,
 ) -> Result<(About, u64), BackupError> {
     let now = seconds_since_1970();
+    let damaged = |what| BackupError::Damaged { form, file: file.to_owned(), what };
     // Whatever would be refused later is refused now.
+    let mut onwards = Onwards::default();
     let (about, _) = read(form, file, open(form, file)?, |about, (key, value)| {
         goes_on(stop)?;
-        moved_on(form, file, &key, value, now.saturating_sub(about.created)).map(drop)
+        onwards.record(&key, value, now.saturating_sub(about.created)).map(drop).map_err(damaged)
     })?;
     match store {
         None => {
@@ -109,9 +117,11 @@ pub(super) fn load(
 ) -> Result<(About, u64), BackupError> {
     let now = seconds_since_1970();
     let mut bulk = Bulk::new(store, fence);
+    let damaged = |what| BackupError::Damaged { form, file: file.to_owned(), what };
+    let mut onwards = Onwards::default();
     let loaded = read(form, file, open(form, file)?, |about, (key, value)| {
         goes_on(stop)?;
-        let value = moved_on(form, file, &key, value, now.saturating_sub(about.created))?;
+        let value = onwards.record(&key, value, now.saturating_sub(about.created)).map_err(damaged)?;
         Ok(bulk.write(key, Some(value))?)
     })?;
     bulk.finish()?;
@@ -124,31 +134,49 @@ fn seconds_since_1970() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// See [`onwards`]; the reader of the file adds where it is damaged.
-fn moved_on(form: Form, file: &Path, key: &[u8], value: Bytes, age: u64) -> Result<Bytes, BackupError> {
-    onwards(key, value, age).map_err(|what| BackupError::Damaged { form, file: file.to_owned(), what })
+/// What restored records say otherwise than those of the backup.
+#[derive(Default)]
+pub(super) struct Onwards {
+    /// Of the map, which comes before the targets.
+    epoch: u64,
 }
 
-/// Numbers given out since the backup, which is so many seconds old, are not given out again.
-pub(super) fn onwards(key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
-    let behind = |next: u64, skipped: u64, per_second: u64| {
-        next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
-    };
-    match key {
-        [keys::COUNTERS] => {
-            let mut counters =
-                Counters::decode(value).map_err(|e| format!("its counters cannot be read: {e}"))?;
-            for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
-                *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
+impl Onwards {
+    /// Numbers given out since the backup, which is so many seconds old, are not given out again; and any target may have, or lack, what
+    /// has moved since.
+    pub(super) fn record(&mut self, key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
+        let behind = |next: u64, skipped: u64, per_second: u64| {
+            next.saturating_add(skipped).saturating_add(age.saturating_mul(per_second))
+        };
+        match key {
+            [keys::COUNTERS] => {
+                let mut counters =
+                    Counters::decode(value).map_err(|e| format!("its counters cannot be read: {e}"))?;
+                for next in [&mut counters.next_block, &mut counters.next_inode, &mut counters.next_session] {
+                    *next = behind(*next, IDS_SKIPPED, IDS_PER_SECOND);
+                }
+                // Versions of bytes grow with it.
+                counters.fence =
+                    counters.fence.saturating_add(STARTS_SKIPPED).saturating_add(age / SECONDS_PER_START);
+                for next in [&mut counters.next_server, &mut counters.next_target] {
+                    *next = behind(*next, TARGETS_SKIPPED, TARGETS_PER_SECOND);
+                }
+                Ok(counters.encode_to_vec().into())
             }
-            Ok(counters.encode_to_vec().into())
+            [keys::MAP] => {
+                let mut map = pb::common::ClusterMap::decode(value)
+                    .map_err(|e| format!("its cluster map cannot be read: {e}"))?;
+                map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
+                self.epoch = map.epoch;
+                Ok(map.encode_to_vec().into())
+            }
+            [keys::TARGET, ..] => {
+                let mut target =
+                    TargetRecord::decode(value).map_err(|e| format!("a target cannot be read: {e}"))?;
+                target.displaced = self.epoch;
+                Ok(target.encode_to_vec().into())
+            }
+            _ => Ok(value),
         }
-        [keys::MAP] => {
-            let mut map = pb::common::ClusterMap::decode(value)
-                .map_err(|e| format!("its cluster map cannot be read: {e}"))?;
-            map.epoch = behind(map.epoch, EPOCHS_SKIPPED, EPOCHS_PER_SECOND);
-            Ok(map.encode_to_vec().into())
-        }
-        _ => Ok(value),
     }
 }

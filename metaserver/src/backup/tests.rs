@@ -12,14 +12,16 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::{
-    restore::{EPOCHS_PER_SECOND, EPOCHS_SKIPPED, IDS_PER_SECOND, IDS_SKIPPED, close, load, onwards},
+    restore::{
+        EPOCHS_PER_SECOND, EPOCHS_SKIPPED, IDS_PER_SECOND, IDS_SKIPPED, Onwards, TARGETS_SKIPPED, close, load,
+    },
     tables::tests::any_pair,
     *,
 };
 use crate::{
     fsck, keys,
     label::Folder,
-    records::Counters,
+    records::{Counters, TargetRecord},
     store::{Batch, FjallOptions, FjallStore, Idle, MemoryStore, MetaStore, Order},
     store_label::Closed,
     testing::{World, run},
@@ -67,7 +69,7 @@ fn a_restored_store_is_the_same_and_goes_on_with_new_ids() {
     assert_eq!((before.len() as u64, after.len()), (records, before.len()));
     for (old, new) in before.iter().zip(&after) {
         assert_eq!(old.0, new.0);
-        if ![keys::COUNTERS, keys::MAP].contains(&old.0[0]) {
+        if ![keys::COUNTERS, keys::MAP, keys::TARGET].contains(&old.0[0]) {
             assert_eq!(old.1, new.1);
         }
     }
@@ -182,7 +184,8 @@ fn a_file_appears_when_it_is_whole() {
 fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     let counters = Counters { next_block: 1, next_inode: 1, next_session: 1, ..Counters::default() };
     let restored = |age| {
-        let value = onwards(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
+        let value =
+            Onwards::default().record(&[keys::COUNTERS], counters.encode_to_vec().into(), age).unwrap();
         Counters::decode(value).unwrap()
     };
     let (earlier, later) = (restored(10), restored(11));
@@ -195,7 +198,7 @@ fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     }
     let map = pb::common::ClusterMap { epoch: 5, ..Default::default() };
     let epoch = |age| {
-        let value = onwards(&[keys::MAP], map.encode_to_vec().into(), age).unwrap();
+        let value = Onwards::default().record(&[keys::MAP], map.encode_to_vec().into(), age).unwrap();
         pb::common::ClusterMap::decode(value).unwrap().epoch
     };
     assert_eq!(epoch(11), epoch(10) + EPOCHS_PER_SECOND);
@@ -236,10 +239,11 @@ proptest! {
         dumped(&backup_of(&store, seconds_now() + 1_000_000), &file);
         let loaded = MemoryStore::default();
         let fence = close(&loaded, "it", false).unwrap();
-        // Counters and maps that cannot be read are refused.
+        // Counters, maps and targets that cannot be read are refused.
+        let mut onwards = Onwards::default();
         let expected: Result<Vec<Pair>, String> = pairs
             .into_iter()
-            .map(|(key, value)| Ok((key.clone(), onwards(&key, value, 0)?)))
+            .map(|(key, value)| Ok((key.clone(), onwards.record(&key, value, 0)?)))
             .collect();
         match (load(Form::Dump, &file, &loaded, fence, &GO), expected) {
             (Ok(_), Ok(expected)) => prop_assert_eq!(all(&loaded), expected),
@@ -326,9 +330,11 @@ fn only_files_are_replaced_or_read_twice() {
 fn records_that_a_restore_could_not_use_are_told_with_their_place() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    for (prefix, what) in
-        [(keys::COUNTERS, "its counters cannot be read"), (keys::MAP, "its cluster map cannot")]
-    {
+    for (prefix, what) in [
+        (keys::COUNTERS, "its counters cannot be read"),
+        (keys::MAP, "its cluster map cannot"),
+        (keys::TARGET, "a target cannot"),
+    ] {
         let store = MemoryStore::default();
         let fence = store.take_over().unwrap();
         let garbage = [b"A".to_vec(), vec![prefix]].map(|key| (key, Some(Bytes::from_static(b"\x0a\xff"))));
@@ -342,5 +348,27 @@ fn records_that_a_restore_could_not_use_are_told_with_their_place() {
             assert!(said.contains(place) && said.contains(what), "{said}");
             assert!(!at("meta").exists());
         }
+    }
+}
+
+/// Targets that were added since come with their numbers, and anything may have moved.
+#[test]
+fn a_restore_leaves_numbers_of_targets_free_and_takes_none_for_tidy() {
+    let w = world();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("backup");
+    std::fs::write(&file, backup_of(&*w.store, 7)).unwrap();
+    let data = dir.path().join("meta");
+    restore(Form::Backup, &file, &data, None, false, &GO).unwrap();
+    let folder = Folder::claim_existing(&data).unwrap();
+    let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
+    let counters = Counters::decode(store.get(&[keys::COUNTERS]).unwrap().unwrap()).unwrap();
+    assert!(counters.next_target >= TARGETS_SKIPPED && counters.next_server >= TARGETS_SKIPPED);
+    let map = pb::common::ClusterMap::decode(store.get(&[keys::MAP]).unwrap().unwrap()).unwrap();
+    let all = keys::all(keys::TARGET);
+    let targets = store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap();
+    assert!(!targets.is_empty());
+    for (_, record) in targets {
+        assert_eq!(TargetRecord::decode(record).unwrap().displaced, map.epoch);
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use fjordfs_proto::{BlockId, ClusterMap, Layout, PgId, Policy, TargetId, cluster::TargetState, pb::meta::*};
+use fjordfs_proto::{
+    BlockId, ClusterMap, Layout, PgId, Policy, ROOT_INODE, TargetId, cluster::TargetState, pb::meta::*,
+};
 
 use crate::{
     refusal::Refusal,
@@ -331,6 +333,100 @@ fn who_lost_a_place_deletes_what_dies_until_nothing_of_others_is_left_on_it() {
     }
 }
 
+/// A target outside of a group says that it has something of it: whoever should have it is told where to look.
+#[test]
+fn what_lies_outside_of_its_group_is_looked_for_there() {
+    let mut w = world(4);
+    w.lease(1000);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    let now = map(&w);
+    let era = now.eras.last().unwrap();
+    let table = &era.tables[&2];
+    let pg =
+        (0..table.pg_count() as u32).map(PgId).find(|pg| !table.group(*pg).contains(&TargetId(4))).unwrap();
+    let group = StrayGroup { first_block: era.first_block.0, width: 2, pg: pg.0 };
+    let told = |w: &mut World, server: u64, groups: Vec<StrayGroup>| {
+        let strays = vec![Strays { target: 4, groups }];
+        beat_with(w, server, HeartbeatRequest { strays, ..HeartbeatRequest::default() });
+    };
+    told(&mut w, 1, vec![group.clone()]);
+    assert!(idle(&w), "that is not its target");
+    told(&mut w, 4, vec![group.clone()]);
+    for member in table.group(pg) {
+        let checks = beat(&mut w, member.0, vec![]);
+        let of_group =
+            |check: &&Check| (check.first_block, check.width, check.pg) == (group.first_block, 2, pg.0);
+        let check = checks.iter().find(of_group).expect("no member looks");
+        assert_eq!(check.strays, [4]);
+        // It may have looked before this was said.
+        told(&mut w, 4, vec![group.clone()]);
+        beat(&mut w, member.0, vec![done(check)]);
+        let checks = beat(&mut w, member.0, vec![]);
+        beat(&mut w, member.0, checks.iter().map(done).collect());
+    }
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    told(&mut w, 4, vec![]);
+    w.core.register(&registration("d1", &["d1"]), w.now).unwrap();
+    w.core.commit().unwrap();
+    let checks = beat(&mut w, 1, vec![]);
+    assert!(
+        !checks.is_empty() && checks.iter().all(|check| check.strays.is_empty()),
+        "it has nothing any more"
+    );
+}
+
+/// With nobody else in the group to compare with, too.
+#[test]
+fn a_stray_is_reason_enough_to_check_a_seat() {
+    let mut w = World::bare(Arc::new(MemoryStore::default()));
+    for name in ["d1", "d2"] {
+        w.core.register(&registration(name, &[name]), w.now).unwrap();
+    }
+    w.core.commit().unwrap();
+    w.session = w.attach();
+    w.setattr(SetAttr { ino: ROOT_INODE.0, policy: Some(1), ..SetAttr::default() }).unwrap();
+    work_until(&mut w, &[1, 2], idle);
+    let now = map(&w);
+    let era = now.eras.last().unwrap();
+    let table = &era.tables[&1];
+    let pg = (0..table.pg_count() as u32).map(PgId).find(|pg| table.group(*pg) == [TargetId(1)]).unwrap();
+    let groups = vec![StrayGroup { first_block: era.first_block.0, width: 1, pg: pg.0 }];
+    let strays = vec![Strays { target: 2, groups }];
+    beat_with(&mut w, 2, HeartbeatRequest { strays, ..HeartbeatRequest::default() });
+    let checks = beat(&mut w, 1, vec![]);
+    assert!(
+        checks.iter().any(|check| (check.width, check.pg) == (1, pg.0) && check.strays == [2]),
+        "{checks:?}"
+    );
+}
+
+#[test]
+fn who_comes_back_after_its_places_were_filled_without_it_is_not_removed_before_it_is_looked_through() {
+    let mut w = world(4);
+    w.lease(60);
+    work_until(&mut w, &[1, 2, 3, 4], idle);
+    wait_out(&mut w, 4, &[1, 2, 3]);
+    work_until(&mut w, &[1, 2, 3], idle);
+    assert_eq!(groups_of(&map(&w), 4), 0);
+    let tidied = |w: &mut World, epoch: u64| {
+        let targets = vec![TargetReport { target: 4, tidied: epoch, ..report("d4", 1 << 39) }];
+        beat_with(w, 4, HeartbeatRequest { targets, ..HeartbeatRequest::default() })
+    };
+    tidied(&mut w, 0);
+    assert_eq!(state(&w, 4), Some(TargetState::Up));
+    w.restart();
+    w.session = w.attach();
+    tidied(&mut w, 0);
+    change(&mut w, 4, TargetChange::Drain, 0, false).unwrap();
+    work_until(&mut w, &[1, 2, 3, 4], |w| groups_of(&map(w), 4) == 0);
+    let refused = change(&mut w, 4, TargetChange::Remove, 0, true);
+    assert!(matches!(refused, Err(Refusal::Precondition(m)) if m.contains("what only it has")));
+    // It has found that the others have all of it.
+    let now = map(&w).epoch.0;
+    tidied(&mut w, now);
+    change(&mut w, 4, TargetChange::Remove, 0, false).unwrap();
+}
+
 #[test]
 fn a_drain_that_is_called_off_moves_nothing() {
     let mut w = world(4);
@@ -488,6 +584,31 @@ fn blocks_that_are_dead_or_not_committed_are_not_wanted() {
     assert_eq!(ask(&mut w), expected, "dead ones that one holder still has");
     let nowhere = WantedRequest { first_block: 77, width: 2, ..WantedRequest::default() };
     assert!(matches!(w.core.wanted(&nowhere), Err(Refusal::NotFound(_))));
+}
+
+/// All members have deleted it, and a target outside of the group has yet to.
+#[test]
+fn what_only_a_stray_still_has_to_delete_is_not_given_back() {
+    let mut w = world(2);
+    let (f, block, stray) = (w.file("f"), w.lease(1), 3);
+    w.write(f, vec![run(0, 1 << 24, block, 0)]).unwrap();
+    w.truncate(f, 0).unwrap();
+    assert_eq!(w.deleted_blocks(), [block]);
+    w.core.register(&registration("d3", &["d3"]), w.now).unwrap();
+    let map = map(&w);
+    let garbage = vec![DeletedBlocks { target: stray, blocks: vec![block] }];
+    let mend = MendRequest { cluster_id: map.cluster_id.clone(), garbage, ..MendRequest::default() };
+    assert_eq!(w.core.mend(&mend, w.now).unwrap(), 1);
+    let (table, pg) = map.group_of(BlockId(block), 2).unwrap();
+    let first_block = map.era_of(BlockId(block)).unwrap().first_block.0;
+    let mut ask = |strays: Vec<u64>| {
+        let (width, pg) = (table.width as u32, pg.0);
+        let blocks = vec![block];
+        let request = WantedRequest { first_block, width, pg, blocks, strays, ..WantedRequest::default() };
+        w.core.wanted(&request).unwrap().dead
+    };
+    assert!(ask(vec![]).is_empty());
+    assert_eq!(ask(vec![stray]), [block]);
 }
 
 #[test]

@@ -120,6 +120,12 @@ impl Membership {
                  wait until `fjord status` says that it is not needed, or give it up with --force, which can LOSE DATA"
             )));
         }
+        if reachable && self.is_unasked(id) {
+            return Err(Refusal::Precondition(format!(
+                "target {id} was away while its groups were rebuilt, and what only it has is being copied from it: it can be removed in \
+                 a few minutes, or at once when its data server is stopped, which can LOSE DATA"
+            )));
+        }
         let mut map = ClusterMap::clone(&self.map);
         if groups > 0 {
             self.step(&mut map, id, Event::Overdue);

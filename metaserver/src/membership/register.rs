@@ -1,4 +1,10 @@
 //! A data server announces itself. Idempotent: targets are known by the uuid they were formatted with.
+//!
+//! # Foundlings
+//! Metadata that was restored from a backup does not know the targets that were added since, nor their data servers. They say that
+//! they are of this cluster, and may have the only copies of something: so they are taken in under the numbers that they have, which
+//! a restore has left free (`backup.rs`). No group of before has them as members; what they have of such groups is found
+//! there like on any target that lost a place (`healing.rs`, "Strays").
 
 use std::{collections::BTreeSet, time::Instant};
 
@@ -33,10 +39,29 @@ impl Membership {
         map.servers.insert(server, entry);
         let mut ids = Vec::with_capacity(request.targets.len());
         for report in &request.targets {
-            let id = next.target_id(report).unwrap_or_else(|| {
-                txn.counters().next_target += 1;
-                TargetId(txn.counters().next_target - 1)
+            let known = next.target_id(report);
+            let id = known.unwrap_or_else(|| match report.target {
+                0 => {
+                    txn.counters().next_target += 1;
+                    TargetId(txn.counters().next_target - 1)
+                }
+                foundling => {
+                    let next = &mut txn.counters().next_target;
+                    *next = foundling.saturating_add(1).max(*next);
+                    tracing::warn!(
+                        target = foundling,
+                        path = report.path,
+                        "a target of this cluster was not known, and is taken in"
+                    );
+                    TargetId(foundling)
+                }
             });
+            // By the map that a foundling comes with, it may have anything.
+            let (displaced, unasked) = match known.and_then(|id| next.targets.get(&id)) {
+                Some(info) => (info.record.displaced, info.record.unasked),
+                None if report.target != 0 => (next.map.epoch.0 + 1, next.map.epoch.0 + 1),
+                None => (0, 0),
+            };
             let before = map.targets.get(&id);
             let record = TargetRecord {
                 uuid: report.uuid.clone(),
@@ -44,7 +69,8 @@ impl Membership {
                 server: server.0,
                 leaving: next.targets.get(&id).is_some_and(|info| info.record.leaving),
                 removed: false,
-                displaced: next.targets.get(&id).map_or(0, |info| info.record.displaced),
+                displaced,
+                unasked,
             };
             let state = before.map_or(TargetState::Up, |t| t.state);
             let target = Target {
@@ -102,10 +128,20 @@ impl Membership {
                     report.path
                 )));
             }
-            if report.target != 0 && known != Some(TargetId(report.target)) {
+            let (claimed, path) = (TargetId(report.target), &report.path);
+            let taken = known.is_none() && self.targets.contains_key(&claimed);
+            if report.target != 0 && (taken || known.is_some_and(|id| id != claimed)) {
                 return Err(Refusal::Precondition(format!(
-                    "target t{} in {} is not known to cluster {}: its folder belongs to other metadata; use an empty folder",
-                    report.target, report.path, self.map.cluster_id
+                    "target {claimed} in {path} is another one in the metadata of cluster {}, which may have been restored from a backup \
+                     that is too old: keep the folder, it may hold the only copy of something, and restore a newer backup, or start \
+                     without it",
+                    self.map.cluster_id
+                )));
+            }
+            if report.target != 0 && known.is_none() && request.cluster_id.is_empty() {
+                return Err(Refusal::Precondition(format!(
+                    "target {claimed} in {path} does not say of which cluster it is: its label is damaged; keep the folder, it may \
+                     hold the only copy of something"
                 )));
             }
         }
@@ -130,7 +166,12 @@ impl Membership {
     /// The id it has, else the one its targets remember, else that of the server that was there before with no target that is up:
     /// its only disk may have been replaced. Else a new one.
     fn server_id(&self, txn: &mut Txn, request: &RegisterRequest) -> ServerId {
-        let claimed = Some(ServerId(request.server)).filter(|id| self.map.servers.contains_key(id));
+        let ours = request.server != 0 && !request.cluster_id.is_empty();
+        let claimed = Some(ServerId(request.server)).filter(|id| ours || self.map.servers.contains_key(id));
+        if let Some(claimed) = claimed {
+            let next = &mut txn.counters().next_server;
+            *next = claimed.0.saturating_add(1).max(*next);
+        }
         let remembered = || {
             let id = request.targets.iter().find_map(|report| self.target_id(report))?;
             Some(ServerId(self.targets.get(&id)?.record.server))

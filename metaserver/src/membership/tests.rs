@@ -95,6 +95,39 @@ fn strangers_are_turned_away() {
     w.check();
 }
 
+/// Metadata that was restored knows nothing of the targets that were added since, and they may have the only copies of something.
+#[test]
+fn what_says_that_it_is_of_this_cluster_is_taken_in_under_its_numbers() {
+    let mut w = World::new();
+    w.lease(1000);
+    let before = map(&w);
+    let mut found = registration("lost", &["z"]);
+    (found.server, found.cluster_id, found.targets[0].target) = (7, "cluster".into(), 9);
+    let without = RegisterRequest { cluster_id: String::new(), ..found.clone() };
+    assert!(matches!(w.core.register(&without, w.now), Err(Refusal::Precondition(_))), "it says nothing");
+    for _ in 0..2 {
+        let taken = register(&mut w, &found);
+        assert_eq!(
+            (taken.server, taken.targets),
+            (7, vec![9]),
+            "its label says so, and it refuses any other"
+        );
+    }
+    let after = map(&w);
+    assert_eq!(after.targets[&TargetId(9)].state, TargetState::Up);
+    assert_eq!(after.eras[..before.eras.len()], before.eras[..], "it is in no group of before");
+    assert_eq!(after.eras.len(), before.eras.len() + 1, "and takes new blocks");
+    assert!(w.core.members().untidy().contains(&TargetId(9)), "it may have anything");
+    let new = register(&mut w, &registration("new", &["new"]));
+    assert_eq!((new.server, new.targets), (8, vec![10]));
+    let mut other = registration("other", &["o"]);
+    (other.server, other.cluster_id, other.targets[0].target) = (9, "cluster".into(), 10);
+    let Err(Refusal::Precondition(said)) = w.core.register(&other, w.now) else {
+        panic!("two of one number")
+    };
+    assert!(said.contains("keep the folder") && !said.contains("empty"), "{said}");
+}
+
 #[test]
 fn a_server_goes_down_and_comes_back() {
     let mut w = World::new();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use fjordfs_proto::{
-    BlockId, PgId,
+    BlockId, PgId, TargetId,
     pb::meta::{WantedReply, WantedRequest},
 };
 
@@ -16,8 +16,8 @@ const BLOCKS_MAX: usize = 4096;
 impl Membership {
     /// Sorts the blocks of a question. Changes nothing.
     ///
-    /// A deletion is queued for all holders of a block at once, and stays queued until each has confirmed it. So a block is dead
-    /// as long as one of its holders may still list it, and whoever copies it nevertheless, because it asked before, finds
+    /// A deletion is queued for all holders of a block and all untidy targets at once, and stays queued until each has confirmed
+    /// it. So a block is dead as long as one of those that were listed may still list it, and whoever copies it nevertheless, because it asked before, finds
     /// the deletion in its own queue.
     pub(crate) fn wanted(&self, txn: &mut Txn, request: &WantedRequest) -> Result<WantedReply, Refusal> {
         self.check_cluster(&request.cluster_id, "asking for blocks")?;
@@ -32,7 +32,8 @@ impl Membership {
                 "there is no group {pg} of width {width} in the era of {era}"
             )));
         };
-        let holders = table.holders(pg);
+        let mut holders = table.holders(pg);
+        holders.extend(request.strays.iter().copied().map(TargetId));
         let leased = block_ids::unused(txn)?;
         let mut reply = WantedReply::default();
         for block in request.blocks.iter().copied() {

@@ -3,6 +3,9 @@
 //! Order: every block is checked against the session's leases first; then blocks that are more than one piece get their
 //! live record, as if all extents were inserted; then the extents go in, and what cannot (its file is gone) is
 //! released again. A block that ends with no live byte is queued for deletion by that release.
+//!
+//! **Power failures of data servers.** What was fsynced and then overwritten must be there afterwards, as it was or as it was
+//! overwritten. So blocks that are not on stable storage replace nothing: their client is told to sync them first.
 
 use std::collections::BTreeMap;
 
@@ -46,12 +49,36 @@ pub(super) fn run(ctx: &mut Ctx<'_>, op: Commit) -> FsResult<CommitReply> {
         }
         files.push((file, runs));
     }
+    if op.unsynced {
+        for (file, runs) in &files {
+            if replaces(ctx, file, runs)? {
+                return Ok(CommitReply { files: Vec::new(), sync_first: true });
+            }
+        }
+    }
     block_ids::claim(ctx.txn, ctx.session, blocks.keys().copied())?;
     abandon(ctx, op.abandoned)?;
     liveness::adopt(ctx.txn, &blocks);
     let files =
         files.into_iter().map(|(file, runs)| commit_file(ctx, &file, runs)).collect::<FsResult<_>>()?;
-    Ok(CommitReply { files })
+    Ok(CommitReply { files, sync_first: false })
+}
+
+/// Whether bytes of a file would be replaced by blocks. What is appended replaces nothing, wherever the file ends by now.
+fn replaces(ctx: &mut Ctx<'_>, file: &FileCommit, runs: &Runs) -> FsResult<bool> {
+    let ino = InodeId(file.ino);
+    let Some(inode) = ctx.txn.find_inode(ino)?.filter(|inode| inode.allocated > 0) else { return Ok(false) };
+    for (at, extent) in runs {
+        let written_there = *at < inode.size && file.append_base.is_none_or(|base| *at < base);
+        if written_there
+            && matches!(extent.source, Source::Blocks { .. })
+            && let (there, _) = extents::page(ctx.txn, ino, *at, 1)?
+            && there.first().is_some_and(|(next, _)| *next < at + extent.length)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Inline bytes lie at the beginning of a file, or of what was appended: that may go anywhere, here or already at the client,
@@ -98,10 +125,12 @@ fn missed<'a>(extent: &Extent, missing: &'a [MissingShards]) -> impl Iterator<It
     })
 }
 
+/// Ids of others are passed over: a client may not know yet that the session is over that they were leased to, and they are swept with it.
+/// What is committed beside them is not to blame.
 fn abandon(ctx: &mut Ctx<'_>, mut blocks: Vec<u64>) -> FsResult<()> {
     blocks.sort_unstable();
     blocks.dedup();
-    block_ids::claim(ctx.txn, ctx.session, blocks.iter().copied().map(BlockId))?;
+    let blocks = block_ids::claim_own(ctx.txn, ctx.session, blocks.into_iter().map(BlockId))?;
     for run in blocks.chunk_by(|a, b| a + 1 == *b) {
         liveness::bury(ctx.txn, BlockId(run[0]), run.len() as u64, None);
     }

@@ -9,16 +9,19 @@
 //! A sync goes past the engine: `Database::persist` holds the journal's lock during the fsync, and every commit would
 //! wait for the device. The bytes are in the kernel already, so an `fdatasync` through a descriptor of our own does the
 //! same without the lock. The engine syncs a journal itself before it begins the next one, so the newest file is
-//! the only one that can hold unsynced batches; and a journal that vanished under us was flushed to synced tables.
+//! the only one that can hold unsynced batches; and a journal that vanished under us was flushed to synced tables. What becomes of
+//! syncs that fail, the engine's own among them, is in `fjall/journal.rs`.
 //!
 //! # Damage
 //! What the engine takes for the end of a journal may be a flipped bit in the middle of it, and then all that follows would be gone
 //! without a word; a folder that has vanished it would make anew. So every batch counts itself in the store, and after
 //! each sync the count that is safe is written beside the folder (`store.synced`). A store that has counted less than that has
-//! lost something, and is not opened.
+//! lost something, and is not opened. And the journals are looked through before the engine is opened (`fjall/journal.rs`).
+
+mod journal;
+mod watchdog;
 
 use std::{
-    fs::{self, File},
     io,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -30,13 +33,13 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Readable};
 use parking_lot::Mutex;
 
+use self::{journal::Newest, watchdog::Watchdog};
 use super::{
     Batch, Fence, MetaStore, Order, Pair, Reading, Snapshot, StoreError, StoreResult, Ticket, synced::Synced,
 };
 use crate::keys;
 
 const KEYSPACE: &str = "meta";
-const JOURNAL_EXTENSION: &str = "jnl";
 /// The engine refuses a smaller limit.
 const JOURNAL_BYTES_MIN: u64 = 64 << 20;
 
@@ -66,6 +69,7 @@ impl Default for FjallOptions {
 
 /// fjall in a folder.
 pub struct FjallStore {
+    watchdog: Watchdog,
     db: Database,
     records: Keyspace,
     folder: PathBuf,
@@ -76,6 +80,7 @@ pub struct FjallStore {
     commits_before: u64,
     /// How many are safe.
     synced: Synced,
+    newest: Mutex<Newest>,
     failed: AtomicBool,
 }
 
@@ -89,6 +94,7 @@ impl FjallStore {
         // The engine asks for it even when the folder is absolute, and panics without it.
         std::env::current_dir().map_err(|_| StoreError::NoWorkingDirectory)?;
         let synced = Synced::open(folder)?;
+        journal::prepare(folder, &synced)?;
         // What a damaged journal decodes to, the engine asserts here and there; nothing of it is left when it does.
         let db = catch_unwind(AssertUnwindSafe(|| {
             Database::builder(folder)
@@ -112,7 +118,19 @@ impl FjallStore {
         let counted = records.get(keys::COMMITS).map_err(wrap)?;
         let commits_before = counted.map_or(Ok(0), |v| u64_value(folder, "count of batches", &v))?;
         synced.check(commits_before)?;
+        let mut newest = Newest::default();
+        newest.sync(folder).map_err(|e| io_error(folder, e))?;
+        let (asked, named) = (db.clone(), folder.display().to_string());
+        let is_dead = move || matches!(asked.persist(PersistMode::Buffer), Err(fjall::Error::Poisoned));
+        let end = move || {
+            tracing::error!(
+                "the engine in {named} has failed while a batch waits for it: this process ends, to be started again"
+            );
+            std::process::abort();
+        };
+        let watchdog = Watchdog::start(is_dead, end).map_err(|e| io_error(folder, e))?;
         Ok(FjallStore {
+            watchdog,
             db,
             records,
             folder: folder.to_owned(),
@@ -120,6 +138,7 @@ impl FjallStore {
             commits: AtomicU64::new(0),
             commits_before,
             synced,
+            newest: Mutex::new(newest),
             failed: AtomicBool::new(false),
         })
     }
@@ -139,31 +158,11 @@ impl FjallStore {
         Ok(())
     }
 
-    /// The newest journal: highest number.
-    fn journal(&self) -> io::Result<Option<PathBuf>> {
-        let mut newest = None;
-        for entry in fs::read_dir(&self.folder)? {
-            let path = entry?.path();
-            let number = (path.extension().is_some_and(|e| e == JOURNAL_EXTENSION))
-                .then(|| path.file_stem()?.to_str()?.parse::<u64>().ok())
-                .flatten();
-            if let Some(number) = number
-                && newest.as_ref().is_none_or(|(n, _)| *n < number)
-            {
-                newest = Some((number, path));
-            }
-        }
-        Ok(newest.map(|(_, path)| path))
-    }
-
     fn sync_journal(&self) -> StoreResult<()> {
-        let Some(path) = self.journal().map_err(|e| self.io(e))? else {
-            return self.db.persist(PersistMode::SyncAll).map_err(|e| self.wrap(e));
-        };
-        match File::open(&path).and_then(|file| file.sync_data()) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.io(e)),
-            _ => Ok(()),
-        }
+        let synced = self.newest.lock().sync(&self.folder).map_err(|e| self.io(e))?;
+        // It says so when it has failed meanwhile.
+        let mode = if synced { PersistMode::Buffer } else { PersistMode::SyncAll };
+        self.db.persist(mode).map_err(|e| self.wrap(e))
     }
 }
 
@@ -207,6 +206,7 @@ impl MetaStore for FjallStore {
         }
         let count = self.commits_before + self.commits.load(Ordering::Acquire) + 1;
         out.insert(&self.records, keys::COMMITS, count.to_be_bytes());
+        let _watched = self.watchdog.watch();
         out.commit().map_err(|e| {
             self.failed.store(true, Ordering::Release);
             self.wrap(e)
@@ -240,6 +240,12 @@ impl MetaStore for FjallStore {
 
     fn name(&self) -> &'static str {
         "fjall"
+    }
+
+    fn boot(&self) -> Option<u64> {
+        // Without an answer every start counts as one after a power failure.
+        let known = std::fs::read("/proc/sys/kernel/random/boot_id").ok();
+        Some(known.map_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0, |id| xxhash_rust::xxh3::xxh3_64(&id)))
     }
 }
 
@@ -302,6 +308,8 @@ fn wrap(folder: &Path, e: fjall::Error) -> StoreError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::store::conformance;
 
@@ -395,7 +403,7 @@ mod tests {
             store.sync().unwrap();
             // After the sync: what a power failure may take.
             store.commit(conformance::put(&[("late", "v")]), fence).unwrap();
-            let journal = store.journal().unwrap().unwrap();
+            let (_, journal) = journal::list(&good).unwrap().pop().unwrap();
             let name = journal.file_name().unwrap().to_owned();
             let bytes = fs::read(&journal).unwrap();
             let used = bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
@@ -438,6 +446,103 @@ mod tests {
         let gone = FjallStore::open(&good, FjallOptions::default());
         let Err(StoreError::Damaged { what, .. }) = gone else { panic!("it was opened as empty") };
         assert!(what.contains("200"), "{what}");
+    }
+
+    /// A power failure in the middle of writing a large value: pages of the batch are there, and others before them are not.
+    #[test]
+    fn half_a_batch_that_nobody_was_promised_keeps_nobody_from_starting() {
+        let folder = tempfile::tempdir().unwrap();
+        let good = folder.path().join("good");
+        let (journal, before, after) = {
+            let store = open(&good.join("store"));
+            let fence = store.take_over().unwrap();
+            store.commit(conformance::put(&[("k", "v")]), fence).unwrap();
+            store.sync().unwrap();
+            let (_, journal) = journal::list(&good.join("store")).unwrap().pop().unwrap();
+            let end = || fs::read(&journal).unwrap().iter().rposition(|byte| *byte != 0).unwrap() + 1;
+            let before = end();
+            // The engine compresses what it can.
+            let value: Vec<u8> = (0..100_000u64).map(|n| fjordfs_proto::cluster::mix(n) as u8).collect();
+            let large = Batch { writes: vec![(b"large".to_vec(), Some(value.into()))] };
+            store.commit(large, fence).unwrap();
+            let after = end();
+            (journal, before, after)
+        };
+        let name = journal.file_name().unwrap();
+        let bytes = fs::read(&journal).unwrap();
+        for hole in (before.next_multiple_of(4096)..after - 4096).step_by(8192) {
+            let at = folder.path().join(format!("hole{hole}"));
+            copy(&good, &at);
+            let mut torn = bytes.clone();
+            torn[hole..hole + 4096].fill(0);
+            fs::write(at.join("store").join(name), &torn).unwrap();
+            let store = open(&at.join("store"));
+            assert_eq!(store.get(b"k").unwrap().unwrap(), "v");
+            assert_eq!(store.get(b"large").unwrap(), None, "all of it or nothing");
+            assert_eq!(
+                fs::read(at.join("store").join(name).with_extension("torn")).unwrap().len(),
+                after - before
+            );
+            let fence = store.take_over().unwrap();
+            store.commit(conformance::put(&[("k", "w")]), fence).unwrap();
+            store.sync().unwrap();
+            drop(store);
+            assert_eq!(open(&at.join("store")).get(b"k").unwrap().unwrap(), "w");
+        }
+    }
+
+    /// The newest record is there, and the count that it holds; what lies before it is not all there.
+    #[test]
+    fn damage_in_an_older_journal_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let good = folder.path().join("good");
+        {
+            let options = FjallOptions { memtable_bytes: 512 << 20, ..FjallOptions::default() };
+            let store = FjallStore::open(&good.join("store"), options).unwrap();
+            let fence = store.take_over().unwrap();
+            let value: Vec<u8> = (0..4_000_000u64).map(|n| fjordfs_proto::cluster::mix(n) as u8).collect();
+            let value = Bytes::from(value);
+            let put = |n: u32| Batch { writes: vec![(format!("k{n:02}").into_bytes(), Some(value.clone()))] };
+            // Behind so many bytes the engine begins another journal, when a table is written.
+            for n in 0..20 {
+                store.commit(put(n), fence).unwrap();
+            }
+            // A small table of another keyspace, so that what was written first is in no table yet.
+            let other = store.db.keyspace("other", KeyspaceCreateOptions::default).unwrap();
+            other.insert("a", "b").unwrap();
+            other.rotate_memtable_and_wait().unwrap();
+            store.commit(put(20), fence).unwrap();
+            store.sync().unwrap();
+        }
+        let journals = journal::list(&good.join("store")).unwrap();
+        assert!(journals.len() > 1, "{journals:?}");
+        let (_, oldest) = &journals[0];
+        let bytes = fs::read(oldest).unwrap();
+        let used = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+        let opened = |change: &dyn Fn(&Path)| {
+            let at = folder.path().join("bad");
+            copy(&good, &at);
+            change(&at.join("store").join(oldest.file_name().unwrap()));
+            let opened = FjallStore::open(&at.join("store"), FjallOptions::default());
+            let said = opened.map(|store| store.get(b"k00").unwrap()).map_err(|e| e.to_string());
+            fs::remove_dir_all(&at).unwrap();
+            said
+        };
+        assert!(opened(&|_| {}).unwrap().is_some());
+        for cut in [used / 2, 0] {
+            let said = opened(&|path| {
+                let mut bad = bytes.clone();
+                bad[cut..].fill(0);
+                fs::write(path, bad).unwrap();
+            });
+            assert!(said.clone().is_err_and(|e| e.contains("fjord meta restore")), "cut at {cut}: {said:?}");
+        }
+        let (_, newest) = journals.last().unwrap();
+        let said = opened(&|path| {
+            let newest = path.with_file_name(newest.file_name().unwrap());
+            fs::rename(newest, path.with_file_name("9.jnl")).unwrap();
+        });
+        assert!(said.clone().is_err_and(|e| e.contains("missing")), "{said:?}");
     }
 
     #[test]

@@ -108,6 +108,11 @@ trait Link: Send + Sync {
 
     fn limits(&self) -> Limits;
 
+    /// What is read is tried again for so long.
+    fn patience(&self) -> Duration {
+        worker::PATIENCE
+    }
+
     /// Sets or removes a key, whoever owns the store: one of [`owner::STANDBYS`].
     fn note(&self, key: Vec<u8>, value: Option<Bytes>) -> BoxFuture<'_, Result<(), Fault>>;
 
@@ -223,6 +228,10 @@ impl Shared {
         if let Some(notify) = &*self.notify.lock() {
             notify();
         }
+    }
+
+    fn has_failed(&self) -> bool {
+        self.state.lock().failed.is_some()
     }
 
     fn is_closing(&self) -> bool {

@@ -39,28 +39,40 @@ impl Synced {
         Ok(Synced { folder: folder.to_owned(), path, file })
     }
 
-    /// Refuses a store that has counted fewer batches than were safe once.
-    pub(super) fn check(&self, counted: u64) -> StoreResult<()> {
-        let damaged = |what: String| StoreError::Damaged { folder: self.folder.clone(), what };
+    /// How many batches were safe once, if that is known.
+    pub(super) fn count(&self) -> StoreResult<Option<u64>> {
         let mut bytes = [0; LEN + 1];
         let read = self.file.read_at(&mut bytes, 0).map_err(|e| self.io(e))?;
         if read == 0 {
-            return Ok(());
+            return Ok(None);
         }
         let (count, crc) = (u64_of(&bytes[..8]), u32::try_from(u64_of(&bytes[8..LEN])).unwrap_or_default());
         if read != LEN || crc != crc32c(&bytes[..8]) {
             // A torn write of it says nothing; the engine has its own checksums.
             tracing::warn!("{} makes no sense and is written anew", self.path.display());
-            return Ok(());
+            return Ok(None);
         }
-        if counted < count {
-            return Err(damaged(format!(
-                "it holds {counted} batches, and {count} were safe: restore it from a backup (`fjord meta restore`), or remove {} to \
-                 go on with what is left, which LOSES what was done last",
-                self.path.display()
-            )));
+        Ok(Some(count))
+    }
+
+    /// Refuses a store that has counted fewer batches than were safe once.
+    pub(super) fn check(&self, counted: u64) -> StoreResult<()> {
+        match self.count()? {
+            Some(count) if counted < count => {
+                Err(self.lacks(&format!("it holds {counted} batches, and {count} were safe")))
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Something that was safe is not there.
+    pub(super) fn lacks(&self, what: &str) -> StoreError {
+        let what = format!(
+            "{what}: restore it from a backup (`fjord meta restore`), or remove {} to go on with what is left, which LOSES what was done \
+             last",
+            self.path.display()
+        );
+        StoreError::Damaged { folder: self.folder.clone(), what }
     }
 
     /// So many batches are safe.

@@ -56,6 +56,53 @@ fn an_overwritten_part_dies_and_the_rest_stays() {
 }
 
 #[test]
+fn blocks_that_are_not_safe_replace_nothing() {
+    let mut w = World::new();
+    let (f, other, b) = (w.file("f"), w.file("other"), w.lease(20));
+    let of = |ino: InodeId, extents| FileCommit { ino: ino.0, extents, ..FileCommit::default() };
+    let unsynced = |w: &mut World, files: Vec<FileCommit>| match w
+        .call(Op::Commit(Commit { files, unsynced: true, ..Commit::default() }))
+        .unwrap()
+    {
+        Reply::Commit(reply) => reply,
+        reply => panic!("{reply:?}"),
+    };
+    let goes = |w: &mut World, file| {
+        let reply = unsynced(w, vec![file]);
+        assert_eq!((reply.sync_first, reply.files.len(), reply.files[0].errno), (false, 1, 0));
+    };
+    // A file of two pieces with a hole, and bytes in the metadata.
+    goes(&mut w, of(f, vec![run(0, 2 * MIB, b, 0), run(4 * MIB, MIB, b + 1, 0)]));
+    goes(&mut w, of(f, vec![run(2 * MIB, MIB, b + 2, 0)]));
+    goes(&mut w, of(f, vec![run(5 * MIB, MIB, b + 3, 0)]));
+    w.write(other, vec![inline(0, b"small")]).unwrap();
+    let before = (w.whole_extents(f), w.whole_extents(other));
+    for extents in [
+        vec![run(MIB, 10, b + 4, 0)],
+        vec![run(3 * MIB, 2 * MIB, b + 4, 0)],
+        vec![run(6 * MIB - 1, 10, b + 4, 0)],
+    ] {
+        let reply = unsynced(&mut w, vec![of(f, extents)]);
+        assert_eq!((reply.sync_first, reply.files.len()), (true, 0));
+    }
+    // All or nothing: the other file of the commit would have replaced nothing.
+    let third = w.file("third");
+    let both = vec![of(third, vec![run(0, MIB, b + 4, 0)]), of(other, vec![run(0, 10, b + 4, MIB as u32)])];
+    assert!(unsynced(&mut w, both.clone()).sync_first);
+    assert_eq!((w.whole_extents(f), w.whole_extents(other)), before);
+    assert_eq!(w.extents(third), []);
+    assert_eq!(w.deleted_blocks(), [0u64; 0]);
+    // What travels in the metadata is as safe as they are, and what is appended replaces nothing, wherever it comes to lie.
+    goes(&mut w, of(other, vec![inline(0, b"other")]));
+    let appended = FileCommit { append_base: Some(MIB), ..of(f, vec![run(MIB, 10, b + 5, 0)]) };
+    goes(&mut w, appended);
+    assert_eq!(w.extents(f).last(), Some(&(6 * MIB, 10)));
+    w.commit(commit_of(both)).unwrap();
+    assert_eq!((w.extents(third), w.extents(other)), (vec![(0, MIB)], vec![(0, 10)]));
+    w.check();
+}
+
+#[test]
 fn a_shared_block_lives_as_long_as_any_of_its_files() {
     let mut w = World::new();
     let b = w.lease(2);
@@ -107,6 +154,28 @@ fn a_block_overwritten_within_its_commit_is_counted_right() {
     assert_eq!(w.deleted_blocks(), [b]);
     w.check();
     assert_eq!(w.extents(f), [(0, 4096), (4096, 4096)]);
+}
+
+/// A client may not know yet that the session is over that they were leased to; what is committed beside them counts.
+#[test]
+fn blocks_of_others_are_not_abandoned_and_hold_up_no_commit() {
+    let mut w = World::new();
+    let (f, b) = (w.file("f"), w.lease(3));
+    let stranger = w.attach();
+    let theirs = match w.call_as(stranger, Op::LeaseBlocks(LeaseBlocks { count: 2 })).unwrap() {
+        Reply::LeaseBlocks(reply) => reply.first,
+        other => panic!("{other:?}"),
+    };
+    let file =
+        FileCommit { ino: f.0, size: 4096, extents: vec![run(0, 4096, b, 0)], ..FileCommit::default() };
+    let commit = Commit { files: vec![file], abandoned: vec![b + 1, theirs, 12345], ..Commit::default() };
+    w.commit(commit).unwrap();
+    assert_eq!(w.extents(f), [(0, 4096)]);
+    assert_eq!(w.deleted_blocks(), [b + 1]);
+    let own = Op::Commit(Commit { abandoned: vec![theirs], ..Commit::default() });
+    w.call_as(stranger, own).unwrap();
+    assert_eq!(w.deleted_blocks(), [theirs], "it was still theirs");
+    w.check();
 }
 
 #[test]

@@ -22,7 +22,8 @@ use crate::store::{Fence, Order, Pair, StoreError, StoreResult};
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait between attempts: from, to.
 pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
-/// Reads and take-overs that fail for so long are given up.
+/// Take-overs that fail for so long are given up, and reads, and with one of an owner its ownership: it could go on with nothing that
+/// needs what it has not read, and whoever takes over, itself first of all, begins when the store is back.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// Letting go of a store that does not answer is given up after so long.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
@@ -85,6 +86,9 @@ impl Worker {
         let mut beat = tokio::time::interval(HEARTBEAT);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            if self.shared.has_failed() {
+                self.owner = None;
+            }
             if let Some(request) = self.postponed.pop_front() {
                 self.serve(request).await;
             } else {
@@ -159,9 +163,15 @@ impl Worker {
         limit: usize,
         reply: SyncSender<StoreResult<Vec<Pair>>>,
     ) {
-        let link = self.link.clone();
+        let (link, shared) = (self.link.clone(), self.shared.clone());
+        let is_owner = self.owner.is_some();
         tokio::spawn(async move {
             let found = patiently(&link, || link.scan(range.clone(), order, limit)).await;
+            if let Err(e) = &found
+                && is_owner
+            {
+                shared.fail(e);
+            }
             let _ = reply.send(found);
         });
     }
@@ -337,7 +347,7 @@ pub(super) async fn timed<T>(call: impl Future<Output = Result<T, Fault>>) -> Re
     tokio::time::timeout(CALL_TIMEOUT, call).await.unwrap_or_else(|_| Err(late()))
 }
 
-/// Repeats a call without effect for up to [`PATIENCE`].
+/// Repeats a call without effect for as long as the link is worth it.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
     link: &Arc<dyn Link>,
     mut call: impl FnMut() -> F,
@@ -349,7 +359,7 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
         match timed(call()).await {
             Ok(found) => return Ok(found),
             Err(Fault::Fatal(e)) => return Err(e),
-            Err(Fault::Unavailable(why)) if begun.elapsed() > PATIENCE => {
+            Err(Fault::Unavailable(why)) if begun.elapsed() > link.patience() => {
                 return Err(link.error(why));
             }
             Err(Fault::Unavailable(why)) => {

@@ -14,6 +14,7 @@ use crate::store::{
     },
 };
 
+mod silent;
 mod slow;
 
 type Pairs = Arc<Mutex<BTreeMap<Vec<u8>, Bytes>>>;
