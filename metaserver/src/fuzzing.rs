@@ -7,7 +7,7 @@ use fjordfs_proto::InodeId;
 use prost::Message;
 
 use crate::{
-    keys,
+    backup, keys,
     records::{self, ExtentRecord},
 };
 
@@ -19,11 +19,38 @@ fn value<M: Message + Default + PartialEq + std::fmt::Debug>(raw: &[u8]) -> Opti
     Some(value)
 }
 
-/// Reads bytes as a key, and as a value of the kind that the first byte says. Whatever they are, nothing panics.
+/// A dump brings back what is stored, whatever it is.
+fn dumped(key: &[u8], value: &[u8]) {
+    let back = backup::through_a_line(key, value);
+    assert!(
+        back.is_some_and(|pair| pair.0 == key && pair.1 == value),
+        "{key:?} {value:?} does not come back"
+    );
+}
+
+/// The tables of the kinds below, and how long their keys are behind the first byte.
+const TABLES: [(u8, usize); 11] = [
+    (keys::INODE, 8),
+    (keys::DIRENT, 16),
+    (keys::EXTENT, 16),
+    (keys::LIVE, 8),
+    (keys::RANGE, 16),
+    (keys::DEAD, 8),
+    (keys::SESSION, 8),
+    (keys::MAP, 0),
+    (keys::SLOT, 12),
+    (keys::COUNTERS, 0),
+    (keys::TARGET, 8),
+];
+
+/// Reads bytes as a key, and as a value of the kind that the first byte says. Whatever they are, nothing panics, and a dump has them.
 pub fn record(bytes: &[u8]) {
     let Some((kind, raw)) = bytes.split_first() else { return };
     _ = black_box((keys::first_id(raw), keys::second_id(raw), keys::leased_inode(raw)));
     _ = black_box((keys::split_dirent(raw), keys::split_xattr(raw), keys::split_width(raw)));
+    let (table, length) = TABLES[usize::from(kind % 11)];
+    dumped(&[&[table][..], &[7; 16][..length]].concat(), raw);
+    dumped(&[&[table], raw].concat(), raw);
     match kind % 11 {
         0 => _ = black_box(value::<records::Inode>(raw).map(|inode| inode.attr(InodeId(7)))),
         1 => _ = black_box(value::<records::Dirent>(raw)),

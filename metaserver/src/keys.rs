@@ -4,7 +4,7 @@
 //! deletions are each one range, and ranges are in numeric order.
 //!
 //! ```text
-//! prefix  rest of the key                      value (records.rs)   what it is
+//! prefix  rest of the key                      value                what it is
 //! 'A'     inode u64                            Inode                attributes, parent and name of a directory, symlink target
 //! 'D'     parent u64 | cookie u64 | name       Dirent               an entry of a directory, in the order of its listing
 //! 'E'     inode u64 | file offset u64          ExtentRecord         a run of file bytes
@@ -26,6 +26,9 @@
 //! 0x00    "commits"                            u64 big-endian       batches applied so far, of the embedded engine; as the next one
 //! 0x00    "fence"                              u64 big-endian       the owner's epoch; belongs to the store itself
 //! ```
+//!
+//! The values are messages of `schema/records.proto`, which has the keys as well, for dumps: a new kind of records belongs into it and into
+//! the table of `backup/tables.rs`.
 //!
 //! Why extents are keyed by their start: an append that joins the last extent rewrites that record in place instead
 //! of leaving a tombstone behind. The run that contains an offset is then one step backwards.

@@ -28,8 +28,8 @@ pub(crate) enum Closed {
 impl Closed {
     /// While a backup is loaded.
     pub(crate) fn restoring() -> Closed {
-        let what = "a backup was being loaded into it and is not all there: restore again, with \
-                    `fjord meta restore --force`";
+        let what = "a backup or a dump was being loaded into it and is not all there: restore again, with \
+                    `fjord meta restore --force` or `fjord meta load --force`";
         Closed::Restoring(what.to_owned())
     }
 

@@ -1,6 +1,9 @@
 //! Looking whether everything is there: fsck, gc, backups of the metadata, and what is refused. Waits on states, asserts no times.
 #![allow(clippy::unwrap_used, reason = "in a test, a panic is the report")]
 
+#[path = "upkeep/dump.rs"]
+mod dump;
+
 use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},

@@ -1,12 +1,14 @@
 //! `fjord meta`: the metaserver.
 
+mod backup;
+mod dump;
 mod migrate;
 mod status;
 mod upkeep;
 
 use std::{
     ops::RangeInclusive,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::{
         Arc,
@@ -17,7 +19,7 @@ use std::{
 
 use anyhow::Context;
 use fjordfs_metaserver::{
-    Config, MetaServer, StartError, backup,
+    Config, MetaServer, StartError,
     store::{PASSWORD_VARIABLE, Place},
 };
 use fjordfs_proto::Policy;
@@ -49,6 +51,7 @@ Examples:
   fjord meta handover --meta a:7440,b:7440
   fjord meta backup /backup/meta-monday
   fjord meta restore /backup/meta-monday --data /var/lib/fjord/meta
+  fjord meta dump /backup/meta.jsonl
   fjord meta status --meta a:7440,b:7440
   fjord meta migrate fjall:/var/lib/fjord/meta etcd://a:2379,b:2379,c:2379/fjord
   fjord meta --config /etc/fjord/meta.toml")]
@@ -106,29 +109,10 @@ enum Verb {
         #[command(flatten)]
         meta: MetaArg,
     },
-    /// Write all metadata into a file, as it is now, while clients go on
-    Backup {
-        /// The file; it appears when it is whole
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        #[command(flatten)]
-        meta: MetaArg,
-    },
-    /// Make metadata from a backup, in an empty folder or on an empty store; no metaserver runs on it meanwhile
-    Restore {
-        /// What `fjord meta backup` wrote
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        /// Folder for `fjord meta --data`
-        #[arg(long, value_name = "DIR", required_unless_present = "store")]
-        data: Option<PathBuf>,
-        /// Store for `fjord meta --store`
-        #[arg(long, value_name = "URL", conflicts_with = "data")]
-        store: Option<String>,
-        /// Begin again where a restore was interrupted; whatever else is there stays as it is
-        #[arg(long)]
-        force: bool,
-    },
+    Backup(backup::BackupArgs),
+    Restore(backup::RestoreArgs),
+    Dump(dump::DumpArgs),
+    Load(dump::LoadArgs),
     Status(status::Args),
     Migrate(migrate::Args),
 }
@@ -155,10 +139,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
             daemon::runtime()?.block_on(rpc::hand_over(&address))?;
             return Ok(ExitCode::SUCCESS);
         }
-        Some(Verb::Backup { file, meta }) => return back_up(file, meta),
-        Some(Verb::Restore { file, data, store, force }) => {
-            return restore(file, data.as_deref(), store.as_deref(), *force);
-        }
+        Some(Verb::Backup(args)) => return backup::run(args),
+        Some(Verb::Restore(args)) => return backup::restore(args),
+        Some(Verb::Dump(args)) => return dump::run(args),
+        Some(Verb::Load(args)) => return dump::load(args),
         Some(Verb::Status(args)) => return status::run(args),
         Some(Verb::Migrate(args)) => return migrate::run(args),
         None => {}
@@ -211,43 +195,6 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-fn back_up(file: &Path, meta: &MetaArg) -> anyhow::Result<ExitCode> {
-    let address = locate::cluster(meta, None)?;
-    let mut writer = backup::Writer::create(file)?;
-    daemon::control_runtime()?.block_on(async {
-        let mut signals = Signals::listen()?;
-        tokio::select! {
-            written = rpc::backup(&address, |piece| Ok(writer.write(piece)?)) => written,
-            _ = signals.next() => anyhow::bail!("stopped before the backup was whole: {} is not made", file.display()),
-        }
-    })?;
-    let (about, records) = writer.finish()?;
-    report::print(&format!(
-        "backup of cluster {}: {} records in {}\n",
-        about.cluster_id,
-        units::grouped(records),
-        file.display()
-    ))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn restore(file: &Path, data: Option<&Path>, store: Option<&str>, again: bool) -> anyhow::Result<ExitCode> {
-    let place = store.map(place).transpose()?;
-    let (data, place) = match (data, place) {
-        (_, Some(Place::Fjall(data))) => (data, None),
-        (data, place) => (data.map(Path::to_owned).unwrap_or_default(), place),
-    };
-    let (about, records) = backup::restore(file, &data, place.as_ref(), again)?;
-    let created = std::time::UNIX_EPOCH.checked_add(Duration::from_secs(about.created));
-    let created = created.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default();
-    report::print(&format!(
-        "cluster {} as it was at {created}: {} records. Start `fjord meta` on it, then mount again and run `fjord fsck`\n",
-        about.cluster_id,
-        units::grouped(records)
-    ))?;
-    Ok(ExitCode::SUCCESS)
 }
 
 /// Starts the server, when nobody else owns the store; `None` when it was told to stop before.

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
+use bytes::Bytes;
 use fjordfs_client::{CallError, Metaservers};
 use fjordfs_proto::pb::meta::{
     BackupRequest, ChangeTargetRequest, FsckReport, FsckRequest, HandOverRequest, MetaStatusReply,
@@ -80,11 +81,11 @@ pub(crate) async fn fsck(meta: &str, repair: bool, tell: impl Fn(u64)) -> anyhow
 /// When there is no metaserver, its store cannot be read, or `each` refuses a piece.
 pub(crate) async fn backup(
     meta: &str,
-    mut each: impl FnMut(&[u8]) -> anyhow::Result<()>,
+    mut each: impl AsyncFnMut(Bytes) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let mut replies = ask(meta, |mut owner| async move { owner.backup(BackupRequest {}).await }).await?;
     while let Some(reply) = next(&mut replies, "the backup").await? {
-        each(&reply.data)?;
+        each(reply.data).await?;
     }
     Ok(())
 }

@@ -1,18 +1,39 @@
 //! Backups of a store in memory, damaged in every place, and restored.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use super::*;
+use bytes::Bytes;
+use fjordfs_proto::pb;
+use proptest::prelude::*;
+use prost::Message;
+
+use super::{
+    restore::{
+        EPOCHS_PER_SECOND, EPOCHS_SKIPPED, IDS_PER_SECOND, IDS_SKIPPED, Onwards, TARGETS_SKIPPED, close, load,
+    },
+    tables::tests::any_pair,
+    *,
+};
 use crate::{
-    fsck,
-    store::{Idle, MemoryStore, Order},
+    fsck, keys,
+    label::Folder,
+    records::{Counters, TargetRecord},
+    store::{Batch, FjallOptions, FjallStore, Idle, MemoryStore, MetaStore, Order},
+    store_label::Closed,
     testing::{World, run},
 };
 
-fn backup_of(store: &dyn MetaStore) -> Vec<u8> {
+/// Nobody stops it.
+pub(super) static GO: AtomicBool = AtomicBool::new(false);
+
+pub(super) fn backup_of(store: &dyn MetaStore, created: u64) -> Vec<u8> {
     let mut file = Vec::new();
     let snapshot = store.snapshot().unwrap().unwrap();
-    write::<StoreError>(&*snapshot, "cluster", 7, |piece| {
+    write::<StoreError>(&*snapshot, "cluster", created, |piece| {
         file.extend(piece);
         Ok(())
     })
@@ -35,11 +56,11 @@ fn a_restored_store_is_the_same_and_goes_on_with_new_ids() {
     let w = world();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("backup");
-    std::fs::write(&file, backup_of(&*w.store)).unwrap();
-    let (about, records) = verify(&file).unwrap();
+    std::fs::write(&file, backup_of(&*w.store, 7)).unwrap();
+    let (about, records) = verify(Form::Backup, &file, &GO).unwrap();
     assert_eq!((about.cluster_id.as_str(), about.created), ("cluster", 7));
     let store = Arc::new(MemoryStore::default());
-    load(&file, &*store, close(&*store, "memory", false).unwrap()).unwrap();
+    load(Form::Backup, &file, &*store, close(&*store, "memory", false).unwrap(), &GO).unwrap();
     for again in [false, true] {
         assert!(matches!(close(&*store, "memory", again), Err(BackupError::NotEmpty(_))));
     }
@@ -66,9 +87,9 @@ fn a_restored_store_is_the_same_and_goes_on_with_new_ids() {
 #[test]
 fn whatever_is_damaged_or_missing_is_noticed() {
     let w = world();
-    let good = backup_of(&*w.store);
+    let good = backup_of(&*w.store, 7);
     let path = Path::new("b");
-    let check = |bytes: &[u8]| read(path, &mut &bytes[..], |_, _| Ok(()));
+    let check = |bytes: &[u8]| read(Form::Backup, path, bytes, |_, _| Ok(()));
     check(&good).unwrap();
     for at in 0..good.len() {
         let mut bad = good.clone();
@@ -108,7 +129,7 @@ fn a_restore_that_was_interrupted_is_begun_again_when_that_is_asked_for() {
     let w = world();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("backup");
-    std::fs::write(&file, backup_of(&*w.store)).unwrap();
+    std::fs::write(&file, backup_of(&*w.store, 7)).unwrap();
     for labelled in [false, true] {
         let data = dir.path().join(format!("meta-{labelled}"));
         {
@@ -121,9 +142,9 @@ fn a_restore_that_was_interrupted_is_begun_again_when_that_is_asked_for() {
                 store.commit(Batch { writes: older }, fence).unwrap();
             }
         }
-        let said = restore(&file, &data, None, false).unwrap_err().to_string();
+        let said = restore(Form::Backup, &file, &data, None, false, &GO).unwrap_err().to_string();
         assert!(said.contains("interrupted") && said.contains("--force"), "{said}");
-        let (_, records) = restore(&file, &data, None, true).unwrap();
+        let (_, records) = restore(Form::Backup, &file, &data, None, true, &GO).unwrap();
         let checked = fsck::check_folder(&data).unwrap();
         assert!(checked.is_clean() && records > 200);
         {
@@ -134,7 +155,7 @@ fn a_restore_that_was_interrupted_is_begun_again_when_that_is_asked_for() {
             assert_eq!(there.len() as u64, records);
         }
         for again in [false, true] {
-            let said = restore(&file, &data, None, again).unwrap_err();
+            let said = restore(Form::Backup, &file, &data, None, again, &GO).unwrap_err();
             assert!(matches!(said, BackupError::NotEmpty(_)), "{said}");
         }
     }
@@ -145,17 +166,17 @@ fn a_file_appears_when_it_is_whole() {
     let w = world();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("backup");
-    let good = backup_of(&*w.store);
-    let mut writer = Writer::create(&file).unwrap();
+    let good = backup_of(&*w.store, 7);
+    let mut writer = Writer::create(Form::Backup, &file).unwrap();
     writer.write(&good[..good.len() - 1]).unwrap();
-    assert!(writer.finish().is_err() && !file.exists(), "the connection broke");
-    let mut writer = Writer::create(&file).unwrap();
+    assert!(writer.finish(&GO).is_err() && !file.exists(), "the connection broke");
+    let mut writer = Writer::create(Form::Backup, &file).unwrap();
     writer.write(&good).unwrap();
-    writer.finish().unwrap();
+    writer.finish(&GO).unwrap();
     let data = dir.path().join("meta");
-    let (about, records) = restore(&file, &data, None, false).unwrap();
+    let (about, records) = restore(Form::Backup, &file, &data, None, false, &GO).unwrap();
     assert!(about.cluster_id == "cluster" && records > 200);
-    assert!(restore(&file, &data, None, false).is_err(), "there is metadata now");
+    assert!(restore(Form::Backup, &file, &data, None, false, &GO).is_err(), "there is metadata now");
     assert!(fsck::check_folder(&data).unwrap().is_clean());
 }
 
@@ -184,15 +205,159 @@ fn a_later_restore_uses_no_ids_of_an_earlier_one() {
     assert!(epoch(0) > EPOCHS_SKIPPED);
 }
 
+fn all(store: &dyn MetaStore) -> Vec<Pair> {
+    let all = keys::everything();
+    store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap()
+}
+
+/// The backup as a dump in a file.
+fn dumped(backup: &[u8], file: &Path) {
+    let mut writer = Writer::create(Form::Dump, file).unwrap();
+    dump(backup, Path::new("b"), &GO, |piece| writer.write(piece)).unwrap();
+    writer.finish(&GO).unwrap();
+}
+
+fn seconds_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    /// Backup, dump, load, backup: the records are those that a restore of the first backup makes.
+    #[test]
+    fn whatever_a_store_holds_comes_back_from_a_dump(
+        pairs in proptest::collection::vec(any_pair(), 0..60)
+    ) {
+        let pairs: BTreeMap<_, _> = pairs.into_iter().collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("dump");
+        let store = MemoryStore::default();
+        let fence = store.take_over().unwrap();
+        let writes = pairs.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+        store.commit(Batch { writes }, fence).unwrap();
+        // Of later than now: then no time has passed since.
+        dumped(&backup_of(&store, seconds_now() + 1_000_000), &file);
+        let loaded = MemoryStore::default();
+        let fence = close(&loaded, "it", false).unwrap();
+        // Counters, maps and targets that cannot be read are refused.
+        let mut onwards = Onwards::default();
+        let expected: Result<Vec<Pair>, String> = pairs
+            .into_iter()
+            .map(|(key, value)| Ok((key.clone(), onwards.record(&key, value, 0)?)))
+            .collect();
+        match (load(Form::Dump, &file, &loaded, fence, &GO), expected) {
+            (Ok(_), Ok(expected)) => prop_assert_eq!(all(&loaded), expected),
+            (Err(BackupError::Damaged { .. }), Err(_)) => {}
+            (loaded, expected) => prop_assert!(false, "{:?} {:?}", loaded, expected),
+        }
+    }
+}
+
+#[test]
+fn a_loaded_store_is_what_a_restored_one_is() {
+    let w = world();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let backup = backup_of(&*w.store, seconds_now() + 1_000_000);
+    std::fs::write(at("backup"), &backup).unwrap();
+    dumped(&backup, &at("dump"));
+    let made = [(Form::Backup, at("backup")), (Form::Dump, at("dump"))].map(|(form, file)| {
+        let data = at(&format!("meta of {form}"));
+        let made = restore(form, &file, &data, None, false, &GO).unwrap();
+        for again in [false, true] {
+            let said = restore(form, &file, &data, None, again, &GO).unwrap_err();
+            assert!(matches!(said, BackupError::NotEmpty(_)), "{said}");
+        }
+        assert!(fsck::check_folder(&data).unwrap().is_clean());
+        let folder = Folder::claim_existing(&data).unwrap();
+        let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
+        (made, all(&store))
+    });
+    assert_eq!(made[0], made[1]);
+    assert!(made[0].1.len() > 200);
+}
+
+#[test]
+fn what_is_not_whole_or_was_stopped_leaves_nothing() {
+    let w = world();
+    let dir = tempfile::tempdir().unwrap();
+    let (file, data) = (dir.path().join("dump"), dir.path().join("meta"));
+    let backup = backup_of(&*w.store, 7);
+    let names = || {
+        let entries = std::fs::read_dir(dir.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+    };
+    for stop in [false, true] {
+        let mut writer = Writer::create(Form::Dump, &file).unwrap();
+        let stop = AtomicBool::new(stop);
+        let torn = &backup[..backup.len() - 20];
+        assert!(dump(torn, Path::new("b"), &stop, |piece| writer.write(piece)).is_err());
+        assert!(writer.finish(&GO).is_err());
+        assert!(names().is_empty(), "{:?}", names());
+    }
+    let mut writer = Writer::create(Form::Dump, &file).unwrap();
+    dump(&backup[..], Path::new("b"), &GO, |piece| writer.write(piece)).unwrap();
+    assert!(matches!(writer.finish(&AtomicBool::new(true)), Err(BackupError::Stopped)));
+    assert!(names().is_empty());
+    dumped(&backup, &file);
+    let stopped = restore(Form::Dump, &file, &data, None, false, &AtomicBool::new(true));
+    assert!(matches!(stopped, Err(BackupError::Stopped)));
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replacen(r#""nlink":1"#, r#""nlink":2"#, 1)).unwrap();
+    let said = restore(Form::Dump, &file, &data, None, false, &GO).unwrap_err().to_string();
+    assert!(said.contains(&file.display().to_string()) && said.contains(": line "), "{said}");
+    assert_eq!(names(), ["dump"]);
+}
+
+#[test]
+fn only_files_are_replaced_or_read_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for form in [Form::Backup, Form::Dump] {
+        for other in [socket.as_path(), dir.path()] {
+            let said = Writer::create(form, other).err().unwrap().to_string();
+            assert!(said.contains("not a regular file") && said.contains("name a new file"), "{said}");
+            let said = restore(form, other, &dir.path().join("meta"), None, false, &GO).unwrap_err();
+            assert!(said.to_string().contains("it is read twice"), "{said}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+/// Before anything is written.
+#[test]
+fn records_that_a_restore_could_not_use_are_told_with_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (prefix, what) in
+        [(keys::COUNTERS, "its counters cannot be read"), (keys::MAP, "its cluster map cannot")]
+    {
+        let store = MemoryStore::default();
+        let fence = store.take_over().unwrap();
+        let garbage = [b"A".to_vec(), vec![prefix]].map(|key| (key, Some(Bytes::from_static(b"\x0a\xff"))));
+        store.commit(Batch { writes: garbage.to_vec() }, fence).unwrap();
+        let backup = backup_of(&store, 7);
+        std::fs::write(at("backup"), &backup).unwrap();
+        dumped(&backup, &at("dump"));
+        for (form, place) in [(Form::Backup, "frame 1: "), (Form::Dump, "line 3: ")] {
+            let file = at(&form.to_string());
+            let said = restore(form, &file, &at("meta"), None, false, &GO).unwrap_err().to_string();
+            assert!(said.contains(place) && said.contains(what), "{said}");
+            assert!(!at("meta").exists());
+        }
+    }
+}
+
 /// Targets that were added since come with their numbers, and anything may have moved.
 #[test]
 fn a_restore_leaves_numbers_of_targets_free_and_takes_none_for_tidy() {
     let w = world();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("backup");
-    std::fs::write(&file, backup_of(&*w.store)).unwrap();
+    std::fs::write(&file, backup_of(&*w.store, 7)).unwrap();
     let data = dir.path().join("meta");
-    restore(&file, &data, None, false).unwrap();
+    restore(Form::Backup, &file, &data, None, false, &GO).unwrap();
     let folder = Folder::claim_existing(&data).unwrap();
     let store = FjallStore::open(&folder.store, FjallOptions::default()).unwrap();
     let counters = Counters::decode(store.get(&[keys::COUNTERS]).unwrap().unwrap()).unwrap();
@@ -202,6 +367,7 @@ fn a_restore_leaves_numbers_of_targets_free_and_takes_none_for_tidy() {
     let targets = store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap();
     assert!(!targets.is_empty());
     for (_, record) in targets {
-        assert_eq!(TargetRecord::decode(record).unwrap().displaced, map.epoch);
+        let target = TargetRecord::decode(record).unwrap();
+        assert_eq!((target.displaced, target.unasked), (map.epoch, map.epoch));
     }
 }

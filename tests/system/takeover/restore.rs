@@ -1,4 +1,4 @@
-//! Backups of metadata that is in use on an engine across a network, restored on the same engine and on others.
+//! Backups and dumps of metadata that is in use on an engine across a network, restored on the same engine and on others.
 
 use std::{
     fs,
@@ -28,9 +28,15 @@ const KEPT: Tree = Tree {
     hard_links: 5,
 };
 
-fn restore(cluster: &Cluster, file: &Path, to: &str) -> Run {
+/// The verb that makes a file of all metadata, and the one that makes metadata from it.
+type Verbs = [&'static str; 2];
+
+const BACKUP: Verbs = ["backup", "restore"];
+const DUMP: Verbs = ["dump", "load"];
+
+fn restore(cluster: &Cluster, verbs: Verbs, file: &Path, to: &str) -> Run {
     let file = file.to_str().unwrap();
-    cluster.fjord(["meta", "restore", file, "--store", to])
+    cluster.fjord(["meta", verbs[1], file, "--store", to])
 }
 
 fn stop_metaservers(cluster: &mut Cluster) {
@@ -42,7 +48,7 @@ fn stop_metaservers(cluster: &mut Cluster) {
 }
 
 /// Makes a backup while somebody works.
-fn back_up_in_use(cluster: &Cluster, mount: &MountPoint, file: &Path) {
+fn back_up_in_use(cluster: &Cluster, verbs: Verbs, mount: &MountPoint, file: &Path) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -50,7 +56,7 @@ fn back_up_in_use(cluster: &Cluster, mount: &MountPoint, file: &Path) {
             work(&mount.join("work"), &stop)
         });
         std::thread::sleep(Duration::from_secs(1));
-        let told = cluster.fjord(["meta", "backup", file.to_str().unwrap()]).ok().stdout;
+        let told = cluster.fjord(["meta", verbs[0], file.to_str().unwrap()]).ok().stdout;
         assert!(told.contains("records in"), "{told}");
         stop.store(true, Ordering::Relaxed);
         worker.join().unwrap();
@@ -71,7 +77,7 @@ fn assert_was_under_way(folder: &Path) {
 }
 
 /// A backup of what is on `from`, restored on each of `to`, one after the other.
-fn is_restored(name: &str, from: String, to: Vec<String>) {
+fn is_restored(name: &str, verbs: Verbs, from: String, to: Vec<String>) {
     let mut cluster = cluster(name, from.clone());
     let kept = cluster.dir("kept");
     KEPT.generate(&kept, 1);
@@ -82,16 +88,16 @@ fn is_restored(name: &str, from: String, to: Vec<String>) {
     assert_same(&kept, &other.join("kept"), ALL);
     other.unmount();
     let file = cluster.dir("backup").join("monday");
-    back_up_in_use(&cluster, &mount, &file);
+    back_up_in_use(&cluster, verbs, &mount, &file);
     fs::write(mount.join("later"), "not in the backup").unwrap();
     mount.unmount();
-    restore(&cluster, &file, &from).fails_saying(&["a metaserver runs on", "stop"]);
+    restore(&cluster, verbs, &file, &from).fails_saying(&["a metaserver runs on", "stop"]);
     stop_metaservers(&mut cluster);
-    restore(&cluster, &file, &from).fails_saying(&["holds metadata already"]);
+    restore(&cluster, verbs, &file, &from).fails_saying(&["holds metadata already"]);
     let mut made = Vec::new();
     for place in to {
-        restore(&cluster, &file, &place).ok();
-        restore(&cluster, &file, &place).fails_saying(&["holds metadata already"]);
+        restore(&cluster, verbs, &file, &place).ok();
+        restore(&cluster, verbs, &file, &place).fails_saying(&["holds metadata already"]);
         cluster.set_store(place.clone());
         cluster.start_metaserver(0);
         cluster.wait_healthy();
@@ -119,12 +125,21 @@ fn a_backup_of_etcd_is_restored_on_each_engine() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let fjall = format!("fjall:{}", folder.path().join("meta").display());
     let to = vec![etcd.url("again"), postgres.url(), fjall];
-    is_restored("restore-etcd", etcd.url("fjord"), to);
+    is_restored("restore-etcd", BACKUP, etcd.url("fjord"), to);
 }
 
 #[test]
 fn a_backup_of_postgres_is_restored_on_each_engine() {
     let (etcd, mut postgres) = (Etcd::start(), Postgres::start());
     let (from, again) = (postgres.url(), postgres.url());
-    is_restored("restore-postgres", from, vec![again, etcd.url("fjord")]);
+    is_restored("restore-postgres", BACKUP, from, vec![again, etcd.url("fjord")]);
+}
+
+#[test]
+fn a_dump_of_postgres_is_loaded_on_each_engine() {
+    let (etcd, mut postgres) = (Etcd::start(), Postgres::start());
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let fjall = format!("fjall:{}", folder.path().join("meta").display());
+    let (from, again) = (postgres.url(), postgres.url());
+    is_restored("load", DUMP, from, vec![again, etcd.url("fjord"), fjall]);
 }
