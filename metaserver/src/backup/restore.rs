@@ -48,12 +48,11 @@ pub fn restore(
     stop: &AtomicBool,
 ) -> Result<(About, u64), BackupError> {
     let now = seconds_since_1970();
-    let damaged = |what| BackupError::Damaged { form, file: file.to_owned(), what };
     // Whatever would be refused later is refused now.
     let mut onwards = Onwards::default();
     let (about, _) = read(form, file, open(form, file)?, |about, (key, value)| {
         goes_on(stop)?;
-        onwards.record(&key, value, now.saturating_sub(about.created)).map(drop).map_err(damaged)
+        onwards.moved_on(form, file, &key, value, now.saturating_sub(about.created)).map(drop)
     })?;
     match store {
         None => {
@@ -117,11 +116,10 @@ pub(super) fn load(
 ) -> Result<(About, u64), BackupError> {
     let now = seconds_since_1970();
     let mut bulk = Bulk::new(store, fence);
-    let damaged = |what| BackupError::Damaged { form, file: file.to_owned(), what };
     let mut onwards = Onwards::default();
     let loaded = read(form, file, open(form, file)?, |about, (key, value)| {
         goes_on(stop)?;
-        let value = onwards.record(&key, value, now.saturating_sub(about.created)).map_err(damaged)?;
+        let value = onwards.moved_on(form, file, &key, value, now.saturating_sub(about.created))?;
         Ok(bulk.write(key, Some(value))?)
     })?;
     bulk.finish()?;
@@ -142,6 +140,19 @@ pub(super) struct Onwards {
 }
 
 impl Onwards {
+    /// As [`Onwards::record`]; the reader of the file adds where it is damaged.
+    fn moved_on(
+        &mut self,
+        form: Form,
+        file: &Path,
+        key: &[u8],
+        value: Bytes,
+        age: u64,
+    ) -> Result<Bytes, BackupError> {
+        let damaged = |what| BackupError::Damaged { form, file: file.to_owned(), what };
+        self.record(key, value, age).map_err(damaged)
+    }
+
     /// Numbers given out since the backup, which is so many seconds old, are not given out again; and any target may have, or lack, what
     /// has moved since.
     pub(super) fn record(&mut self, key: &[u8], value: Bytes, age: u64) -> Result<Bytes, String> {
@@ -173,7 +184,7 @@ impl Onwards {
             [keys::TARGET, ..] => {
                 let mut target =
                     TargetRecord::decode(value).map_err(|e| format!("a target cannot be read: {e}"))?;
-                target.displaced = self.epoch;
+                (target.displaced, target.unasked) = (self.epoch, self.epoch);
                 Ok(target.encode_to_vec().into())
             }
             _ => Ok(value),

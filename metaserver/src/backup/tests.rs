@@ -369,6 +369,7 @@ fn a_restore_leaves_numbers_of_targets_free_and_takes_none_for_tidy() {
     let targets = store.scan(&all.start..&all.end, Order::Ascending, usize::MAX).unwrap();
     assert!(!targets.is_empty());
     for (_, record) in targets {
-        assert_eq!(TargetRecord::decode(record).unwrap().displaced, map.epoch);
+        let target = TargetRecord::decode(record).unwrap();
+        assert_eq!((target.displaced, target.unasked), (map.epoch, map.epoch));
     }
 }
