@@ -330,9 +330,11 @@ fn only_files_are_replaced_or_read_twice() {
 fn records_that_a_restore_could_not_use_are_told_with_their_place() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    for (prefix, what) in
-        [(keys::COUNTERS, "its counters cannot be read"), (keys::MAP, "its cluster map cannot")]
-    {
+    for (prefix, what) in [
+        (keys::COUNTERS, "its counters cannot be read"),
+        (keys::MAP, "its cluster map cannot"),
+        (keys::TARGET, "a target cannot"),
+    ] {
         let store = MemoryStore::default();
         let fence = store.take_over().unwrap();
         let garbage = [b"A".to_vec(), vec![prefix]].map(|key| (key, Some(Bytes::from_static(b"\x0a\xff"))));
