@@ -92,7 +92,7 @@ impl Cluster for Fake {
         let request_targets: Vec<u64> = request.targets.iter().map(|t| t.target).collect();
         let mine = |check: &meta::Check| request_targets.contains(&check.target);
         let checks =
-            if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).copied().collect() };
+            if unknown { vec![] } else { state.checks.iter().filter(|c| mine(c)).cloned().collect() };
         let map = state.map.clone().filter(|map| map.epoch > request.epoch);
         state.heartbeats.push(request);
         // One that nobody has goes to anybody.

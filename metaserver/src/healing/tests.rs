@@ -349,9 +349,9 @@ fn what_lies_outside_of_its_group_is_looked_for_there() {
         let strays = vec![Strays { target: 4, groups }];
         beat_with(w, server, HeartbeatRequest { strays, ..HeartbeatRequest::default() });
     };
-    told(&mut w, 1, vec![group.clone()]);
+    told(&mut w, 1, vec![group]);
     assert!(idle(&w), "that is not its target");
-    told(&mut w, 4, vec![group.clone()]);
+    told(&mut w, 4, vec![group]);
     for member in table.group(pg) {
         let checks = beat(&mut w, member.0, vec![]);
         let of_group =
@@ -359,7 +359,7 @@ fn what_lies_outside_of_its_group_is_looked_for_there() {
         let check = checks.iter().find(of_group).expect("no member looks");
         assert_eq!(check.strays, [4]);
         // It may have looked before this was said.
-        told(&mut w, 4, vec![group.clone()]);
+        told(&mut w, 4, vec![group]);
         beat(&mut w, member.0, vec![done(check)]);
         let checks = beat(&mut w, member.0, vec![]);
         beat(&mut w, member.0, checks.iter().map(done).collect());
