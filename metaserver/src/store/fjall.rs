@@ -491,6 +491,28 @@ mod tests {
         }
     }
 
+    /// Pages that a failed sync has left behind in memory only, and that count as written, reach the disk after all.
+    #[test]
+    fn what_the_newest_journal_holds_is_written_once_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().join("store");
+        {
+            let store = open(&at);
+            let fence = store.take_over().unwrap();
+            store.commit(conformance::put(&[("k", "v")]), fence).unwrap();
+        }
+        let (_, journal) = journal::list(&at).unwrap().pop().unwrap();
+        let before = fs::read(&journal).unwrap();
+        let long_ago = std::time::SystemTime::UNIX_EPOCH;
+        fs::File::options().write(true).open(&journal).unwrap().set_modified(long_ago).unwrap();
+        // The engine cuts what it does not need, which would show as well.
+        journal::prepare(&at, &Synced::open(&at).unwrap()).unwrap();
+        assert!(fs::metadata(&journal).unwrap().modified().unwrap() > long_ago, "nothing was written");
+        assert!(fs::read(&journal).unwrap() == before);
+        let store = open(&at);
+        assert_eq!(store.get(b"k").unwrap().unwrap(), "v");
+    }
+
     /// The newest record is there, and the count that it holds; what lies before it is not all there.
     #[test]
     fn damage_in_an_older_journal_is_noticed() {
