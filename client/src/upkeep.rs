@@ -1,13 +1,14 @@
 //! What keeps a filesystem in shape while it is in use: finding what targets hold against what there should be, deleting garbage,
 //! and writing anew what is left of mostly dead blocks.
 //!
-//! It is all done through a [`Client`]: by `fjord fsck` and `fjord gc`, and on a schedule by the process of the metaserver that
+//! It is all done through a [`Client`](crate::Client): by `fjord fsck` and `fjord gc`, and on a schedule by the process of the metaserver that
 //! owns the metadata, so that one does it at a time.
 //!
 //! | module | what it does |
 //! |---|---|
 //! | `admin` | the metaserver's calls that this takes |
 //! | `holdings` | shards against extents: missing, lost, garbage, mostly dead |
+//! | `repair` | the metaserver is told what is missing, and what is garbage |
 //! | `collect` | garbage is deleted |
 //! | `files` | which files blocks belong to, by name |
 //! | `compact` | what is left of mostly dead blocks is moved |
@@ -20,6 +21,7 @@ mod collect;
 mod compact;
 mod files;
 mod holdings;
+mod repair;
 
 use std::time::{Duration, Instant};
 
@@ -27,23 +29,13 @@ pub use collect::{Collected, collect};
 pub use compact::{Compacted, Compaction, compact};
 pub use files::files_of;
 pub use holdings::{Findings, Missing, compare};
-
-use crate::{Client, FsResult};
-use fjordfs_proto::pb::meta::MendRequest;
+pub use repair::repair;
 
 /// Blocks that are asked about at a time.
 const BLOCKS: usize = 65_536;
 
 /// Hears what is being done, for people.
 pub type Tell<'a> = &'a (dyn Fn(String) + Sync);
-
-/// Has groups that lack shards completed, and garbage deleted; how many deletions that makes.
-///
-/// # Errors
-/// What the metaserver says against it.
-pub async fn mend(client: &Client, request: MendRequest) -> FsResult<u64> {
-    admin::mend(client, request).await
-}
 
 /// Keeps to so many bytes per second.
 struct Pace {

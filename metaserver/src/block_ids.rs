@@ -136,6 +136,7 @@ fn save(txn: &mut Txn, session: SessionId, first: u64, range: LeasedRange) {
 }
 
 /// Ids that sessions have leased and not used up: ranges in ascending order.
+/// Ascending.
 pub(crate) fn unused(txn: &mut Txn) -> FsResult<Vec<Range<u64>>> {
     let mut unused = Vec::new();
     for pair in txn.scan(&keys::all(keys::RANGE), Order::Ascending, usize::MAX)? {
@@ -145,6 +146,12 @@ pub(crate) fn unused(txn: &mut Txn) -> FsResult<Vec<Range<u64>>> {
     }
     unused.sort_by_key(|range| range.start);
     Ok(unused)
+}
+
+/// Whether one of the ascending ranges has the id.
+pub(crate) fn contains(ranges: &[Range<u64>], id: u64) -> bool {
+    let after = ranges.partition_point(|range| range.start <= id);
+    after > 0 && ranges[after - 1].contains(&id)
 }
 
 /// The session is over: ids it did not use may be on targets, where nobody will ever reach them.

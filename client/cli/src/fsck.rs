@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, io::IsTerminal, process::ExitCode, time::Duration};
 
 use fjordfs_client::upkeep::{self, Findings};
-use fjordfs_proto::pb::meta::{FsckReport, MendRequest};
+use fjordfs_proto::pb::meta::FsckReport;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -172,12 +172,7 @@ async fn shards(meta: &str, repair: bool, bar: &ProgressBar) -> anyhow::Result<S
     let client = transfer::connect(meta, "fsck").await?;
     let found = upkeep::compare(&client, 0, &|what| bar.set_message(what)).await?;
     if repair && found.missing.len() + found.garbage.len() > 0 {
-        let request = MendRequest {
-            cluster_id: found.cluster_id.clone(),
-            missing: found.missing_to_pb(),
-            garbage: found.garbage_to_pb(),
-        };
-        upkeep::mend(&client, request).await?;
+        upkeep::repair(&client, &found).await?;
     }
     let lost_files = match found.lost.is_empty() {
         true => Vec::new(),

@@ -1,16 +1,9 @@
 //! Deleting shards that nothing reaches and nothing ever will.
 
-use fjordfs_proto::{
-    FsError, FsResult, TargetId,
-    error::Errno,
-    pb::meta::{DeletedBlocks, MendRequest},
-};
+use fjordfs_proto::{FsError, FsResult, TargetId, error::Errno};
 
-use super::{Tell, admin, holdings};
+use super::{Tell, admin, holdings, repair};
 use crate::Client;
-
-/// Blocks of one request.
-const BLOCKS: usize = 65_536;
 
 /// What a collection has found and done.
 #[derive(Clone, Debug, Default)]
@@ -49,13 +42,8 @@ pub async fn collect(client: &Client, dry_run: bool, rate: u64, tell: Tell<'_>) 
         unseen: found.unseen.keys().copied().map(TargetId).collect(),
     };
     if !dry_run {
-        for (target, blocks) in &found.garbage {
-            for some in blocks.chunks(BLOCKS) {
-                let garbage = vec![DeletedBlocks { target: *target, blocks: some.to_vec() }];
-                let request =
-                    MendRequest { cluster_id: found.cluster_id.clone(), garbage, ..MendRequest::default() };
-                collected.deletions += admin::mend(client, request).await?;
-            }
+        for request in repair::of_garbage(&found) {
+            collected.deletions += admin::mend(client, request).await?;
         }
     }
     Ok(collected)

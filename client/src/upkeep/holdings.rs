@@ -16,7 +16,7 @@ use fjordfs_proto::{
     error::Errno,
     pb::{
         data::ShardInfo,
-        meta::{BlockRun, BlocksReply, DeletedBlocks, MissingShards},
+        meta::{BlockRun, BlocksReply},
     },
 };
 
@@ -55,27 +55,13 @@ pub struct Missing {
     pub block: u64,
     /// Members of its group that lack their shards.
     pub targets: Vec<u64>,
-    layout: u32,
+    pub(super) layout: u32,
 }
 
 impl Findings {
     /// Shards that nothing reaches.
     pub fn garbage_shards(&self) -> usize {
         self.garbage.values().map(Vec::len).sum()
-    }
-
-    /// For the metaserver.
-    pub fn missing_to_pb(&self) -> Vec<MissingShards> {
-        let shards =
-            |m: &Missing| MissingShards { block: m.block, targets: m.targets.clone(), layout: m.layout };
-        self.missing.iter().map(shards).collect()
-    }
-
-    /// For the metaserver.
-    pub fn garbage_to_pb(&self) -> Vec<DeletedBlocks> {
-        let blocks =
-            |(target, blocks): (&u64, &Vec<u64>)| DeletedBlocks { target: *target, blocks: blocks.clone() };
-        self.garbage.iter().map(blocks).collect()
     }
 }
 

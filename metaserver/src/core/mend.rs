@@ -56,7 +56,7 @@ impl Core {
                     return Err(Refusal::NotFound(format!("there is no target {target}")));
                 }
                 for block in garbage.blocks.iter().copied() {
-                    if block >= next || leased.iter().any(|range| range.contains(&block)) {
+                    if block >= next || block_ids::contains(&leased, block) {
                         return Err(Refusal::Invalid(format!("b{block} may be in use: it is no garbage")));
                     }
                     let key = keys::delete(target, BlockId(block));

@@ -1,7 +1,5 @@
 //! What a target that lacks blocks of its group must not copy.
 
-use std::ops::Range;
-
 use fjordfs_proto::{
     BlockId, PgId, TargetId,
     pb::meta::{WantedReply, WantedRequest},
@@ -43,7 +41,7 @@ impl Membership {
             }
             if dead {
                 reply.dead.push(block);
-            } else if contains(&leased, block) {
+            } else if block_ids::contains(&leased, block) {
                 reply.unsettled.push(block);
             }
         }
@@ -56,10 +54,4 @@ fn in_a_dead_run(txn: &mut Txn, block: u64) -> Result<bool, Refusal> {
     let Some((key, value)) = txn.scan(&to_here, Order::Descending, 1)?.pop() else { return Ok(false) };
     let run: crate::records::DeadRun = crate::records::decode(value, || "a run of dead blocks".into())?;
     Ok(keys::first_id(&key).is_some_and(|first| block - first < run.count))
-}
-
-/// Whether one of the ascending ranges has the id.
-fn contains(ranges: &[Range<u64>], id: u64) -> bool {
-    let after = ranges.partition_point(|range| range.start <= id);
-    after > 0 && ranges[after - 1].contains(&id)
 }
