@@ -7,8 +7,8 @@
 //! ```
 //!
 //! **Deletions** come with heartbeat answers, because data servers connect to the metaserver and never the reverse. They
-//! are carried out, made power-safe, and acknowledged with the next heartbeat. An acknowledgement is repeated until a
-//! heartbeat has been answered; a deletion that failed is not acknowledged, so that it comes again.
+//! are carried out beside the heartbeats, some at a time, made power-safe, and acknowledged with the next one. An acknowledgement
+//! is repeated until a heartbeat has been answered; a block that could not be deleted is not acknowledged, so that it comes again.
 //!
 //! **Checks** of placement groups come the same way and are reported the same way; `heal.rs` carries them out.
 //!
@@ -18,7 +18,7 @@
 use std::{
     net::{SocketAddr, UdpSocket},
     sync::{Arc, mpsc::SyncSender},
-    thread::JoinHandle,
+    thread,
     time::Duration,
 };
 
@@ -29,7 +29,10 @@ use fjordfs_proto::{
         cluster_client::ClusterClient,
     },
 };
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
@@ -39,7 +42,7 @@ use crate::{
     cores::Jobs,
     error::StartError,
     node::{Node, report},
-    store::{Store, files::Files},
+    store::{Deletion, Store, files::Files},
 };
 
 /// Longest wait for an answer.
@@ -84,14 +87,14 @@ pub(crate) enum First {
 
 /// The membership thread.
 pub(crate) struct Membership {
-    thread: JoinHandle<()>,
+    thread: thread::JoinHandle<()>,
     stop: watch::Sender<bool>,
     ready: oneshot::Sender<(Arc<Node>, Jobs)>,
 }
 
 /// A membership thread that beats.
 pub(crate) struct Beating {
-    thread: JoinHandle<()>,
+    thread: thread::JoinHandle<()>,
     stop: watch::Sender<bool>,
 }
 
@@ -321,15 +324,21 @@ impl Member {
         Ok(())
     }
 
-    async fn beat(&mut self, node: &Node, jobs: &Jobs, mut interval: Duration) {
+    async fn beat(&mut self, node: &Arc<Node>, jobs: &Jobs, mut interval: Duration) {
         let meta = self.identity.meta.clone();
         let (mut deleted, mut epoch, mut pause, mut wait) = (Vec::new(), 0, Pause::default(), interval);
+        // What is being deleted, and whether there is more of it.
+        let (mut deleting, mut more) = (None::<Deleting>, false);
         loop {
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = early(node, wait) => {}
+                () = ended(&mut deleting, &mut deleted), if more && deleting.is_some() => {}
             }
             wait = interval;
+            if deleting.as_ref().is_some_and(JoinHandle::is_finished) {
+                ended(&mut deleting, &mut deleted).await;
+            }
             let request = HeartbeatRequest {
                 cluster_id: node.cluster_id.clone(),
                 server: node.server.0,
@@ -361,8 +370,13 @@ impl Member {
                         }
                         node.checks.order(reply.checks);
                         node.scrubs.asked(reply.scrubs);
-                        deleted = delete(node, jobs, reply.deletes).await;
-                        if reply.more {
+                        deleted.clear();
+                        // While some are being deleted they are ordered again, and so are those that came after them.
+                        if deleting.is_none() && !reply.deletes.is_empty() {
+                            more = reply.more;
+                            let (node, jobs) = (node.clone(), jobs.clone());
+                            deleting = Some(tokio::spawn(delete(node, jobs, reply.deletes)));
+                        } else if deleting.is_none() && reply.more {
                             wait = Duration::ZERO;
                         }
                         continue;
@@ -390,6 +404,20 @@ impl Member {
             }
             pause.wait().await;
         }
+    }
+}
+
+/// Deletions that are being carried out: those that are power-safe.
+type Deleting = JoinHandle<Vec<DeletedBlocks>>;
+
+/// Until all of them are over; they are to be acknowledged then.
+async fn ended(deleting: &mut Option<Deleting>, deleted: &mut Vec<DeletedBlocks>) {
+    if let Some(running) = deleting {
+        match running.await {
+            Ok(done) => deleted.extend(done),
+            Err(e) => tracing::error!("deleting blocks: {e}; the metaserver will ask again"),
+        }
+        *deleting = None;
     }
 }
 
@@ -425,7 +453,7 @@ impl Identity {
 }
 
 /// Carries out deletions; returns those that are power-safe.
-async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<DeletedBlocks> {
+async fn delete(node: Arc<Node>, jobs: Jobs, deletes: Vec<DeletedBlocks>) -> Vec<DeletedBlocks> {
     let mut done = Vec::new();
     for mut order in deletes {
         let target = TargetId(order.target);
@@ -442,12 +470,19 @@ async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<De
         };
         let blocks: Vec<BlockId> = order.blocks.iter().copied().map(BlockId).collect();
         let result = jobs.run(move || async move {
-            let deleted = store.delete(&blocks).await?;
+            let deletion = store.delete_each(&blocks).await?;
             store.sync().await?;
-            Ok::<u32, crate::store::error::StoreError>(deleted)
+            Ok::<Deletion, crate::store::error::StoreError>(deletion)
         });
         match result.await {
-            Some(Ok(shards)) => {
+            Some(Ok(Deletion { shards, kept })) => {
+                if let Some(e) = kept.values().next() {
+                    tracing::warn!(
+                        "{} blocks could not be deleted, the metaserver will ask again: {e}",
+                        kept.len()
+                    );
+                }
+                order.blocks.retain(|block| !kept.contains_key(&BlockId(*block)));
                 tracing::debug!(
                     "deleted {shards} shards of {} blocks from t{}",
                     order.blocks.len(),
@@ -465,6 +500,23 @@ async fn delete(node: &Node, jobs: &Jobs, deletes: Vec<DeletedBlocks>) -> Vec<De
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{FakeMeta, start};
+
+    #[test]
+    fn heartbeats_go_on_while_deletions_take_their_time() {
+        let (fake, folder) = (FakeMeta::start("c1"), tempfile::tempdir().unwrap());
+        let server = start(&fake, folder.path());
+        let store = server.node().store(1).unwrap();
+        let held = store.hold_deletions();
+        let order = DeletedBlocks { target: 1, blocks: vec![5, 6] };
+        fake.state.lock().unwrap().deletes = vec![order.clone()];
+        fake.wait("the order to be fetched", |s| s.deletes.is_empty());
+        let before = fake.state.lock().unwrap().heartbeats.len();
+        fake.wait("heartbeats", |s| s.heartbeats.len() > before + 5);
+        assert!(fake.state.lock().unwrap().deleted.is_empty(), "it is not over");
+        drop(held);
+        fake.wait("the deletion", |s| s.deleted == [order.clone()]);
+    }
 
     #[tokio::test]
     async fn every_metaserver_has_a_client() {

@@ -76,6 +76,7 @@ use self::{
 };
 use crate::buffer::PageBuf;
 
+pub(crate) use delete::Deletion;
 pub(crate) use put::NewShard;
 
 /// How a store uses its device.

@@ -3,7 +3,7 @@
 //! The hole is the record of the deletion: recovery believes neither an entry nor a header where there is one. So a
 //! deletion is power-safe when the volume has been synced, and the caller syncs before it tells anyone.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use fjordfs_proto::BlockId;
 
@@ -14,6 +14,15 @@ use super::{Store, device::Device, error::StoreError, index::Entry};
 /// Holes punched at the same time by one call.
 const AT_ONCE: usize = 16;
 
+/// What has become of blocks that were to be deleted.
+#[derive(Default)]
+pub(crate) struct Deletion {
+    /// Shards that are gone.
+    pub(crate) shards: u32,
+    /// Blocks with a shard whose hole could not be punched: it is unchanged.
+    pub(crate) kept: BTreeMap<BlockId, StoreError>,
+}
+
 impl<D: Device> Store<D> {
     /// Deletes every shard of these blocks; unknown blocks are no error. Returns how many shards there were.
     /// Power-safe after [`Store::sync`].
@@ -21,32 +30,49 @@ impl<D: Device> Store<D> {
     /// # Errors
     /// When a hole cannot be punched: that shard is unchanged, the others are deleted.
     pub(crate) async fn delete(&self, blocks: &[BlockId]) -> Result<u32, StoreError> {
+        let Deletion { shards, kept } = self.delete_each(blocks).await?;
+        kept.into_values().next().map_or(Ok(shards), Err)
+    }
+
+    /// As [`Store::delete`], for who wants to know which of the blocks are gone although others are not.
+    ///
+    /// # Errors
+    /// When the target has failed: nothing is deleted.
+    pub(crate) async fn delete_each(&self, blocks: &[BlockId]) -> Result<Deletion, StoreError> {
         self.check_alive()?;
         // First: a put that is under way finds it, or is found here.
         self.deleted.add(blocks);
-        let mut deleted = 0;
+        let mut deletion = Deletion::default();
         loop {
-            let entries: Vec<Entry> = blocks.iter().flat_map(|block| self.index.of_block(*block)).collect();
-            deleted += self.delete_all(&entries).await?;
+            self.delete_all(&self.left(blocks, &deletion), &mut deletion).await;
             // What others had taken out before has its hole now, or is back.
             drop(self.deleting.write().await);
-            if blocks.iter().all(|block| self.index.of_block(*block).is_empty()) {
-                return Ok(deleted);
+            if self.left(blocks, &deletion).is_empty() {
+                return Ok(deletion);
             }
         }
     }
 
-    async fn delete_all(&self, entries: &[Entry]) -> Result<u32, StoreError> {
-        let mut deletions =
-            stream::iter(entries).map(|entry| self.delete_one(entry)).buffer_unordered(AT_ONCE);
-        let (mut deleted, mut failure) = (0, Ok(()));
-        while let Some(result) = deletions.next().await {
+    /// No deletion ends before this is dropped.
+    #[cfg(test)]
+    pub(crate) fn hold_deletions(&self) -> tokio::sync::RwLockReadGuard<'_, ()> {
+        self.deleting.try_read().unwrap()
+    }
+
+    fn left(&self, blocks: &[BlockId], deletion: &Deletion) -> Vec<Entry> {
+        let left = blocks.iter().filter(|block| !deletion.kept.contains_key(block));
+        left.flat_map(|block| self.index.of_block(*block)).collect()
+    }
+
+    async fn delete_all(&self, entries: &[Entry], deletion: &mut Deletion) {
+        let delete = async |entry: &Entry| (entry.block, self.delete_one(entry).await);
+        let mut deletions = stream::iter(entries).map(delete).buffer_unordered(AT_ONCE);
+        while let Some((block, result)) = deletions.next().await {
             match result {
-                Ok(was_there) => deleted += u32::from(was_there),
-                Err(e) => failure = Err(e),
+                Ok(was_there) => deletion.shards += u32::from(was_there),
+                Err(e) => drop(deletion.kept.insert(block, e)),
             }
         }
-        failure.map(|()| deleted)
     }
 
     /// Deletes one shard and leaves the others of its block alone.

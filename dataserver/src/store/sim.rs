@@ -56,6 +56,8 @@ pub(super) struct SimDevice {
     pub(super) fail_write: AtomicBool,
     pub(super) fail_punch: AtomicBool,
     pub(super) syncs: AtomicUsize,
+    /// Offset, in any file, of a record that cannot become a hole.
+    pub(super) bad_hole: Mutex<Option<u64>>,
     /// Offset of a page, in any file, that cannot be read.
     pub(super) bad_sector: Mutex<Option<u64>>,
 }
@@ -83,6 +85,7 @@ impl SimDevice {
             fail_write: AtomicBool::new(false),
             fail_punch: AtomicBool::new(false),
             syncs: AtomicUsize::new(0),
+            bad_hole: Mutex::default(),
             bad_sector: Mutex::new(None),
         }
     }
@@ -331,7 +334,7 @@ impl Device for SimDevice {
     }
 
     async fn punch(&self, file: &Arc<SimFile>, range: Range<u64>) -> io::Result<()> {
-        if self.fail_punch.load(Ordering::SeqCst) {
+        if self.fail_punch.load(Ordering::SeqCst) || *self.bad_hole.lock() == Some(range.start) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         if self.stall_punch.load(Ordering::SeqCst) {

@@ -160,6 +160,27 @@ fn a_repair_whose_hole_cannot_be_made_changes_nothing() {
 }
 
 #[test]
+fn a_hole_that_cannot_be_made_keeps_its_block_and_no_other() {
+    run(async {
+        let options = StoreOptions { volume_size: 1 << 30, ..OPTIONS };
+        let (device, store) = open(SimDevice::new(1 << 31, true), options);
+        for block in 1..=50 {
+            put(&store, block, &bytes_of(block, 5000)).await.unwrap();
+        }
+        let bad = store.find(BlockId(20), ShardNo(0)).unwrap();
+        *device.bad_hole.lock() = Some(bad.span().start);
+        let all: Vec<BlockId> = (1..=60).map(BlockId).collect();
+        let deletion = store.delete_each(&all).await.unwrap();
+        assert_eq!((deletion.shards, deletion.kept.keys().collect::<Vec<_>>()), (49, vec![&BlockId(20)]));
+        assert_eq!(store.list(BlockId(0), 100, |_| true).0, [bad]);
+        assert!(matches!(store.delete(&all).await, Err(StoreError::Io { .. })));
+        *device.bad_hole.lock() = None;
+        assert_eq!(store.delete(&all).await.unwrap(), 1);
+        nothing_else_is_there(&device, &store);
+    });
+}
+
+#[test]
 fn a_repair_and_a_deletion_at_the_same_moment_leave_nothing() {
     let (device, store) = open(SimDevice::new(1 << 30, true), OPTIONS);
     for block in 1..50 {
