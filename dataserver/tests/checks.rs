@@ -6,6 +6,7 @@ mod common;
 
 use std::{
     fs::OpenOptions,
+    num::NonZeroU16,
     os::unix::fs::FileExt,
     path::Path,
     sync::{Arc, Condvar, Mutex},
@@ -14,11 +15,13 @@ use std::{
 use common::{
     Client, FakeMeta, bytes_of, config,
     peer::{self, Asked, Said},
-    start,
+    put_request, start,
 };
 use fjordfs_dataserver::{Config, DataServer};
 use fjordfs_proto::{
-    PAGE_SIZE,
+    Layout, PAGE_SIZE, Policy,
+    block::page_crcs,
+    coding::Code,
     error::Errno,
     frame::Opcode,
     pb::{common as map, data::*, meta},
@@ -171,6 +174,66 @@ fn a_rotten_source_is_told_of_and_copied_from_nowhere() {
     });
     assert_eq!(has.read(2, &[(0, 4096)]).unwrap().1, bytes_of(2, 4096), "its good pages are left alone");
     drop((first, second));
+}
+
+/// Puts a shard of whatever block on whatever target.
+fn put_shard(client: &mut Client, target: u64, shard: u32, policy: u32, data: &[u8]) {
+    let put = PutShardRequest { target, shard, policy, ..put_request(3, data) };
+    client.call::<PutShardReply>(Opcode::PutShard, &put, data).0.unwrap();
+}
+
+#[test]
+fn what_is_rotten_at_each_source_is_made_of_their_good_pages() {
+    const EC: u32 = 0x0201;
+    let data: Vec<Vec<u8>> = (0..2).map(|shard| bytes_of(shard + 1, 4 * PAGE_SIZE)).collect();
+    let page = |shard: &[u8], no: usize| shard[no * PAGE_SIZE..(no + 1) * PAGE_SIZE].to_vec();
+    for policy in [POLICY, EC] {
+        let fake = FakeMeta::start("c1");
+        let folders: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+        let servers: Vec<DataServer> = folders.iter().map(|folder| start(&fake, folder.path())).collect();
+        let mut clients: Vec<Client> = servers.iter().map(|server| Client::connect(server, "c1")).collect();
+        let code = Policy::from_code(policy).unwrap();
+        // Target 3 goes, and 4 is to have what it has.
+        let (shards, no) = match code {
+            Policy::Replica(_) => (vec![None, Some((0, data[0].clone())), Some((1, data[0].clone()))], 1),
+            Policy::Ec { k, m } => {
+                let layout = Layout::Ec { k, m, shard_pages: NonZeroU16::new(4).unwrap() };
+                let present = [(0, &data[0][..]), (1, &data[1][..])];
+                let parity = Code::of(layout).unwrap().restore(&present, 2).unwrap();
+                (vec![Some((0, data[0].clone())), Some((1, data[1].clone())), Some((2, parity))], 2)
+            }
+        };
+        for (at, shard) in shards.iter().enumerate() {
+            if let Some((no, bytes)) = shard {
+                put_shard(&mut clients[at], at as u64 + 1, *no, policy, bytes);
+            }
+        }
+        let lost = &shards[2].as_ref().unwrap().1;
+        rot(folders[2].path(), &page(lost, 1));
+        rot(folders[1].path(), &page(&shards[1].as_ref().unwrap().1, 2));
+        let mut map = cluster_map(5, [&servers[0], &servers[1]]);
+        for (id, server) in [(3, &servers[2]), (4, &servers[3])] {
+            let address = server.address().to_string();
+            map.servers.push(map::Server { id, address, ..map.servers[0].clone() });
+            map.targets.push(map::Target { id, server: id, ..map.targets[0].clone() });
+        }
+        let width = code.width() as u32;
+        let members = if width == 2 { vec![2, 3] } else { vec![1, 2, 3] };
+        let moves = vec![map::Move { cell: width - 1, target: 4 }];
+        map.eras[0].tables = vec![map::PgTable { width, pg_count: 1, members, moves }];
+        {
+            let mut state = fake.state.lock().unwrap();
+            (state.map, state.checks) = (Some(map), vec![meta::Check { target: 4, width, ..check(1) }]);
+        }
+        fake.wait("the check", |s| s.check_reports.iter().any(|r| r.done));
+        let report = fake.state.lock().unwrap().check_reports.iter().find(|r| r.done).cloned().unwrap();
+        assert_eq!((report.problem.as_str(), report.shards_copied, report.shards_lost), ("", 1, 0));
+        let ranges = vec![Range { offset: 0, length: u32::MAX }];
+        let read = ReadShardRequest { target: 4, block: 3, shard: no, ranges, integrity: true };
+        let (reply, payload) = clients[3].call::<ReadShardReply>(Opcode::ReadShard, &read, &[]);
+        assert!(&payload == lost && reply.unwrap().page_crcs == page_crcs(lost), "{code}");
+        drop(servers);
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Making one shard of a block from others.
+//! Making one shard of a block from others: copied from who has the same, decoded where that is not good.
 //!
 //! **Memory.** What is read from others lies beside the pool of buffers until it is complete, and only then a buffer is taken: a
 //! read waits for the rate and for another server, and there for a buffer. Copies that held buffers meanwhile could hold all
@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use fjordfs_proto::{
     BLOCK_SIZE_MAX, BlockId, FsError, FsResult, Layout, PAGE_SIZE, Policy, ServerId, ShardNo, TargetId,
-    block::{first_bad_page, page_crcs},
+    block::{page_crcs, pages},
     coding::Code,
     error::Errno,
     frame::Opcode,
@@ -84,7 +84,8 @@ impl<'a> Sources<'a> {
         Ok(self.peer(target).await?.request(Opcode::ListShards, &request, &mut []).await?.0)
     }
 
-    /// Shard `no` of `block` from what the others list of it.
+    /// Shard `no` of `block` from what the others list of it: copied from who has the same, as far as that is good, and the rest
+    /// decoded. A page that is bad at one is good at another, so it is done page by page.
     pub(super) async fn restore(
         &mut self,
         block: BlockId,
@@ -92,71 +93,79 @@ impl<'a> Sources<'a> {
         policy: Policy,
         others: &[Listed],
     ) -> Result<Restored, Unrestored> {
-        match policy {
-            Policy::Replica(_) => self.copy(block, others).await,
-            Policy::Ec { k, m } => self.decode(block, no, (k, m), others).await,
+        let Some(length) = others.first().map(|other| other.length) else { return Err(Unrestored::Gone) };
+        if length as usize > BLOCK_SIZE_MAX {
+            return Err(Unrestored::Lost(format!("shards of {length} bytes are listed")));
         }
+        let has_it = |other: &Listed| matches!(policy, Policy::Replica(_)) || other.shard == no;
+        let usable = others.iter().filter(|other| other.length == length);
+        let (same, different): (Vec<&Listed>, Vec<&Listed>) = usable.partition(|other| has_it(other));
+        let (mut pages, mut failures) = (Pages::of(length), Failures::default());
+        for other in same {
+            if pages.wanting.is_empty() {
+                break;
+            }
+            self.read(block, other, &mut pages, &mut failures).await;
+        }
+        if !pages.wanting.is_empty() {
+            match policy {
+                Policy::Replica(_) => return Err(failures.into()),
+                Policy::Ec { k, m } => {
+                    self.decode(block, no, (k, m), &different, &mut pages, &mut failures).await?
+                }
+            }
+        }
+        self.ready(&pages.data, pages.crcs.into()).await
     }
 
-    /// Every shard is the whole block: any good one will do.
-    async fn copy(&mut self, block: BlockId, others: &[Listed]) -> Result<Restored, Unrestored> {
-        let mut failures = Failures::default();
-        for other in others {
-            if other.length as usize > BLOCK_SIZE_MAX {
-                let what = format!("target {} lists {} bytes of {block}", other.target, other.length);
-                failures.add(FsError::new(Errno::EPROTO, what));
-                continue;
-            }
-            let mut data = vec![0; other.length as usize];
-            match self.read(block, other, &mut data).await {
-                Ok(page_crcs) => return self.ready(&data, page_crcs).await,
-                Err(e) => failures.add(e),
-            }
-        }
-        Err(failures.into())
-    }
-
-    /// Any K good shards restore another one, bit by bit as it was.
+    /// Any K good pages restore the same page of another shard, bit by bit as it was.
     async fn decode(
         &mut self,
         block: BlockId,
         no: ShardNo,
         (k, m): (NonZeroU8, NonZeroU8),
-        others: &[Listed],
-    ) -> Result<Restored, Unrestored> {
-        let Some(length) = others.first().map(|other| other.length) else { return Err(Unrestored::Gone) };
-        let shard_pages = u16::try_from(length as usize / PAGE_SIZE).ok().and_then(NonZeroU16::new);
+        others: &[&Listed],
+        pages: &mut Pages,
+        failures: &mut Failures,
+    ) -> Result<(), Unrestored> {
+        let length = pages.data.len();
+        let shard_pages = u16::try_from(length / PAGE_SIZE).ok().and_then(NonZeroU16::new);
         let code = shard_pages.and_then(|shard_pages| Code::of(Layout::Ec { k, m, shard_pages }));
-        let (Some(code), true) = (code, (length as usize).is_multiple_of(PAGE_SIZE)) else {
+        let (Some(code), true) = (code, length.is_multiple_of(PAGE_SIZE)) else {
             return Err(Unrestored::Lost(format!("shards of {length} bytes are not of ec:{k}+{m}")));
         };
-        let mut failures = Failures::default();
-        let mut present: Vec<(u8, Vec<u8>)> = Vec::with_capacity(k.get().into());
+        let k = usize::from(k.get());
+        let mut present: BTreeMap<u8, Pages> = BTreeMap::new();
         for other in others {
-            if present.len() == usize::from(k.get()) {
+            if pages.wanting.iter().all(|page| good(&present, *page).count() >= k) {
                 break;
             }
-            if other.shard == no
-                || other.length != length
-                || present.iter().any(|(shard, _)| *shard == other.shard.0)
-            {
-                continue;
-            }
-            let mut data = vec![0; length as usize];
-            match self.read(block, other, &mut data).await {
-                Ok(_) => present.push((other.shard.0, data)),
-                Err(e) => failures.add(e),
-            }
+            let shard = present.entry(other.shard.0).or_insert_with(|| Pages::of(length as u32));
+            self.read(block, other, shard, failures).await;
         }
+        present.retain(|_, shard| shard.wanting.len() < pages.data.len() / PAGE_SIZE);
         if present.is_empty() && !failures.messages.is_empty() {
-            return Err(failures.into());
+            return Err(std::mem::take(failures).into());
         }
-        let shards: Vec<(u8, &[u8])> = present.iter().map(|(shard, data)| (*shard, &data[..])).collect();
-        let restored = code.restore(&shards, no.0).map_err(|e| {
-            failures.messages.insert(0, e.to_string());
-            Unrestored::Lost(failures.messages.join("; "))
-        })?;
-        self.ready(&restored, page_crcs(&restored).into()).await
+        while let Some(first) = pages.wanting.first().copied() {
+            let sources: Vec<u8> = good(&present, first).take(k).collect();
+            // As many of the next pages as the same shards have.
+            let same = |page: &usize| {
+                pages.wanting.contains(page) && good(&present, *page).take(k).eq(sources.iter().copied())
+            };
+            let end = (first..length / PAGE_SIZE).take_while(same).last().map_or(first + 1, |last| last + 1);
+            let range = first * PAGE_SIZE..end * PAGE_SIZE;
+            let shards: Vec<(u8, &[u8])> =
+                sources.iter().map(|shard| (*shard, &present[shard].data[range.clone()])).collect();
+            let restored = code.restore(&shards, no.0).map_err(|e| {
+                failures.messages.insert(0, e.to_string());
+                Unrestored::Lost(failures.messages.join("; "))
+            })?;
+            pages.data[range].copy_from_slice(&restored);
+            pages.crcs[4 * first..4 * end].copy_from_slice(&page_crcs(&restored));
+            pages.wanting.retain(|page| *page >= end);
+        }
+        Ok(())
     }
 
     /// Takes a buffer for a shard, now that nothing else has to be waited for.
@@ -170,8 +179,31 @@ impl<'a> Sources<'a> {
         Ok(Restored { record, length, page_crcs })
     }
 
-    /// Reads a whole shard of another target into `data`, which is as long as it, and verifies it; its integrity entries.
-    async fn read(&mut self, block: BlockId, other: &Listed, data: &mut [u8]) -> FsResult<Bytes> {
+    /// Reads a whole shard of another target, verifies it, and gives `pages` what is good of it and wanting there.
+    async fn read(&mut self, block: BlockId, other: &Listed, pages: &mut Pages, failures: &mut Failures) {
+        let mut data = vec![0; other.length as usize];
+        let page_crcs = match self.read_all(block, other, &mut data).await {
+            Ok(page_crcs) => page_crcs,
+            Err(e) => return failures.add(e),
+        };
+        if let Some(page) = pages.take(data, &page_crcs) {
+            let Listed { target, shard, .. } = *other;
+            let what = format!("page {page} of {block} on target {target} does not match its checksum");
+            failures.add(FsError::new(Errno::EIO, what));
+            let report = ReportShardRequest { target: target.0, block: block.0, shard: shard.0.into() };
+            if let Err(e) = self.report(target, &report).await {
+                tracing::debug!("reporting {block} on {target}: {e}");
+            }
+        }
+    }
+
+    async fn report(&mut self, target: TargetId, report: &ReportShardRequest) -> FsResult<()> {
+        let peer = self.peer(target).await?;
+        peer.request::<ReportShardReply>(Opcode::ReportShard, report, &mut []).await.map(drop)
+    }
+
+    /// A whole shard of another target into `data`, which is as long as it; its integrity entries. Nothing is verified.
+    async fn read_all(&mut self, block: BlockId, other: &Listed, data: &mut [u8]) -> FsResult<Bytes> {
         let Listed { target, shard, length, .. } = *other;
         self.healing.node.rebuild_rate.take(length.into()).await;
         let request = ReadShardRequest {
@@ -191,18 +223,51 @@ impl<'a> Sources<'a> {
             let what = format!("target {target} sent {filled} of {length} bytes of {block}");
             return Err(FsError::new(Errno::EPROTO, what));
         }
-        if let Some(page) = first_bad_page(data, &reply.page_crcs) {
-            let what = format!("page {page} of {block} on target {target} does not match its checksum");
-            let report = ReportShardRequest { target: target.0, block: block.0, shard: shard.0.into() };
-            let told: FsResult<(ReportShardReply, usize)> =
-                self.peer(target).await?.request(Opcode::ReportShard, &report, &mut []).await;
-            if let Err(e) = told {
-                tracing::debug!("reporting {block} on {target}: {e}");
-            }
-            return Err(FsError::new(Errno::EIO, what));
-        }
         Ok(reply.page_crcs)
     }
+}
+
+/// A shard, as far as it has been found.
+struct Pages {
+    data: Vec<u8>,
+    /// Integrity entries.
+    crcs: Vec<u8>,
+    /// Pages of which no good copy has been found yet.
+    wanting: BTreeSet<usize>,
+}
+
+impl Pages {
+    fn of(length: u32) -> Pages {
+        let count = pages(length as usize);
+        Pages { data: vec![0; length as usize], crcs: vec![0; 4 * count], wanting: (0..count).collect() }
+    }
+
+    /// Takes what is good of a copy; the first page that is not.
+    fn take(&mut self, data: Vec<u8>, crcs: &[u8]) -> Option<usize> {
+        let found = page_crcs(&data);
+        let is_good = |page: usize| {
+            let entry = 4 * page..4 * page + 4;
+            crcs.len() == found.len() && crcs[entry.clone()] == found[entry]
+        };
+        let bad = (0..pages(data.len())).find(|page| !is_good(*page));
+        if bad.is_none() {
+            (self.data, self.crcs) = (data, found);
+            self.wanting.clear();
+            return None;
+        }
+        for page in self.wanting.iter().copied().filter(|page| is_good(*page)) {
+            let bytes = page * PAGE_SIZE..data.len().min((page + 1) * PAGE_SIZE);
+            self.data[bytes.clone()].copy_from_slice(&data[bytes]);
+            self.crcs[4 * page..4 * page + 4].copy_from_slice(&found[4 * page..4 * page + 4]);
+        }
+        self.wanting.retain(|page| !is_good(*page));
+        bad
+    }
+}
+
+/// Shards whose page of this number is good.
+fn good(present: &BTreeMap<u8, Pages>, page: usize) -> impl Iterator<Item = u8> {
+    present.iter().filter(move |(_, shard)| !shard.wanting.contains(&page)).map(|(no, _)| *no)
 }
 
 /// What those said who did not give a shard.
