@@ -33,6 +33,8 @@ pub struct Options {
     /// Whether shards of data servers on this host are read from their files, where this process may open those. The data servers
     /// then only tell where the shards are.
     pub local_reads: bool,
+    /// Let data servers on this host, which are reached through their Unix sockets, read what is stored from this process's memory.
+    pub local_writes: bool,
     /// Threads of the engine that carries connections and background work, and as many that batches are read on.
     pub threads: usize,
     /// Servers are reached through this instead of TCP and Unix sockets, and the client has no threads of its own: for programs with
@@ -57,6 +59,7 @@ impl Default for Options {
             access_times: true,
             local_sockets: true,
             local_reads: true,
+            local_writes: true,
             threads: 2,
             network: None,
             handover: None,

@@ -66,6 +66,8 @@ pub(super) struct Peer {
     pub(super) client: String,
     /// Whether a Unix socket may be used.
     pub(super) local: bool,
+    /// Whether it may read this process's memory then.
+    pub(super) lends: bool,
     /// In place of TCP.
     pub(super) network: Option<Arc<dyn Network>>,
 }
@@ -170,8 +172,7 @@ impl Connection {
             cluster_id: peer.cluster_id.clone(),
             client: peer.client.clone(),
             upkeep: false,
-            probe: connection
-                .is_local()
+            probe: (peer.lends && connection.is_local())
                 .then(|| MemoryProbe { address: address_of(&probe), content: probe.clone() }),
         };
         let greeting = connection.request(Opcode::Hello, &hello, Vec::new());

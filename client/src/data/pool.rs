@@ -29,6 +29,8 @@ pub(super) struct Pool {
     client: String,
     /// Whether servers on this host are reached through their Unix sockets.
     local: bool,
+    /// Whether those may read this process's memory.
+    lends: bool,
     network: Option<Arc<dyn Network>>,
     memory: memory::Pool,
     /// How long a server that cannot be reached is expected back.
@@ -70,6 +72,7 @@ impl Pool {
             cluster_id,
             client: options.description.clone(),
             local: options.local_sockets && options.network.is_none(),
+            lends: options.local_writes,
             network: options.network.clone(),
             memory,
             patience: options.operation_timeout,
@@ -103,6 +106,7 @@ impl Pool {
             cluster_id: self.cluster_id.clone(),
             client: self.client.clone(),
             local: self.local,
+            lends: self.lends,
             network: self.network.clone(),
         };
         match Connection::open(&self.engine, &peer, &self.memory).await {

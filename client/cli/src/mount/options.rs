@@ -34,6 +34,7 @@ Options (-o, separated by commas):
                         unlink, ... wait for the metaserver
   local_sockets=on|off  use the Unix sockets of data servers on this host (default on)
   local_reads=on|off    read shards of data servers on this host from their files (default on)
+  local_writes=on|off   have them read what is written from the mount's memory (default on)
   engine_threads=N      threads for connections and background work (default 2)
   threads=N             threads that serve the kernel (default: one for each core, at least 2;
                         over io_uring at most one each)
@@ -112,6 +113,7 @@ const OURS: [&str; 11] = [
     "close",
     "local_sockets",
     "local_reads",
+    "local_writes",
     "engine_threads",
     "supervise",
     "log",
@@ -203,6 +205,7 @@ impl Settings {
             }
             "local_sockets" => self.client.local_sockets = on_or_off(value).map_err(wrong)?,
             "local_reads" => self.client.local_reads = on_or_off(value).map_err(wrong)?,
+            "local_writes" => self.client.local_writes = on_or_off(value).map_err(wrong)?,
             "engine_threads" => {
                 let threads: u8 =
                     value.parse().map_err(|_| wrong(format!("'{value}' is not a number from 1 to 64")))?;
@@ -238,12 +241,13 @@ mod tests {
     #[test]
     fn both_kinds_of_options() {
         let s =
-            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_reads=off")
+            of("ro,memory=256MiB,timeout=30s,nonempty,_netdev,log=/tmp/x,engine_threads=4,local_reads=off,local_writes=off")
                 .unwrap();
         assert!(s.fuse.read_only && s.fuse.nonempty);
         assert_eq!((s.client.memory_max, s.client.operation_timeout), (256 << 20, Duration::from_secs(30)));
         assert_eq!((s.client.threads, s.log), (4, Some("/tmp/x".into())));
         assert!(!s.client.local_reads && of("").unwrap().client.local_reads);
+        assert!(!s.client.local_writes && of("").unwrap().client.local_writes);
         assert!(!of("local_sockets=off").unwrap().client.local_sockets && s.client.local_sockets);
         assert_eq!(s.fuse.source, "m:1");
         assert!(of("").unwrap().client.access_times && !s.client.access_times);

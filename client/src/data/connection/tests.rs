@@ -78,7 +78,15 @@ fn servers(cluster: &str, local: Option<HelloReply>) -> Peer {
         let hello = if hello.server == 7 { genuine } else { hello };
         serve(std::iter::from_fn(move || unix.accept().ok().map(|(stream, _)| stream)), hello);
     }
-    Peer { server: ServerId(7), address, cluster_id, client: "test".into(), local: true, network: None }
+    Peer {
+        server: ServerId(7),
+        address,
+        cluster_id,
+        client: "test".into(),
+        local: true,
+        lends: true,
+        network: None,
+    }
 }
 
 async fn open(engine: &Engine, peer: &Peer) -> Arc<Connection> {
