@@ -104,7 +104,7 @@ fn kernel_resends() -> bool {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= RESENDS_FROM
 }
 
-const OURS: [&str; 11] = [
+const OURS: [&str; 12] = [
     "memory",
     "timeout",
     "hedge",

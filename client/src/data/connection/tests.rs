@@ -219,6 +219,7 @@ async fn whoever_waits_when_the_server_goes_is_told() {
         cluster_id: "gone".into(),
         client: String::new(),
         local: false,
+        lends: false,
         network: None,
     };
     let connection = open(&engine, &peer).await;
