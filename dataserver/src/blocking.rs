@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Runs `work` on a new thread. It is rare work: making a volume, listing everything, saving an index.
+/// Runs `work` on a new thread. It is rare work, or long: making a volume, listing everything, saving an index, reading a client's memory.
 ///
 /// # Errors
 /// When there is no thread to be had, or `work` has panicked.

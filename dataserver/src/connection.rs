@@ -220,11 +220,11 @@ impl Connection {
         let lender = self.lender.clone();
         runtime::spawn(async move {
             let filled = match request.memory.is_empty() {
-                true => Ok(()),
-                false => ops::put_shard::fill(lender.as_deref(), &request, &mut record).await,
+                true => Ok(record),
+                false => ops::put_shard::fill(lender, &request, record).await,
             };
             let result = match filled {
-                Ok(()) => ops::put_shard::run(&node, &request, new, record).await,
+                Ok(record) => ops::put_shard::run(&node, &request, new, record).await,
                 Err(e) => Err(e),
             };
             send(&answers, ops::answer(&header, result.map(ops::Output::from), permit));

@@ -3,6 +3,9 @@
 //! PERFORMANCE-CRITICAL. What goes through a socket is copied twice, in portions of some 36 KiB with a wake-up for each;
 //! process_vm_readv(2) copies once, whatever the size.
 //!
+//! Pages that are not there are brought in meanwhile, from wherever they are: a file that the client has mapped, say, on this very
+//! filesystem. So this may take long, or depend on this server, and is done on a thread of its own.
+//!
 //! # Why it is safe
 //! - Only the process that has connected is read, and only at addresses that it names. Its number is the kernel's (`SO_PEERCRED`), and a
 //!   pidfd tells before and after each read whether it was still that process's.
@@ -19,11 +22,6 @@ use rustix::{
     net::sockopt,
     process::{Pid, PidfdFlags},
 };
-
-use crate::runtime;
-
-/// Bytes that are copied before others on this core get their turn.
-const STEP: usize = 1 << 20;
 
 /// Bytes of a probe: more than anybody meets by chance.
 const PROBE_LEN: usize = 16;
@@ -49,34 +47,11 @@ impl Lender {
         (probe.content == found.as_slice()).then_some(lender)
     }
 
-    /// Fills `into` from the pieces, which together are as long.
+    /// Fills `into` from the pieces, which together are as long. Blocks.
     ///
     /// # Errors
     /// `EFAULT` when that is not all the process's memory, `ESRCH` when it has ended, and whatever else the kernel has against it.
-    pub(crate) async fn fill(&self, pieces: &[MemoryPiece], into: &mut [u8]) -> io::Result<()> {
-        let mut pieces = pieces.iter().copied();
-        let mut next = pieces.next();
-        for part in into.chunks_mut(STEP) {
-            let (mut step, mut missing) = (Vec::new(), part.len());
-            while let Some(piece) = &mut next
-                && missing > 0
-            {
-                let length = missing.min(piece.length as usize);
-                step.push(MemoryPiece { address: piece.address, length: length as u32 });
-                missing -= length;
-                piece.address = piece.address.saturating_add(length as u64);
-                piece.length -= length as u32;
-                if piece.length == 0 {
-                    next = pieces.next();
-                }
-            }
-            self.read(&step, part)?;
-            runtime::yield_now().await;
-        }
-        Ok(())
-    }
-
-    fn read(&self, pieces: &[MemoryPiece], into: &mut [u8]) -> io::Result<()> {
+    pub(crate) fn read(&self, pieces: &[MemoryPiece], into: &mut [u8]) -> io::Result<()> {
         let remote: Vec<libc::iovec> = pieces
             .iter()
             .map(|piece| libc::iovec {
@@ -133,18 +108,15 @@ mod tests {
         let (_here, there) = UnixStream::pair().unwrap();
         let secret = *b"0123456789abcdef";
         let lender = Lender::find(&there, &probe(&secret)).unwrap();
-        let bytes: Vec<u8> = (0..3 * STEP + 5).map(|i| (i / 7) as u8).collect();
-        let cut = [0, 1, STEP - 1, STEP + 4096, STEP + 4096, bytes.len()];
+        let bytes: Vec<u8> = (0..3_000_005).map(|i| (i / 7) as u8).collect();
+        let cut = [0, 1, 99_999, 2_000_000, 2_000_000, bytes.len()];
         let pieces: Vec<_> = cut.windows(2).map(|cut| piece(&bytes[cut[0]..cut[1]])).collect();
         let mut into = vec![0; bytes.len()];
-        let test = async {
-            lender.fill(&pieces, &mut into).await.unwrap();
-            assert!(into == bytes);
-            let nowhere = [piece(&bytes[..10]), MemoryPiece { address: 8, length: 10 }];
-            let error = lender.fill(&nowhere, &mut [0; 20]).await.unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
-        };
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(test);
+        lender.read(&pieces, &mut into).unwrap();
+        assert!(into == bytes);
+        let nowhere = [piece(&bytes[..10]), MemoryPiece { address: 8, length: 10 }];
+        let error = lender.read(&nowhere, &mut [0; 20]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
     }
 
     #[test]

@@ -18,11 +18,10 @@ mod timer;
 
 use std::{
     cell::RefCell,
-    future::{Future, poll_fn},
+    future::Future,
     io,
     rc::Rc,
     sync::Arc,
-    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -55,19 +54,6 @@ pub(crate) fn spawn(task: impl Future<Output = ()> + 'static) {
         Some(core) => core.tasks.spawn(task),
         None => tracing::error!("a task was started outside of a core; this is a bug, report it"),
     }
-}
-
-/// Lets other tasks and completions have their turn.
-pub(crate) async fn yield_now() {
-    let mut yielded = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut yielded, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 /// Makes the calling thread a core.

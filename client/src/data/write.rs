@@ -17,8 +17,8 @@ use tracing::debug;
 
 use super::{DataClient, Unsynced, connection::address_of};
 
-/// A server on this host reads shards of at least so many bytes from memory; smaller ones are sent sooner than described.
-const LENT_MIN: usize = 128 << 10;
+/// A server on this host reads shards of at least so many bytes from memory. It starts a thread for each, in which time smaller ones are sent.
+const LENT_MIN: usize = 512 << 10;
 
 /// Bytes of a piece of them on average, at least. So a shard has no more of them than a server takes.
 const PIECE_MIN: usize = 16 << 10;

@@ -3,6 +3,8 @@
 //! PERFORMANCE-CRITICAL. The checksums are verified here, once, before anything is written: what is stored is what the
 //! client meant.
 
+use std::sync::Arc;
+
 use fjordfs_proto::{
     BLOCK_SIZE_MAX, BlockId, Epoch, FsError, FsResult, PAGE_SIZE, Policy, TargetId,
     block::{first_bad_page, pages},
@@ -10,7 +12,7 @@ use fjordfs_proto::{
     pb::data::{PutShardReply, PutShardRequest},
 };
 
-use crate::{buffer::PageBuf, lent::Lender, node::Node, store::NewShard};
+use crate::{blocking, buffer::PageBuf, lent::Lender, node::Node, store::NewShard};
 
 /// Most pieces of a shard in a client's memory: what one system call takes (UIO_MAXIOV).
 const PIECES_MAX: usize = 1024;
@@ -58,17 +60,21 @@ fn width(policy: u32) -> FsResult<usize> {
 
 /// Fills the payload of `record` from the memory of who puts.
 pub(crate) async fn fill(
-    lender: Option<&Lender>,
+    lender: Option<Arc<Lender>>,
     request: &PutShardRequest,
-    record: &mut PageBuf,
-) -> FsResult<()> {
+    mut record: PageBuf,
+) -> FsResult<PageBuf> {
     let unreadable = |why: String| {
         let what = format!("put of b{} #{}: memory of the client: {why}", request.block, request.shard);
         FsError::new(Errno::EFAULT, what)
     };
     let lender = lender.ok_or_else(|| unreadable("this server does not read it".to_owned()))?;
-    let into = &mut record[PAGE_SIZE..PAGE_SIZE + request.length as usize];
-    lender.fill(&request.memory, into).await.map_err(|e| unreadable(e.to_string()))
+    let (pieces, length) = (request.memory.clone(), request.length as usize);
+    let reading = blocking::run(move || {
+        lender.read(&pieces, &mut record[PAGE_SIZE..PAGE_SIZE + length])?;
+        Ok(record)
+    });
+    reading.await.flatten().map_err(|e| unreadable(e.to_string()))
 }
 
 /// Verifies and stores; the payload lies at byte 4096 of `record`.
