@@ -70,6 +70,19 @@ fn apply(pairs: &Pairs, expected: &[u8], next: &[u8], writes: &[Write]) -> bool 
     true
 }
 
+impl Faulty {
+    /// Without any fault, yet.
+    fn faultless(pairs: &Pairs) -> Arc<Faulty> {
+        Arc::new(Faulty {
+            pairs: pairs.clone(),
+            chance: Mutex::new(Chance { seed: 1, faults: 0 }),
+            late: Mutex::default(),
+            left: Mutex::new(u32::MAX),
+            overtaken: Mutex::default(),
+        })
+    }
+}
+
 impl Link for Faulty {
     fn apply(
         self: Arc<Self>,

@@ -62,13 +62,7 @@ impl Link for Silent {
 fn an_owner_that_cannot_read_gives_its_ownership_up() {
     let pairs = Pairs::default();
     let silent = Arc::new(AtomicBool::new(false));
-    let inner = Arc::new(Faulty {
-        pairs: pairs.clone(),
-        chance: Mutex::new(Chance { seed: 1, faults: 0 }),
-        late: Mutex::default(),
-        left: Mutex::new(u32::MAX),
-        overtaken: Mutex::default(),
-    });
+    let inner = Faulty::faultless(&pairs);
     let link: Arc<dyn Link> = Arc::new(Silent { inner, silent: silent.clone() });
     let owner =
         RemoteStore::start("test".into(), "test", 1 << 20, move || Box::pin(async { Ok(link) })).unwrap();

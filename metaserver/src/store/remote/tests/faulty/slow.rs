@@ -61,13 +61,7 @@ impl Link for Slow {
 }
 
 fn open_slow(pairs: &Pairs, pause: Duration, dies_decided: bool) -> RemoteStore {
-    let inner = Arc::new(Faulty {
-        pairs: pairs.clone(),
-        chance: Mutex::new(Chance { seed: 1, faults: 0 }),
-        late: Mutex::default(),
-        left: Mutex::new(u32::MAX),
-        overtaken: Mutex::default(),
-    });
+    let inner = Faulty::faultless(pairs);
     let link: Arc<dyn Link> = Arc::new(Slow { inner, pause, dies_decided });
     RemoteStore::start("test".into(), "test", 1 << 20, move || Box::pin(async { Ok(link) })).unwrap()
 }
